@@ -1,0 +1,221 @@
+"""Output tokens/s of the engine beside transformers' `generate`, on equal weights and prompts.
+
+Rule: one process, both sides in turn within every round, medians over rounds, ratios beside them.
+Only tokens that somebody asked for count: a static batch that runs on for its longest member earns
+nothing by that.
+
+Scenarios:
+    equal-1, equal-8   that many streams of one prompt and output length, all at once;
+    staggered-8        8 requests of different prompt and output lengths that arrive one after the
+                       other. The static batch takes, whenever it is idle, all that have arrived.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from attrs import frozen
+from rich.console import Console
+from rich.table import Table
+
+from tokenspeed import models
+from tokenspeed.bench.machine import machine
+from tokenspeed.config import EngineConfig
+from tokenspeed.engine import Engine
+from tokenspeed.errors import ConfigError
+from tokenspeed.request import Request, SamplingParams
+
+__all__ = ["Report", "Workload", "compare"]
+
+
+@frozen(kw_only=True)
+class Workload:
+    """Sizes in tokens. Prompts are drawn from `seed`, so both sides see the same ones."""
+
+    prompt_tokens: int = 64
+    output_tokens: int = 64
+    rounds: int = 3
+    seed: int = 0
+
+    def __attrs_post_init__(self) -> None:
+        for name in ("prompt_tokens", "output_tokens", "rounds"):
+            if getattr(self, name) < 1:
+                raise ConfigError(name, getattr(self, name), "at least 1")
+
+
+@frozen
+class Job:
+    """One request: when it arrives, what it says, how much it wants."""
+
+    arrival_s: float
+    prompt_ids: tuple[int, ...]
+    output_tokens: int
+
+
+@frozen
+class Row:
+    """Median output tokens/s of both sides in one scenario."""
+
+    scenario: str
+    engine: float
+    transformers: float
+
+    @property
+    def ratio(self) -> float:
+        return self.engine / self.transformers
+
+
+@frozen
+class Report:
+    """All rows, and what they were measured on."""
+
+    model: str
+    machine: str
+    dtype: str
+    workload: Workload
+    rows: tuple[Row, ...]
+
+    def table(self) -> Table:
+        title = f"{self.model}, {self.dtype}; {self.machine}"
+        table = Table("scenario", "tokenspeed tok/s", "transformers tok/s", "ratio", title=title)
+        for row in self.rows:
+            cells = (f"{row.engine:.1f}", f"{row.transformers:.1f}", f"{row.ratio:.2f}")
+            table.add_row(row.scenario, *cells)
+        return table
+
+    def as_json(self) -> dict[str, Any]:
+        rows = [{**attrs.asdict(row), "ratio": row.ratio} for row in self.rows]
+        return {**attrs.asdict(self), "rows": rows}
+
+
+Side = Callable[[Sequence[Job]], float]
+"""Runs the jobs and returns the seconds from the first arrival to the last token."""
+
+
+def compare(model: str, config: EngineConfig, workload: Workload, *, console: Console) -> Report:
+    """Run every scenario `workload.rounds` times, each side in turn.
+
+    Raises:
+        ConfigError: transformers is not installed, or the checkpoint is none that it reads.
+    """
+    path = models.resolve_model(model)
+    with console.status("loading both sides"):
+        peer = _Transformers(path, config)
+        engine = Engine.from_pretrained(model, config=attrs.evolve(config, prefix_cache=False))
+    rows = []
+    with engine:
+        ours: Side = _EngineSide(engine).run
+        for name, jobs in _scenarios(workload, engine.vocab_size).items():
+            wanted = sum(job.output_tokens for job in jobs)
+            seconds: dict[str, list[float]] = {"engine": [], "transformers": []}
+            for turn in range(workload.rounds):
+                with console.status(f"{name}: round {turn + 1} of {workload.rounds}"):
+                    seconds["engine"].append(ours(jobs))
+                    seconds["transformers"].append(peer.run(jobs))
+            rates = {side: wanted / statistics.median(times) for side, times in seconds.items()}
+            rows.append(Row(name, rates["engine"], rates["transformers"]))
+    return Report(model, machine(), config.dtype, workload, tuple(rows))
+
+
+def _scenarios(workload: Workload, vocab_size: int) -> dict[str, list[Job]]:
+    rng = random.Random(workload.seed)
+
+    def prompt(tokens: int) -> tuple[int, ...]:
+        return tuple(rng.randrange(100, vocab_size) for _ in range(tokens))
+
+    def equal(streams: int) -> list[Job]:
+        return [
+            Job(0.0, prompt(workload.prompt_tokens), workload.output_tokens) for _ in range(streams)
+        ]
+
+    shares = (0.25, 2.0, 0.5, 1.0, 0.25, 1.5, 0.5, 1.0)
+    staggered = [
+        Job(
+            arrival_s=0.15 * i,
+            prompt_ids=prompt(max(1, int(workload.prompt_tokens * shares[-1 - i]))),
+            output_tokens=max(1, int(workload.output_tokens * share)),
+        )
+        for i, share in enumerate(shares)
+    ]
+    return {"equal-1": equal(1), "equal-8": equal(8), "staggered-8": staggered}
+
+
+def _params(job: Job) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=job.output_tokens, ignore_eos=True)
+
+
+@frozen
+class _EngineSide:
+    engine: Engine
+
+    def run(self, jobs: Sequence[Job]) -> float:
+        threads = [threading.Thread(target=self._read, args=(job,)) for job in jobs]
+        start_s = time.perf_counter()
+        for job, thread in zip(jobs, threads, strict=True):
+            time.sleep(max(0.0, start_s + job.arrival_s - time.perf_counter()))
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return time.perf_counter() - start_s
+
+    def _read(self, job: Job) -> None:
+        request = Request(prompt_ids=job.prompt_ids, params=_params(job))
+        with self.engine.submit(request) as stream:
+            tokens = sum(len(delta.token_ids) for delta in stream)
+        if tokens != job.output_tokens:
+            raise RuntimeError(f"the engine gave {tokens} tokens of {job.output_tokens}")
+
+
+class _Transformers:
+    """transformers' `generate` with a static, left-padded batch."""
+
+    def __init__(self, path: Path, config: EngineConfig) -> None:
+        try:
+            from transformers import AutoModelForCausalLM
+        except ImportError as error:
+            raise ConfigError(
+                "transformers", None, "it to be installed: pip install transformers"
+            ) from error
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        source = (
+            {"pretrained_model_name_or_path": str(path)}
+            if path.is_dir()
+            else {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+        )
+        dtype = getattr(torch, config.dtype)
+        self._model = AutoModelForCausalLM.from_pretrained(**source, dtype=dtype).eval()
+
+    def run(self, jobs: Sequence[Job]) -> float:
+        queue = sorted(jobs, key=lambda job: job.arrival_s)
+        start_s = time.perf_counter()
+        while queue:
+            time.sleep(max(0.0, start_s + queue[0].arrival_s - time.perf_counter()))
+            now_s = time.perf_counter() - start_s
+            batch = [job for job in queue if job.arrival_s <= now_s]
+            queue = queue[len(batch) :]
+            self._generate(batch)
+        return time.perf_counter() - start_s
+
+    def _generate(self, batch: Sequence[Job]) -> None:
+        width = max(len(job.prompt_ids) for job in batch)
+        rows = [[0] * (width - len(job.prompt_ids)) + list(job.prompt_ids) for job in batch]
+        mask = [[0] * (width - len(j.prompt_ids)) + [1] * len(j.prompt_ids) for j in batch]
+        tokens = max(job.output_tokens for job in batch)
+        with torch.inference_mode():
+            self._model.generate(
+                torch.tensor(rows),
+                attention_mask=torch.tensor(mask),
+                do_sample=False,
+                min_new_tokens=tokens,
+                max_new_tokens=tokens,
+                pad_token_id=0,
+            )

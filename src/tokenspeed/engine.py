@@ -1,0 +1,610 @@
+"""The engine: one thread that plans, launches, commits and hands on. The only clock.
+
+Rule: one loop, whatever the overlap: *apply commands, fill the pipeline, await the oldest step,
+commit it, hand its text on*. The scheduler decides when, the lifecycle whether, the executor
+computes; this file only carries values between them. A failing step ends the requests that were in
+it, never the thread.
+
+    submit ─► inbox ─► scheduler.plan() ─► executor.launch(plan) ─► pending.result()
+                             ▲                                           │
+    Stream ◄─ Delta ◄── detokenizer ◄── scheduler.commit(result) ◄───────┘
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import secrets
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self, final
+
+import attrs
+import numpy as np
+import torch
+from attrs import define, field, frozen
+from numpy.typing import NDArray
+
+from tokenspeed import models
+from tokenspeed._core import Scheduler
+from tokenspeed.config import DEFAULT_MODEL, EngineConfig
+from tokenspeed.errors import EngineStopped, OverloadedError, RequestError, StepError
+from tokenspeed.plan import Joined, StepPlan, StepResult
+from tokenspeed.request import (
+    Completion,
+    Delta,
+    FinishReason,
+    Request,
+    SamplingParams,
+    TokenLogprob,
+    Usage,
+)
+from tokenspeed.spmd import Executor, Mesh, Pending
+from tokenspeed.stream import Stream, deliver, join
+from tokenspeed.text import ChatEncoder, Detokenizer, Tokenizer
+
+__all__ = ["Engine", "Health", "Progress", "Stats"]
+
+log = logging.getLogger("tokenspeed.engine")
+
+Progress = Callable[[str, int, int], None]
+"""Called with (phase, done, total) while an engine starts; bytes for weights, steps for warm-up."""
+
+Prompt = str | Sequence[int]
+Ints = NDArray[np.int32]
+
+STEP_STUCK_S = 120.0
+"""A step that takes longer makes the engine report itself dead."""
+
+
+@frozen(kw_only=True)
+class Stats:
+    """Counters since the start, and gauges of now. Tokens unless the name says otherwise."""
+
+    requests_running: int
+    requests_waiting: int
+    pages_total: int
+    pages_free: int
+    pages_cached: int
+    prefix_cache_queries: int
+    prefix_cache_hits: int
+    preemptions: int
+    prompt_tokens: int
+    generation_tokens: int
+    steps: int
+    requests_finished: Mapping[str, int]
+    transitions: Mapping[tuple[str, str, str], int]
+
+
+@frozen(kw_only=True)
+class Health:
+    """live: the loop turns. ready: it also takes requests. reason: what it is doing, in words."""
+
+    live: bool
+    ready: bool
+    reason: str
+
+
+@define(eq=False)
+class _Sequence:
+    """The engine's own record of a live request."""
+
+    number: int
+    request: Request
+    stream: Stream
+    detokenizer: Detokenizer
+    stop_ids: frozenset[int]
+    cached_tokens: int = 0
+    output_ids: list[int] = field(factory=list)
+    withheld_ids: deque[int] = field(factory=deque)
+    withheld_logprobs: deque[TokenLogprob] = field(factory=deque)
+
+    def usage(self) -> Usage:
+        return Usage(
+            prompt_tokens=len(self.request.prompt_ids),
+            completion_tokens=len(self.output_ids),
+            cached_tokens=self.cached_tokens,
+        )
+
+
+@final
+class Engine:
+    """Generates text with one model. Make one with `from_pretrained`; close it, or use `with`.
+
+    All methods may be called from any thread; those that return a Stream or are coroutines may be
+    called on any event loop.
+    """
+
+    def __init__(
+        self,
+        model: models.Model,
+        tokenizer: Tokenizer,
+        chat: ChatEncoder | None,
+        config: EngineConfig,
+        *,
+        model_name: str,
+        model_path: str,
+    ) -> None:
+        self.config = config
+        self.model_name = model_name
+        self.model_path = model_path
+        self.tokenizer = tokenizer
+        self.chat_encoder = chat
+        self.vocab_size = model.config.vocab_size
+        self.pages = config.pages or models.default_pages(model, config)
+        self.context_max = min(
+            config.context_max or model.config.context_max,
+            model.config.context_max,
+            self.pages * config.page_size,
+        )
+        self._scheduler = Scheduler(
+            page_size=config.page_size,
+            pages=self.pages,
+            slots=config.slots,
+            waiting_max=config.waiting_max,
+            step_tokens=config.prefill_chunk,
+            context_max=self.context_max,
+            overlap=config.overlap,
+            prefix_cache=config.prefix_cache,
+        )
+        self._executor = Executor(
+            model,
+            slots=config.slots,
+            pages=self.pages,
+            page_size=config.page_size,
+            context_max=self.context_max,
+            overlap=config.overlap,
+            eos_ids=tokenizer.eos_ids,
+        )
+        self._sequences: dict[int, _Sequence] = {}
+        self._launched: deque[tuple[StepPlan, Ints, Pending]] = deque()
+        self._outbox: list[tuple[Stream, Delta]] = []
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._wake = threading.Condition()
+        self._open = 0
+        self._numbers = itertools.count()
+        self._draining = False
+        self._closing = False
+        self._failure: BaseException | None = None
+        self._prompt_tokens = 0
+        self._generation_tokens = 0
+        self._finished: Counter[str] = Counter()
+        self._step_started_s: float | None = None
+        self._thread = threading.Thread(target=self._run, name="tokenspeed-engine", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path = DEFAULT_MODEL,
+        *,
+        config: EngineConfig | None = None,
+        progress: Progress | None = None,
+        **settings: Any,
+    ) -> Self:
+        """Load a model and start the engine.
+
+        Args:
+            model: a GGUF file, a Hugging Face directory, a hub id, or the default model's name.
+            config: every setting at once; or give settings by name (`dtype="float32"`).
+            progress: called with (phase, done, total) during download, weights and warm-up.
+
+        Raises:
+            ConfigError: a setting is wrong, before weights are read.
+            CheckpointError: the model is missing, corrupt or unknown, before memory is taken.
+        """
+        report = progress or _silent
+        config = attrs.evolve(config or EngineConfig(), **settings)
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        path = models.resolve_model(str(model), progress=report)
+        checkpoint = models.open_checkpoint(path)
+        tokenizer = Tokenizer.from_source(checkpoint.tokenizer)
+        chat = ChatEncoder.from_source(tokenizer, checkpoint.tokenizer)
+        built = models.build(
+            checkpoint,
+            Mesh.single(),
+            dtype=config.dtype,
+            device=config.device,
+            progress=lambda done, total: report("weights", done, total),
+        )
+        engine = cls(built, tokenizer, chat, config, model_name=str(model), model_path=str(path))
+        engine._warm_up(report)
+        return engine
+
+    # --- requests -------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> Stream:
+        """Queue a request and return its stream; called in an event loop, the stream is that loop's.
+
+        Raises:
+            RequestError: the request can never be served; names the field.
+            OverloadedError: `slots + waiting_max` requests are open already.
+            EngineStopped: the engine drains, has closed, or has failed.
+        """
+        request = self._resolve(request)
+        with self._wake:
+            if self._failure is not None or self._closing or self._draining:
+                raise EngineStopped(self.health().reason)
+            if self._open >= self.config.slots + self.config.waiting_max:
+                raise OverloadedError(
+                    f"{self._open} requests are running or waiting, the most that "
+                    "--slots and --waiting-max allow; try again later"
+                )
+            self._open += 1
+            number = next(self._numbers)
+            stream = Stream(number, self._abort, _running_loop())
+            self._inbox.append(lambda: self._start(number, request, stream))
+            self._wake.notify()
+        return stream
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
+        """Generate from a prompt (text, or token ids), yielding deltas; leaving early aborts."""
+        with self.submit(self._request(prompt, params)) as stream:
+            yield from stream
+
+    async def astream(
+        self, prompt: Prompt, params: SamplingParams | None = None
+    ) -> AsyncIterator[Delta]:
+        """`stream` for an event loop."""
+        async with self.submit(self._request(prompt, params)) as stream:
+            async for delta in stream:
+                yield delta
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None
+    ) -> list[Completion]:
+        """Generate for each prompt, batched together; the results are in the prompts' order.
+
+        Raises:
+            StepError: a step failed for one of them.
+        """
+        streams = [self.submit(self._request(p, params)) for p in _prompts(prompts)]
+        try:
+            return [_completion(join(list(stream))) for stream in streams]
+        finally:
+            for stream in streams:
+                stream.abort()
+
+    async def agenerate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None
+    ) -> list[Completion]:
+        """`generate` for an event loop."""
+        streams = [self.submit(self._request(p, params)) for p in _prompts(prompts)]
+        try:
+            return [_completion(join([delta async for delta in stream])) for stream in streams]
+        finally:
+            for stream in streams:
+                stream.abort()
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """The prompt ids of a conversation, by the model's chat template.
+
+        Args:
+            messages: `{"role": ..., "content": ...}` each, oldest first.
+
+        Raises:
+            RequestError: the model has no chat template, or the template refuses the messages.
+        """
+        if self.chat_encoder is None:
+            raise RequestError("messages", f"{self.model_name} has no chat template; send a prompt")
+        return self.chat_encoder.encode_chat(list(messages))
+
+    def _request(self, prompt: Prompt, params: SamplingParams | None) -> Request:
+        ids = self.tokenizer.encode(prompt, special=True) if isinstance(prompt, str) else prompt
+        return Request(prompt_ids=tuple(ids), params=params or SamplingParams())
+
+    def _resolve(self, request: Request) -> Request:
+        """Check what only the model knows, and settle seed and length."""
+        prompt, params = request.prompt_ids, request.params
+        if not prompt:
+            raise RequestError("prompt", "prompt: got no tokens; expected at least one")
+        bad = next((t for t in prompt if not 0 <= t < self.vocab_size), None)
+        if bad is not None:
+            raise RequestError("prompt", f"prompt: got token id {bad}; expected 0 to {self.vocab_size - 1}")
+        for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+            if any(not 0 <= t < self.vocab_size for t in ids):
+                raise RequestError(name, f"{name}: token ids must lie in 0 to {self.vocab_size - 1}")
+        room = self.context_max - len(prompt)
+        if room < 1 or (params.max_tokens or 1) > room:
+            raise RequestError(
+                "max_tokens" if room >= 1 else "prompt",
+                f"the prompt has {len(prompt)} tokens and max_tokens is {params.max_tokens}; "
+                f"together they may be at most {self.context_max}: shorten one of them",
+                code="context_length_exceeded",
+            )
+        seed = secrets.randbits(62) if params.seed is None else params.seed
+        settled = attrs.evolve(params, seed=seed, max_tokens=params.max_tokens or room)
+        return attrs.evolve(request, params=settled)
+
+    def _abort(self, number: int) -> None:
+        with self._wake:
+            self._inbox.append(lambda: self._cancel(number))
+            self._wake.notify()
+
+    # --- state ----------------------------------------------------------------------------------
+
+    def stats(self) -> Stats:
+        """Counters and gauges, O(1); safe from any thread."""
+        native = self._scheduler.stats()
+        return Stats(
+            requests_running=native.running,
+            requests_waiting=native.waiting,
+            pages_total=native.pages_total,
+            pages_free=native.pages_free,
+            pages_cached=native.pages_cached,
+            prefix_cache_queries=native.prefix_queries,
+            prefix_cache_hits=native.prefix_hits,
+            preemptions=native.preemptions,
+            prompt_tokens=self._prompt_tokens,
+            generation_tokens=self._generation_tokens,
+            steps=native.steps,
+            requests_finished=dict(self._finished),
+            transitions=native.transitions,
+        )
+
+    def health(self) -> Health:
+        """What the loop is doing, from any thread."""
+        if self._failure is not None:
+            return Health(live=False, ready=False, reason=f"the engine failed: {self._failure!r}")
+        if self._closing:
+            return Health(live=False, ready=False, reason="the engine is closed")
+        started_s = self._step_started_s
+        busy_s = 0.0 if started_s is None else time.monotonic() - started_s
+        if busy_s > STEP_STUCK_S:
+            return Health(live=False, ready=False, reason=f"a step has taken {busy_s:.0f} s")
+        if self._draining:
+            return Health(live=True, ready=False, reason=f"draining; {self._open} requests left")
+        return Health(live=True, ready=True, reason=f"{self._open} requests open")
+
+    def drain(self, timeout_s: float) -> bool:
+        """Take no more requests and wait for the open ones; true when none is left."""
+        with self._wake:
+            self._draining = True
+            return self._wake.wait_for(
+                lambda: self._open == 0 or self._failure is not None, timeout_s
+            )
+
+    def close(self) -> None:
+        """Abort what is open, stop the thread, free the model. Repeated calls do nothing."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+        self._executor.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _warm_up(self, report: Progress) -> None:
+        report("warm-up", 0, 1)
+        self.generate([[0] * min(8, self.context_max - 1)], SamplingParams(temperature=0, max_tokens=1))
+        report("warm-up", 1, 1)
+
+    # --- the loop: everything below runs on the engine's thread ---------------------------------
+
+    def _run(self) -> None:
+        try:
+            while self._obey():
+                self._turn()
+        except BaseException as error:  # the thread must not die silently: every reader learns of it
+            log.exception("the engine loop failed")
+            self._failure = error
+        reason: FinishReason = "abort" if self._failure is None else "error"
+        with self._wake:
+            self._closing = True
+            for command in self._inbox:
+                command()
+            self._inbox.clear()
+        for sequence in list(self._sequences.values()):
+            self._end(sequence, reason, error=None if self._failure is None else repr(self._failure))
+        self._post()
+
+    def _obey(self) -> bool:
+        """Apply the commands that have come; wait for one if there is nothing to do."""
+        with self._wake:
+            self._wake.wait_for(
+                lambda: self._closing or self._inbox or self._launched or not self._scheduler.idle()
+            )
+            if self._closing:
+                return False
+            commands = list(self._inbox)
+            self._inbox.clear()
+        for command in commands:
+            command()
+        return True
+
+    def _turn(self) -> None:
+        """One turn: fill the pipeline, then commit the oldest step."""
+        while len(self._launched) <= self.config.overlap and self._launch():
+            pass
+        if self._launched:
+            plan, numbers, pending = self._launched.popleft()
+            self._commit(plan, numbers, pending)
+        self._post()
+
+    def _launch(self) -> bool:
+        native = self._scheduler.plan()
+        if native is None:
+            return False
+        joined = []
+        for (slot, number), cached in zip(native.joined.tolist(), native.cached.tolist(), strict=True):
+            sequence = self._sequences[number]
+            if not sequence.output_ids:
+                sequence.cached_tokens = cached
+            joined.append(
+                Joined(
+                    slot=slot,
+                    params=sequence.request.params,
+                    prompt_ids=sequence.request.prompt_ids,
+                    output_ids=tuple(sequence.output_ids),
+                )
+            )
+        plan = StepPlan(
+            step=native.step,
+            slots=native.slots,
+            query_start=native.query_start,
+            token_ids=native.token_ids,
+            context_lens=native.context_lens,
+            sampled=native.sampled,
+            page_delta=native.page_delta,
+            joined=tuple(joined),
+        )
+        self._step_started_s = self._step_started_s or time.monotonic()
+        self._launched.append((plan, native.numbers, self._executor.launch(plan)))
+        return True
+
+    def _commit(self, plan: StepPlan, numbers: Ints, pending: Pending) -> None:
+        try:
+            result = pending.result()
+        except StepError as error:
+            log.error("step %d failed: %s", plan.step, error)
+            result = StepResult(
+                step=plan.step,
+                token_ids=np.zeros(plan.rows, np.int32),
+                failed=dict.fromkeys(range(plan.rows), str(error)),
+            )
+        self._step_started_s = time.monotonic() if self._launched else None
+        stop = np.zeros(plan.rows, np.bool_)
+        for row, number in enumerate(numbers.tolist()):
+            sequence = self._sequences.get(number)
+            if sequence is None:
+                continue  # ended while this step was in flight; the lifecycle drops its result
+            if row in result.failed:
+                self._scheduler.abort(number)
+                self._end(sequence, "error", error=result.failed[row])
+            elif plan.sampled[row]:
+                stop[row] = self._accept(sequence, row, result)
+        self._scheduler.commit(plan.step, result.token_ids, stop)
+
+    def _start(self, number: int, request: Request, stream: Stream) -> None:
+        params = request.params
+        ends = () if params.ignore_eos else self.tokenizer.eos_ids
+        sequence = _Sequence(
+            number=number,
+            request=request,
+            stream=stream,
+            detokenizer=Detokenizer(self.tokenizer, params.stop),
+            stop_ids=frozenset((*ends, *params.stop_token_ids)),
+        )
+        self._sequences[number] = sequence
+        if self._closing:
+            return
+        self._prompt_tokens += len(request.prompt_ids)
+        max_tokens = params.max_tokens
+        assert max_tokens is not None, "settled by _resolve"
+        prompt = np.asarray(request.prompt_ids, np.int32)
+        self._scheduler.submit(number, prompt, max_tokens, request.salt)
+
+    def _cancel(self, number: int) -> None:
+        sequence = self._sequences.get(number)
+        if sequence is not None:
+            self._scheduler.abort(number)
+            self._end(sequence, "abort")
+
+    def _accept(self, sequence: _Sequence, row: int, result: StepResult) -> bool:
+        """Take a sampled token into the sequence; true if it ends there."""
+        token = int(result.token_ids[row])
+        sequence.output_ids.append(token)
+        self._generation_tokens += 1
+        sequence.withheld_ids.append(token)
+        if row in result.logprobs:
+            chosen, ids, values = result.logprobs[row]
+            top = tuple(zip(ids, values, strict=True))
+            sequence.withheld_logprobs.append(TokenLogprob(token, chosen, top))
+        if token in sequence.stop_ids:
+            self._end(sequence, "stop")
+            return True
+        piece = sequence.detokenizer.push(token)
+        if piece.stopped:
+            self._end(sequence, "stop", text=piece.text)
+            return True
+        if len(sequence.output_ids) == sequence.request.params.max_tokens:
+            self._end(sequence, "length", text=piece.text)
+            return False  # the scheduler counts too
+        if piece.tokens:
+            self._outbox.append((sequence.stream, self._delta(sequence, piece.text, piece.tokens)))
+        return False
+
+    def _delta(self, sequence: _Sequence, text: str, tokens: int) -> Delta:
+        logprobs = sequence.withheld_logprobs
+        return Delta(
+            text=text,
+            token_ids=tuple(sequence.withheld_ids.popleft() for _ in range(tokens)),
+            logprobs=tuple(logprobs.popleft() for _ in range(min(tokens, len(logprobs)))),
+        )
+
+    def _end(
+        self, sequence: _Sequence, reason: FinishReason, *, text: str = "", error: str | None = None
+    ) -> None:
+        if not sequence.detokenizer.stopped:
+            text += sequence.detokenizer.flush()
+        last = attrs.evolve(
+            self._delta(sequence, text, len(sequence.withheld_ids)),
+            finish_reason=reason,
+            usage=sequence.usage(),
+            error=error,
+        )
+        self._outbox.append((sequence.stream, last))
+        self._finished[reason] += 1
+        del self._sequences[sequence.number]
+        with self._wake:
+            self._open -= 1
+            self._wake.notify_all()
+
+    def _post(self) -> None:
+        """Hand the step's deltas on: at once to blocking readers, by one call to each loop."""
+        by_loop: dict[asyncio.AbstractEventLoop | None, list[tuple[Stream, Delta]]] = {}
+        for item in self._outbox:
+            by_loop.setdefault(item[0].loop, []).append(item)
+        self._outbox = []
+        for loop, batch in by_loop.items():
+            if loop is None:
+                deliver(batch)
+                continue
+            try:
+                loop.call_soon_threadsafe(deliver, batch)
+            except RuntimeError:  # the loop is closed: nobody is left to read
+                for stream, _ in batch:
+                    stream.abort()
+
+
+def _silent(_phase: str, _done: int, _total: int) -> None:
+    """The progress of nobody watching."""
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+def _prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt, or several, as several."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if prompts and isinstance(prompts[0], int):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _completion(whole: Delta) -> Completion:
+    if whole.finish_reason == "error":
+        raise StepError(whole.error or "the step failed")
+    assert whole.finish_reason is not None and whole.usage is not None
+    return Completion(
+        text=whole.text,
+        token_ids=whole.token_ids,
+        finish_reason=whole.finish_reason,
+        usage=whole.usage,
+        logprobs=whole.logprobs,
+    )

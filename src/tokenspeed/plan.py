@@ -1,0 +1,95 @@
+"""StepPlan and StepResult: the only two values that cross between scheduler and executor.
+
+Rule: a plan says what to compute and where its KV lies; it says nothing about why. Rows are in
+plan order everywhere; a *slot* is a running request's index in the executor's persistent state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from attrs import field, frozen
+from numpy.typing import NDArray
+
+from tokenspeed.request import SamplingParams
+
+__all__ = ["FROM_DEVICE", "Joined", "StepPlan", "StepResult"]
+
+Ints = NDArray[np.int32]
+
+FROM_DEVICE = -1
+"""In `StepPlan.token_ids`: the token that an earlier step sampled for this slot, on the device."""
+
+
+@frozen(kw_only=True)
+class Joined:
+    """A request that takes a slot with this step: what the sampler must know about it.
+
+    Attributes:
+        slot: index in [0, slots).
+        params: with `seed` resolved (never None) and `max_tokens` resolved.
+        prompt_ids: the prompt, for the repetition penalty.
+        output_ids: ids generated before a preemption; empty at first.
+    """
+
+    slot: int
+    params: SamplingParams
+    prompt_ids: tuple[int, ...]
+    output_ids: tuple[int, ...] = ()
+
+
+@frozen(kw_only=True, eq=False)
+class StepPlan:
+    """One forward step over `rows` sequences and `tokens` input tokens (prefill and decode mixed).
+
+    Attributes:
+        step: number of the step, from 0; the result echoes it.
+        slots: int32[rows], distinct.
+        query_start: int32[rows + 1]; row i feeds tokens [query_start[i], query_start[i + 1]).
+        token_ids: int32[tokens]; FROM_DEVICE where the CPU does not know the token yet.
+        context_lens: int32[rows]; KV tokens that precede the row's first input token. Input token j
+            of the row has position context_lens[i] + j and its KV is written there.
+        sampled: bool[rows]; the row's last logits are sampled (false within a prompt).
+        page_delta: int32[changes, 3]; (slot, index, page): page-table entries that changed since
+            the last plan, to be applied in order before the step. Position p of a slot lies in
+            page table[slot, p // page_size] at offset p % page_size.
+        joined: requests that take a slot with this step; the slot's sampler state starts anew.
+    """
+
+    step: int
+    slots: Ints
+    query_start: Ints
+    token_ids: Ints
+    context_lens: Ints
+    sampled: NDArray[np.bool_]
+    page_delta: Ints
+    joined: tuple[Joined, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """Sequences in the step."""
+        return len(self.slots)
+
+    @property
+    def tokens(self) -> int:
+        """Input tokens in the step."""
+        return len(self.token_ids)
+
+
+@frozen(kw_only=True, eq=False)
+class StepResult:
+    """What a step computed.
+
+    Attributes:
+        step: the plan's number.
+        token_ids: int32[rows]; the sampled token, or -1 for a row that was not sampled.
+        logprobs: row -> (log-probability of the token, its top ids, their log-probabilities), for
+            sampled rows that asked for them.
+        failed: row -> reason, for rows whose logits were not finite; the other rows are good.
+    """
+
+    step: int
+    token_ids: Ints
+    logprobs: Mapping[int, tuple[float, tuple[int, ...], tuple[float, ...]]] = field(factory=dict)
+    failed: Mapping[int, str] = field(factory=dict)

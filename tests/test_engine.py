@@ -1,0 +1,202 @@
+"""The whole engine on the real model: the same ids whatever the schedule, and nothing is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+
+import pytest
+from models_here import needs_reference, needs_smollm2, reference
+
+from tokenspeed.config import EngineConfig
+from tokenspeed.engine import Engine
+from tokenspeed.errors import ConfigError, EngineStopped, OverloadedError, RequestError, StepError
+from tokenspeed.request import Completion, Request, SamplingParams
+
+pytestmark = needs_smollm2
+
+GREEDY = SamplingParams(temperature=0, max_tokens=64)
+
+
+def make(**settings: object) -> Engine:
+    return Engine.from_pretrained(config=EngineConfig(dtype="float32", **settings))  # type: ignore[arg-type]
+
+
+def run(engine: Engine, *, together: bool) -> list[list[int]]:
+    prompts = [record["prompt_ids"] for record in reference()]
+    batches = [prompts] if together else [[prompt] for prompt in prompts]
+    done: list[Completion] = []
+    for batch in batches:
+        done += engine.generate(batch, GREEDY)
+    return [list(completion.token_ids) for completion in done]
+
+
+def expected() -> list[list[int]]:
+    return [record["output_ids"] for record in reference()]
+
+
+def pages_back(engine: Engine) -> bool:
+    stats = engine.stats()
+    return stats.pages_free + stats.pages_cached == stats.pages_total
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    with make() as shared:
+        yield shared
+
+
+@needs_reference
+@pytest.mark.parametrize("overlap", [0, 1])
+@pytest.mark.parametrize("prefill_chunk", [16, 512])
+def test_greedy_ids_equal_the_reference(overlap: int, prefill_chunk: int) -> None:
+    with make(overlap=overlap, prefill_chunk=prefill_chunk, slots=8) as engine:
+        assert run(engine, together=False) == expected()
+        assert run(engine, together=True) == expected()
+        hits = engine.stats().prefix_cache_hits
+        assert hits > 0, "the second pass must have been served from the prefix cache"
+        assert pages_back(engine)
+
+
+@needs_reference
+@pytest.mark.parametrize("overlap", [0, 1])
+def test_greedy_ids_survive_preemption(overlap: int) -> None:
+    longest = max(len(r["prompt_ids"]) + 64 for r in reference())
+    pages = -(-longest // 8) + 4
+    with make(overlap=overlap, page_size=8, pages=pages, slots=8, prefill_chunk=64) as engine:
+        assert run(engine, together=True) == expected()
+        assert engine.stats().preemptions > 0, "the pool is too small to hold all five"
+        assert pages_back(engine)
+
+
+@needs_reference
+def test_cached_tokens_are_reported(engine: Engine) -> None:
+    prompt = max((r["prompt_ids"] for r in reference()), key=len)
+    engine.generate(prompt, GREEDY)
+    (again,) = engine.generate(prompt, GREEDY)
+    size = engine.config.page_size
+    assert again.usage.cached_tokens == (len(prompt) - 1) // size * size
+
+
+def test_seeded_sampling_does_not_depend_on_company(engine: Engine) -> None:
+    params = SamplingParams(temperature=1.0, top_p=0.95, seed=7, max_tokens=24)
+    prompt = engine.encode_chat([{"role": "user", "content": "Tell me a story."}])
+    (alone,) = engine.generate([prompt], params)
+    others = [engine.tokenizer.encode(f"Fact {i}:", special=False) for i in range(4)]
+    together = engine.generate([prompt, *others], params)
+    assert together[0].token_ids == alone.token_ids
+
+
+def test_stop_string_cuts_the_text(engine: Engine) -> None:
+    prompt = "1 2 3 4 5 6"
+    (free,) = engine.generate(prompt, SamplingParams(temperature=0, max_tokens=24))
+    stop = free.text[5:8]
+    (cut,) = engine.generate(prompt, SamplingParams(temperature=0, max_tokens=24, stop=(stop,)))
+    assert cut.finish_reason == "stop"
+    assert cut.text == free.text[: free.text.index(stop)]
+
+
+def test_logprobs_come_with_their_tokens(engine: Engine) -> None:
+    params = SamplingParams(temperature=0, max_tokens=6, logprobs=3)
+    (done,) = engine.generate("The capital of France is", params)
+    assert [p.token_id for p in done.logprobs] == list(done.token_ids)
+    for entry in done.logprobs:
+        assert len(entry.top) == 3
+        assert entry.top[0] == (entry.token_id, pytest.approx(entry.logprob))
+
+
+def test_stream_equals_generate(engine: Engine) -> None:
+    params = SamplingParams(temperature=0, max_tokens=16)
+    (whole,) = engine.generate("Once upon a time", params)
+    deltas = list(engine.stream("Once upon a time", params))
+    assert "".join(d.text for d in deltas) == whole.text
+    assert [t for d in deltas for t in d.token_ids] == list(whole.token_ids)
+    assert deltas[-1].finish_reason == "length"
+
+    async def read() -> str:
+        return "".join([d.text async for d in engine.astream("Once upon a time", params)])
+
+    assert asyncio.run(read()) == whole.text
+
+
+def test_leaving_a_stream_returns_its_pages(engine: Engine) -> None:
+    for taken in range(4):
+        stream = engine.stream("Once upon a time", SamplingParams(max_tokens=200))
+        for _ in range(taken):
+            next(stream)
+        stream.close()  # type: ignore[attr-defined]
+    engine.generate("Hi", SamplingParams(max_tokens=1))
+    assert pages_back(engine)
+
+
+@pytest.mark.parametrize(
+    ("request_", "field"),
+    [
+        (Request(prompt_ids=()), "prompt"),
+        (Request(prompt_ids=(-1,)), "prompt"),
+        (Request(prompt_ids=(10**9,)), "prompt"),
+        (Request(prompt_ids=(1,), params=SamplingParams(max_tokens=10**6)), "max_tokens"),
+        (Request(prompt_ids=(1,), params=SamplingParams(logit_bias={10**9: 1.0})), "logit_bias"),
+        (Request(prompt_ids=(1,) * 9000), "prompt"),
+    ],
+)
+def test_bad_requests_are_refused_at_the_door(engine: Engine, request_: Request, field: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        engine.submit(request_)
+    assert caught.value.field == field
+
+
+def test_overload_and_stop_are_values_not_losses() -> None:
+    with make(slots=1, waiting_max=1, pages=64, context_max=512) as engine:
+        request = Request(prompt_ids=(1, 2, 3), params=SamplingParams(max_tokens=400))
+        streams = [engine.submit(request) for _ in range(2)]
+        with pytest.raises(OverloadedError):
+            engine.submit(request)
+        for stream in streams:
+            stream.abort()
+            assert list(stream)[-1].finish_reason == "abort"
+        assert engine.drain(timeout_s=10)
+        with pytest.raises(EngineStopped):
+            engine.submit(request)
+    assert not engine.health().live
+
+
+def test_a_failing_step_fails_its_requests_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    with make(pages=64, context_max=256) as engine:
+        launch, calls = engine._executor.launch, threading.Semaphore(1)
+
+        class Broken:
+            def result(self) -> object:
+                raise StepError("injected")
+
+        def fail_once(plan: object) -> object:
+            pending = launch(plan)  # type: ignore[arg-type]
+            if calls.acquire(blocking=False):
+                pending.result()
+                return Broken()
+            return pending
+
+        monkeypatch.setattr(engine._executor, "launch", fail_once)
+        with pytest.raises(StepError, match="injected"):
+            engine.generate("Hello", SamplingParams(max_tokens=4))
+        (good,) = engine.generate("Hello", SamplingParams(max_tokens=4))
+        assert good.usage.completion_tokens > 0
+        assert engine.health().ready
+        assert pages_back(engine)
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"dtype": "float16"}, "dtype"),
+        ({"page_size": 0}, "page_size"),
+        ({"pages": 0}, "pages"),
+        ({"overlap": 2}, "overlap"),
+        ({"prefill_chunk": 1}, "prefill_chunk"),
+        ({"slots": True}, "slots"),
+    ],
+)
+def test_bad_settings_name_the_field(settings: dict[str, object], field: str) -> None:
+    with pytest.raises(ConfigError, match=field):
+        EngineConfig(**settings)  # type: ignore[arg-type]
