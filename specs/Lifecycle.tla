@@ -128,10 +128,10 @@ Submit(r) ==
   /\ UNCHANGED <<tab, done, known, page, plan, inflight>>
 
 Admit(r) ==      \* looking a prefix up and pinning it is one action
+  /\ Move("Admit", r, "Prefilling")
   /\ ~Starved
   /\ SlotFree
   /\ FirstQueued(r)
-  /\ Move("Admit", r, "Prefilling")
   /\ LET m == Match(r) IN
        /\ tab'  = [tab EXCEPT ![r] = m]
        /\ done' = [done EXCEPT ![r] = Len(m)]
@@ -152,18 +152,18 @@ GiveBack(r) ==   \* shared pages lose a reference, exclusive pages become free
   /\ done' = [done EXCEPT ![r] = 0]
 
 Release(r) ==    \* no page returns while a launched step may touch it
-  /\ ~Pinned(r)
   /\ \E to \in State : Move("Release", r, to)
+  /\ ~Pinned(r)
   /\ GiveBack(r)
   /\ UNCHANGED <<age, known, plan, inflight>>
 
 Preempt(r) ==    \* the youngest gives way; the oldest can always go on
+  /\ Move("Preempt", r, "Preempted")
   /\ Starved
   /\ NoneEvictable
   /\ Youngest(r)
   /\ ~Alone(r)
   /\ ~Pinned(r)
-  /\ Move("Preempt", r, "Preempted")
   /\ GiveBack(r)
   /\ UNCHANGED <<age, known, plan, inflight>>
 
@@ -171,9 +171,9 @@ Preempt(r) ==    \* the youngest gives way; the oldest can always go on
 (* Steps                                                                    *)
 
 Schedule(r, p) ==
+  /\ Move("Schedule", r, st[r])
   /\ Wants(r)
   /\ FirstWants(r)
-  /\ Move("Schedule", r, st[r])
   /\ p \in FreePages
   /\ tab'  = [tab EXCEPT ![r] = Append(@, p)]
   /\ page' = [page EXCEPT ![p] = [kind |-> "Exclusive", ref |-> 0, key |-> Null]]

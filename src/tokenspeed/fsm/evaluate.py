@@ -1,0 +1,635 @@
+"""The interpreter: what an expression of the spec means. Every printer is held against it.
+
+Rule: TLA+ values are plain immutable Python values, and evaluation is a closure per expression.
+
+    number, string, boolean   int, str, bool
+    set                       frozenset
+    sequence, tuple           tuple (a function whose domain is 1..n is the same value)
+    function, record          Function
+
+A state is a tuple of values in the order of the module's variables. An expression is compiled to
+`f(state, next, env)`: `next` is the successor being built, with UNSET where nothing is assigned
+yet; `env` holds the values of bound names, innermost last.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, final
+
+from tokenspeed.fsm.syntax import Bound, Definition, Expr, Module
+
+__all__ = ["UNSET", "Evaluator", "Function", "Label", "State", "show"]
+
+Value = Any
+State = tuple[Value, ...]
+Env = tuple[Value, ...]
+Code = Callable[[State, State, Env], Value]
+Steps = Callable[[State, State, Env], Iterator[State]]
+Label = tuple[str, tuple[Value, ...]]
+Names = tuple[str, ...]
+
+
+class _Unset:
+    def __repr__(self) -> str:
+        return "UNSET"
+
+
+UNSET = _Unset()
+"""A variable of the successor that no conjunct has assigned yet."""
+
+NATURALS = object()
+BOOLEANS = frozenset((True, False))
+
+
+@final
+class Function:
+    """A function with a finite domain that is not 1..n; records are functions of field names."""
+
+    __slots__ = ("_hash", "items")
+
+    def __init__(self, items: dict[Value, Value]) -> None:
+        self.items = items
+        self._hash: int | None = None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Function) and self.items == other.items
+
+    def __hash__(self) -> int:
+        if self._hash is None:
+            self._hash = hash(frozenset(self.items.items()))
+        return self._hash
+
+    def __repr__(self) -> str:
+        return show(self)
+
+
+def function(items: dict[Value, Value]) -> Value:
+    """A function as a value: a tuple if its domain is 1..n."""
+    n = len(items)
+    if all(type(k) is int for k in items) and all(i in items for i in range(1, n + 1)):
+        return tuple(items[i] for i in range(1, n + 1))
+    return Function(items)
+
+
+def show(value: Value) -> str:
+    """A value in TLA+ syntax, sets and functions in a fixed order."""
+    match value:
+        case bool():
+            return "TRUE" if value else "FALSE"
+        case str():
+            return f'"{value}"'
+        case frozenset():
+            return "{" + ", ".join(sorted(map(show, value))) + "}"
+        case tuple():
+            return "<<" + ", ".join(map(show, value)) + ">>"
+        case Function():
+            pairs = sorted((show(k), show(v)) for k, v in value.items.items())
+            return "(" + " @@ ".join(f"{k} :> {v}" for k, v in pairs) + ")"
+    return str(value)
+
+
+def apply(fn: Value, arg: Value) -> Value:
+    """`fn[arg]`."""
+    if type(fn) is tuple:
+        if not 1 <= arg <= len(fn):
+            raise KeyError(f"{show(fn)}[{arg}] is outside the domain")
+        return fn[arg - 1]
+    return fn.items[arg]
+
+
+def domain(fn: Value) -> frozenset[Value]:
+    """`DOMAIN fn`."""
+    return frozenset(range(1, len(fn) + 1)) if type(fn) is tuple else frozenset(fn.items)
+
+
+def updated(fn: Value, path: tuple[Value, ...], change: Callable[[Value], Value]) -> Value:
+    """`[fn EXCEPT !path = change(@)]`; a path outside the domain leaves the function as it is."""
+    if not path:
+        return change(fn)
+    key, rest = path[0], path[1:]
+    if key not in domain(fn):
+        return fn
+    if type(fn) is tuple:
+        return (*fn[: key - 1], updated(fn[key - 1], rest, change), *fn[key:])
+    return Function({**fn.items, key: updated(fn.items[key], rest, change)})
+
+
+def member(value: Value, container: Value) -> bool:
+    """`value \\in container`, where the container may be a set that is not enumerated."""
+    return bool(container(value)) if callable(container) else value in container
+
+
+def _same(a: Value, b: Value) -> bool:
+    return bool(a == b)
+
+
+def _subset(a: Value, b: Value) -> bool:
+    return all(member(x, b) for x in a) if callable(b) else a <= b
+
+
+def _without(a: Value, b: Value) -> Value:
+    return (lambda v: member(v, a) and not member(v, b)) if callable(a) else a - b
+
+
+def _subsets(values: frozenset[Value]) -> frozenset[Value]:
+    items = sorted(values, key=show)
+    sizes = range(len(items) + 1)
+    return frozenset(frozenset(c) for n in sizes for c in itertools.combinations(items, n))
+
+
+_INFIX: dict[str, Callable[[Value, Value], Value]] = {
+    "eq": _same,
+    "ne": operator.ne,
+    "in": member,
+    "notin": lambda x, s: not member(x, s),
+    "subseteq": _subset,
+    "union": operator.or_,
+    "intersect": operator.and_,
+    "minus_set": _without,
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "lt": operator.lt,
+    "gt": operator.gt,
+    "le": operator.le,
+    "ge": operator.ge,
+    "range": lambda a, b: frozenset(range(a, b + 1)),
+    "concat": operator.add,
+    "iff": _same,
+}
+_PREFIX: dict[str, Callable[[Value], Value]] = {
+    "not": operator.not_,
+    "neg": operator.neg,
+    "domain": domain,
+    "powerset": _subsets,
+    "big_union": lambda sets: frozenset().union(*sets),
+}
+_BUILTIN: dict[str, Callable[..., Value]] = {
+    "Len": len,
+    "Head": operator.itemgetter(0),
+    "Tail": lambda s: s[1:],
+    "Append": lambda s, x: (*s, x),
+    "SubSeq": lambda s, a, b: s[a - 1 : b],
+    "Seq": lambda s: lambda v: type(v) is tuple and all(member(x, s) for x in v),
+    "Cardinality": len,
+}
+
+
+class Evaluator:
+    """One module with its constants: compiles its definitions once and keeps them.
+
+    Args:
+        module: as parsed; what it EXTENDS must be Naturals, Sequences or FiniteSets.
+        constants: a value for each CONSTANT.
+        extra: further definitions, which come before the module's own.
+    """
+
+    def __init__(
+        self,
+        module: Module,
+        constants: Mapping[str, Value],
+        extra: Mapping[str, Definition] | None = None,
+    ) -> None:
+        self.variables = module.variables
+        self._constants = dict(constants)
+        self._definitions = {**(extra or {}), **{d.name: d for d in module.definitions}}
+        self._index = {name: i for i, name in enumerate(self.variables)}
+        self._bodies: dict[str, Code] = {}
+        self._steps: dict[str, Steps] = {}
+        self._start: State = (UNSET,) * len(self.variables)
+
+    # --- values ---------------------------------------------------------------------------------
+
+    def value(self, name: str, state: State = ()) -> Value:
+        """The value of a definition without parameters, in a state if it mentions variables."""
+        return self._body(name)(state, self._start, ())
+
+    def predicate(self, name: str) -> Callable[[State], bool]:
+        """A definition without parameters as a function of the state."""
+        body = self._body(name)
+        return lambda state: bool(body(state, self._start, ()))
+
+    def step_predicate(self, expr: Expr) -> Callable[[State, State], bool]:
+        """An action as a relation between two states."""
+        code = self._code(expr, ())
+        return lambda state, after: bool(code(state, after, ()))
+
+    def expression(self, expr: Expr) -> Callable[[State], Value]:
+        """Any state-level expression as a function of the state."""
+        code = self._code(expr, ())
+        return lambda state: code(state, self._start, ())
+
+    def definition(self, name: str) -> Definition:
+        """A definition by name."""
+        return self._definitions[name]
+
+    # --- behaviours -----------------------------------------------------------------------------
+
+    def initial(self, name: str) -> list[State]:
+        """All states that satisfy the definition `name`, in a fixed order."""
+        steps = self._action(self._definitions[name].body, (), prime=False)
+        return list(steps(self._start, self._start, ()))
+
+    def successors(self, name: str) -> Callable[[State], Iterator[tuple[Label, State]]]:
+        """Every way to satisfy the action `name`, labelled with the operator that it went through."""
+        found = self._labelled(self._definitions[name].body, ())
+        start = self._start
+
+        def run(state: State) -> Iterator[tuple[Label, State]]:
+            for label, after in found(state, start, ()):
+                if UNSET in after:
+                    missing = self.variables[after.index(UNSET)]
+                    raise ValueError(f"{label[0]} does not say what {missing}' is")
+                yield label, after
+
+        return run
+
+    def _labelled(
+        self, expr: Expr, names: Names
+    ) -> Callable[[State, State, Env], Iterator[tuple[Label, State]]]:
+        if expr.op == "or":
+            branches = [self._labelled(arg, names) for arg in expr.exprs()]
+            return lambda s, t, env: (item for branch in branches for item in branch(s, t, env))
+        if expr.op == "exists":
+            inner, sets = self._bind(expr, names)
+            body = self._labelled(expr.expr(-1), inner)
+            return lambda s, t, env: (
+                item for bound in _choices(sets, s, t, env) for item in body(s, t, bound)
+            )
+        if expr.op in ("name", "call"):
+            name = str(expr.args[0])
+            args = [self._code(arg, names) for arg in expr.exprs()]
+            steps = self._action(expr, names)
+            return lambda s, t, env: (
+                ((name, tuple(arg(s, t, env) for arg in args)), after) for after in steps(s, t, env)
+            )
+        raise expr.span.error("Next is a disjunction of named actions, under \\E if they have arguments")
+
+    # --- actions --------------------------------------------------------------------------------
+
+    def _action(self, expr: Expr, names: Names, *, prime: bool = True) -> Steps:
+        """Compile to the successors that satisfy it; `prime` false reads `x = v` as the assignment.
+
+        A disjunction or an existential gives a successor for each branch that holds, guards
+        included: that is how the standard tools count `generated`.
+        """
+        match expr.op:
+            case "and":
+                return _sequence([self._action(arg, names, prime=prime) for arg in expr.exprs()])
+            case "or":
+                branches = [self._action(arg, names, prime=prime) for arg in expr.exprs()]
+                return lambda s, t, env: (a for branch in branches for a in branch(s, t, env))
+            case "exists":
+                inner, sets = self._bind(expr, names)
+                body = self._action(expr.expr(-1), inner, prime=prime)
+                return lambda s, t, env: (
+                    a for bound in _choices(sets, s, t, env) for a in body(s, t, bound)
+                )
+            case "eq" | "in" if (target := self._target(expr.expr(0), prime)) is not None:
+                return self._assignment(target, expr, names)
+            case "unchanged":
+                return _unchanged(self._changed_variables(expr.expr(0)))
+            case "name" | "call" if expr.args[0] in self._definitions and expr.args[0] not in names:
+                return self._operator_steps(expr, names)
+            case "let":
+                inner, values = self._locals(expr, names)
+                body = self._action(expr.expr(-1), inner, prime=prime)
+                return lambda s, t, env: body(s, t, values(s, t, env))
+        test = self._code(expr, names)
+        return lambda s, t, env: iter((t,)) if test(s, t, env) else iter(())
+
+    def _target(self, expr: Expr, prime: bool) -> int | None:
+        """The variable that an equation assigns, if it does."""
+        if prime and expr.op == "prime":
+            expr = expr.expr(0)
+        elif prime:
+            return None
+        return self._index.get(str(expr.args[0])) if expr.op == "name" else None
+
+    def _assignment(self, index: int, expr: Expr, names: Names) -> Steps:
+        code = self._code(expr.expr(1), names)
+        choose = expr.op == "in"
+
+        def steps(s: State, t: State, env: Env) -> Iterator[State]:
+            value = code(s, t, env)
+            options = sorted(value, key=show) if choose else (value,)
+            if t[index] is UNSET:
+                for option in options:
+                    yield (*t[:index], option, *t[index + 1 :])
+            elif t[index] in options:
+                yield t
+
+        return steps
+
+    def _changed_variables(self, expr: Expr) -> list[int]:
+        if expr.op == "tuple":
+            return [i for arg in expr.exprs() for i in self._changed_variables(arg)]
+        name = str(expr.args[0])
+        if name in self._index:
+            return [self._index[name]]
+        return self._changed_variables(self._definitions[name].body)
+
+    def _operator_steps(self, expr: Expr, names: Names) -> Steps:
+        name = str(expr.args[0])
+        definition = self._definitions[name]
+        if name not in self._steps:
+            self._steps[name] = self._action(definition.body, definition.params)
+        steps = self._steps[name]
+        args = [self._code(arg, names) for arg in expr.exprs()]
+        self._check_arity(expr, definition, len(args))
+        return lambda s, t, env: steps(s, t, tuple(arg(s, t, env) for arg in args))
+
+    # --- expressions ----------------------------------------------------------------------------
+
+    def _body(self, name: str) -> Code:
+        if name not in self._bodies:
+            definition = self._definitions[name]
+            self._bodies[name] = self._code(definition.body, definition.params)
+        return self._bodies[name]
+
+    def _check_arity(self, expr: Expr, definition: Definition, got: int) -> None:
+        if got != len(definition.params):
+            want = len(definition.params)
+            raise expr.span.error(f"{definition.name}: got {got} arguments; expected {want}")
+
+    def _code(self, expr: Expr, names: Names) -> Code:
+        build = getattr(self, f"_{expr.op}", None)
+        if build is not None:
+            code: Code = build(expr, names)
+            return code
+        if expr.op in _INFIX:
+            infix, (left, right) = _INFIX[expr.op], self._codes(expr, names)
+            return lambda s, t, env: infix(left(s, t, env), right(s, t, env))
+        if expr.op in _PREFIX:
+            prefix, (only,) = _PREFIX[expr.op], self._codes(expr, names)
+            return lambda s, t, env: prefix(only(s, t, env))
+        raise expr.span.error(f"{expr.op} has no value here; it is temporal, or outside the subset")
+
+    def _codes(self, expr: Expr, names: Names) -> list[Code]:
+        return [self._code(arg, names) for arg in expr.exprs()]
+
+    def _name(self, expr: Expr, names: Names) -> Code:
+        name = str(expr.args[0])
+        if name in names:
+            at = len(names) - 1 - names[::-1].index(name) - len(names)
+            return lambda s, t, env: env[at]
+        if name in self._index:
+            index = self._index[name]
+            return lambda s, t, env: s[index]
+        if name in self._constants:
+            value = self._constants[name]
+            return lambda s, t, env: value
+        if name in self._definitions:
+            return self._call(expr, names)
+        if name == "Nat":
+            return lambda s, t, env: lambda v: type(v) is int and v >= 0
+        if name == "BOOLEAN":
+            return lambda s, t, env: BOOLEANS
+        raise expr.span.error(f"unknown name {name}; define it, or give the constant a value")
+
+    def _call(self, expr: Expr, names: Names) -> Code:
+        name = str(expr.args[0])
+        args = self._codes(expr, names)
+        if name not in self._definitions:
+            builtin = _BUILTIN.get(name)
+            if builtin is None:
+                raise expr.span.error(f"unknown operator {name}")
+            return lambda s, t, env: builtin(*(arg(s, t, env) for arg in args))
+        self._check_arity(expr, self._definitions[name], len(args))
+        body = self._body(name)
+        if len(args) == 1:
+            (only,) = args
+            return lambda s, t, env: body(s, t, (only(s, t, env),))
+        return lambda s, t, env: body(s, t, tuple(arg(s, t, env) for arg in args))
+
+    def _prime(self, expr: Expr, names: Names) -> Code:
+        code = self._code(expr.expr(0), names)
+        return lambda s, t, env: code(t, t, env)
+
+    def _unchanged(self, expr: Expr, names: Names) -> Code:
+        indexes = self._changed_variables(expr.expr(0))
+        return lambda s, t, env: all(s[i] == t[i] for i in indexes)
+
+    def _naturals(self, _expr: Expr, _names: Names) -> Code:
+        return lambda s, t, env: lambda v: type(v) is int and v >= 0
+
+    def _booleans(self, _expr: Expr, _names: Names) -> Code:
+        return lambda s, t, env: BOOLEANS
+
+    def _literal(self, expr: Expr, _names: Names) -> Code:
+        value = expr.args[0]
+        return lambda s, t, env: value
+
+    _nat = _bool = _string = _literal
+
+    def _and(self, expr: Expr, names: Names) -> Code:
+        codes = self._codes(expr, names)
+        return lambda s, t, env: all(code(s, t, env) for code in codes)
+
+    def _or(self, expr: Expr, names: Names) -> Code:
+        codes = self._codes(expr, names)
+        return lambda s, t, env: any(code(s, t, env) for code in codes)
+
+    def _implies(self, expr: Expr, names: Names) -> Code:
+        left, right = self._codes(expr, names)
+        return lambda s, t, env: not left(s, t, env) or right(s, t, env)
+
+    def _if(self, expr: Expr, names: Names) -> Code:
+        test, yes, no = self._codes(expr, names)
+        return lambda s, t, env: yes(s, t, env) if test(s, t, env) else no(s, t, env)
+
+    def _case(self, expr: Expr, names: Names) -> Code:
+        codes = self._codes(expr, names)
+        arms = list(zip(codes[::2], codes[1::2], strict=True))
+
+        def run(s: State, t: State, env: Env) -> Value:
+            for test, value in arms:
+                if test(s, t, env):
+                    return value(s, t, env)
+            raise expr.span.error("no arm of this CASE holds; add OTHER")
+
+        return run
+
+    def _tuple(self, expr: Expr, names: Names) -> Code:
+        codes = self._codes(expr, names)
+        return lambda s, t, env: tuple(code(s, t, env) for code in codes)
+
+    def _set(self, expr: Expr, names: Names) -> Code:
+        codes = self._codes(expr, names)
+        return lambda s, t, env: frozenset(code(s, t, env) for code in codes)
+
+    def _record(self, expr: Expr, names: Names) -> Code:
+        keys, codes = expr.args[::2], self._codes(expr, names)
+        pairs = list(zip(keys, codes, strict=True))
+        return lambda s, t, env: Function({key: code(s, t, env) for key, code in pairs})
+
+    def _records(self, expr: Expr, names: Names) -> Code:
+        keys, codes = expr.args[::2], self._codes(expr, names)
+
+        def run(s: State, t: State, env: Env) -> Value:
+            sets = dict(zip(keys, (code(s, t, env) for code in codes), strict=True))
+            return lambda v: (
+                type(v) is Function
+                and v.items.keys() == sets.keys()
+                and all(member(v.items[k], each) for k, each in sets.items())
+            )
+
+        return run
+
+    def _functions(self, expr: Expr, names: Names) -> Code:
+        source, target = self._codes(expr, names)
+
+        def run(s: State, t: State, env: Env) -> Value:
+            keys, values = source(s, t, env), target(s, t, env)
+            return lambda v: domain(v) == keys and all(member(apply(v, k), values) for k in keys)
+
+        return run
+
+    def _apply(self, expr: Expr, names: Names) -> Code:
+        fn, arg = self._codes(expr, names)
+        return lambda s, t, env: apply(fn(s, t, env), arg(s, t, env))
+
+    def _field(self, expr: Expr, names: Names) -> Code:
+        record, name = self._code(expr.expr(0), names), expr.args[1]
+        return lambda s, t, env: record(s, t, env).items[name]
+
+    def _except(self, expr: Expr, names: Names) -> Code:
+        base = self._code(expr.expr(0), names)
+        inner = (*names, "@")
+        updates = []
+        for update in expr.exprs()[1:]:
+            *path, value = update.exprs()
+            updates.append(([self._code(p, names) for p in path], self._code(value, inner)))
+
+        def run(s: State, t: State, env: Env) -> Value:
+            result = base(s, t, env)
+            for path, value in updates:
+                keys = tuple(code(s, t, env) for code in path)
+                result = updated(result, keys, lambda old, v=value: v(s, t, (*env, old)))
+            return result
+
+        return run
+
+    def _at(self, expr: Expr, names: Names) -> Code:
+        return self._name(Expr("name", ("@",), expr.span), names)
+
+    def _bind(self, expr: Expr, names: Names) -> tuple[Names, list[Code]]:
+        """The names in scope inside, and a set for each new one."""
+        inner, sets = names, []
+        for bound in expr.args:
+            if isinstance(bound, Bound):
+                code = self._code(bound.domain, names)
+                inner = (*inner, *bound.names)
+                sets += [code] * len(bound.names)
+        return inner, sets
+
+    def _forall(self, expr: Expr, names: Names) -> Code:
+        inner, sets = self._bind(expr, names)
+        body = self._code(expr.expr(-1), inner)
+        return lambda s, t, env: all(body(s, t, b) for b in _choices(sets, s, t, env, order=False))
+
+    def _exists(self, expr: Expr, names: Names) -> Code:
+        inner, sets = self._bind(expr, names)
+        body = self._code(expr.expr(-1), inner)
+        return lambda s, t, env: any(body(s, t, b) for b in _choices(sets, s, t, env, order=False))
+
+    def _choose(self, expr: Expr, names: Names) -> Code:
+        inner, sets = self._bind(expr, names)
+        body = self._code(expr.expr(-1), inner)
+
+        def run(s: State, t: State, env: Env) -> Value:
+            for bound in _choices(sets, s, t, env):
+                if body(s, t, bound):
+                    return bound[-1]
+            raise expr.span.error("CHOOSE: no element qualifies")
+
+        return run
+
+    def _filter(self, expr: Expr, names: Names) -> Code:
+        inner, sets = self._bind(expr, names)
+        test = self._code(expr.expr(-1), inner)
+        return lambda s, t, env: frozenset(
+            b[-1] for b in _choices(sets, s, t, env, order=False) if test(s, t, b)
+        )
+
+    def _map(self, expr: Expr, names: Names) -> Code:
+        inner, sets = self._bind(expr, names)
+        body = self._code(expr.expr(-1), inner)
+        return lambda s, t, env: frozenset(
+            body(s, t, b) for b in _choices(sets, s, t, env, order=False)
+        )
+
+    def _function(self, expr: Expr, names: Names) -> Code:
+        inner, sets = self._bind(expr, names)
+        if len(sets) != 1:
+            raise expr.span.error("functions of several arguments are outside the subset; nest them")
+        body = self._code(expr.expr(-1), inner)
+        return lambda s, t, env: function(
+            {b[-1]: body(s, t, b) for b in _choices(sets, s, t, env, order=False)}
+        )
+
+    def _let(self, expr: Expr, names: Names) -> Code:
+        inner, values = self._locals(expr, names)
+        body = self._code(expr.expr(-1), inner)
+        return lambda s, t, env: body(s, t, values(s, t, env))
+
+    def _locals(
+        self, expr: Expr, names: Names
+    ) -> tuple[Names, Callable[[State, State, Env], Env]]:
+        """The names that a LET adds, and what extends the environment by their values."""
+        inner, codes = names, []
+        for definition in expr.args:
+            if isinstance(definition, Definition):
+                if definition.params:
+                    raise definition.span.error("a LET with parameters is outside the subset")
+                codes.append(self._code(definition.body, inner))
+                inner = (*inner, definition.name)
+
+        def values(s: State, t: State, env: Env) -> Env:
+            for code in codes:
+                env = (*env, code(s, t, env))
+            return env
+
+        return inner, values
+
+
+def _choices(
+    sets: list[Code], s: State, t: State, env: Env, *, order: bool = True
+) -> Iterator[Env]:
+    """Every extension of `env` by one element of each set; in a fixed order where it shows."""
+    if len(sets) == 1:
+        values = sets[0](s, t, env)
+        return ((*env, v) for v in (sorted(values, key=show) if order else values))
+    every = [sorted(code(s, t, env), key=show) for code in sets]
+    return ((*env, *combination) for combination in itertools.product(*every))
+
+
+def _sequence(parts: list[Steps]) -> Steps:
+    """All conjuncts, left to right: each extends the successors of those before it."""
+
+    def steps(s: State, t: State, env: Env) -> Iterator[State]:
+        def rest(at: int, after: State) -> Iterator[State]:
+            if at == len(parts):
+                yield after
+                return
+            for more in parts[at](s, after, env):
+                yield from rest(at + 1, more)
+
+        yield from rest(0, t)
+
+    return steps
+
+
+def _unchanged(indexes: list[int]) -> Steps:
+    def steps(s: State, t: State, env: Env) -> Iterator[State]:
+        after = list(t)
+        for index in indexes:
+            if after[index] is not UNSET and after[index] != s[index]:
+                return
+            after[index] = s[index]
+        yield tuple(after)
+
+    return steps
