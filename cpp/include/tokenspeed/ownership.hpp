@@ -9,8 +9,8 @@
 
 namespace tokenspeed {
 
-// A request's place in its store, and which life of that place it is: an event that carries an older
-// incarnation means somebody who is gone.
+// A request's place in its store, and which life of that place it is: an event that carries an
+// older incarnation means somebody who is gone.
 struct RequestId {
   std::uint32_t index = 0;
   std::uint32_t incarnation = 0;

@@ -1,0 +1,16 @@
+"""The lifecycle as data: spec compiler, interpreter (the oracle), checker, generated mirror.
+
+Rule: the spec is the source. Nothing here decides what is legal, and nothing here imports torch.
+
+    specs/*.tla ─ syntax ─► Module ─ model ─► Evaluator ─ check ─► counts, counterexamples
+                                 └─ lifecycle ─► Lifecycle ─ emit_cpp, emit_python ─► generated files
+"""
+
+from tokenspeed.fsm.check import Report as Report
+from tokenspeed.fsm.check import check as check
+from tokenspeed.fsm.lifecycle import Lifecycle as Lifecycle
+from tokenspeed.fsm.lifecycle import read_lifecycle as read_lifecycle
+from tokenspeed.fsm.mirror import IllegalTransition as IllegalTransition
+from tokenspeed.fsm.mirror import RequestMachine as RequestMachine
+from tokenspeed.fsm.monitor import Monitor as Monitor
+from tokenspeed.fsm.monitor import Move as Move
