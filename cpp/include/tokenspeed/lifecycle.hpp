@@ -489,7 +489,7 @@ constexpr State after_Preempt(State from) noexcept {
   return from == State::Prefilling ? State::Preempted : State::Preempted;
 }
 template <State To, class W>
-struct [[nodiscard]] Preemptd {
+struct [[nodiscard]] PreemptResult {
   typename W::Slot slot;
   typename W::Pages pages;
   Request<To, W> request;
@@ -497,11 +497,11 @@ struct [[nodiscard]] Preemptd {
 template <State S, World W>
   requires(can(Action::Preempt, S) && owns_slot(S) && !owns_slot(after_Preempt(S)) &&
            owns_pages(S) && !owns_pages(after_Preempt(S)))
-Preemptd<after_Preempt(S), W> Preempt(W& world, Request<S, W>&& request,
-                                      Permit<Action::Preempt>&& permit) noexcept {
+PreemptResult<after_Preempt(S), W> Preempt(W& world, Request<S, W>&& request,
+                                           Permit<Action::Preempt>&& permit) noexcept {
   const RequestId id = request.id();
   Moves::use(std::move(permit), id);
-  Preemptd<after_Preempt(S), W> out{
+  PreemptResult<after_Preempt(S), W> out{
       std::move(Moves::take_slot(request).value), std::move(Moves::take_pages(request).value),
       Moves::make<after_Preempt(S), W>(Moves::take_id(request), {}, {})};
   world.moved(Action::Preempt, id, S, after_Preempt(S));
@@ -536,7 +536,7 @@ constexpr State after_Release(State from) noexcept {
   return from == State::Finishing ? State::Finished : State::Aborted;
 }
 template <State To, class W>
-struct [[nodiscard]] Released {
+struct [[nodiscard]] ReleaseResult {
   typename W::Slot slot;
   typename W::Pages pages;
   Request<To, W> request;
@@ -544,11 +544,11 @@ struct [[nodiscard]] Released {
 template <State S, World W>
   requires(can(Action::Release, S) && owns_slot(S) && !owns_slot(after_Release(S)) &&
            owns_pages(S) && !owns_pages(after_Release(S)))
-Released<after_Release(S), W> Release(W& world, Request<S, W>&& request,
-                                      Permit<Action::Release>&& permit) noexcept {
+ReleaseResult<after_Release(S), W> Release(W& world, Request<S, W>&& request,
+                                           Permit<Action::Release>&& permit) noexcept {
   const RequestId id = request.id();
   Moves::use(std::move(permit), id);
-  Released<after_Release(S), W> out{
+  ReleaseResult<after_Release(S), W> out{
       std::move(Moves::take_slot(request).value), std::move(Moves::take_pages(request).value),
       Moves::make<after_Release(S), W>(Moves::take_id(request), {}, {})};
   world.moved(Action::Release, id, S, after_Release(S));

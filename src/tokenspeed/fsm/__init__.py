@@ -10,7 +10,6 @@ from tokenspeed.fsm.check import Report as Report
 from tokenspeed.fsm.check import check as check
 from tokenspeed.fsm.lifecycle import Lifecycle as Lifecycle
 from tokenspeed.fsm.lifecycle import read_lifecycle as read_lifecycle
-from tokenspeed.fsm.mirror import IllegalTransition as IllegalTransition
-from tokenspeed.fsm.mirror import RequestMachine as RequestMachine
-from tokenspeed.fsm.monitor import Monitor as Monitor
-from tokenspeed.fsm.monitor import Move as Move
+
+# mirror.py and monitor.py are imported by name: they need the generated tables, which this package
+# must be able to print when there are none yet.
