@@ -1,0 +1,15 @@
+"""Models: pure functions over a parameter tree, and the checkpoints that fill it.
+
+Rule: a family is one file that knows no rank and no collective; reading a checkpoint knows no model
+code beyond its table of names.
+"""
+
+from tokenspeed.models.build import Model as Model
+from tokenspeed.models.build import build as build
+from tokenspeed.models.build import compile_config as compile_config
+from tokenspeed.models.build import default_pages as default_pages
+from tokenspeed.models.checkpoint import Checkpoint as Checkpoint
+from tokenspeed.models.checkpoint import open_checkpoint as open_checkpoint
+from tokenspeed.models.config import SUPPORTED as SUPPORTED
+from tokenspeed.models.config import ModelConfig as ModelConfig
+from tokenspeed.models.hub import resolve_model as resolve_model

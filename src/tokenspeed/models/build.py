@@ -1,0 +1,188 @@
+"""From a checkpoint to a compiled model with its parameters in place.
+
+Rule: what is wrong with the names and shapes of tensors is listed together before memory is taken;
+then tensors are read one at a time into their rank's part of the fused parameters.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any, final
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from tokenspeed.config import EngineConfig
+from tokenspeed.errors import CheckpointError, ConfigError
+from tokenspeed.models import llama
+from tokenspeed.models.checkpoint import Checkpoint
+from tokenspeed.models.config import ModelConfig
+from tokenspeed.spmd.collectives import Communicator
+from tokenspeed.spmd.compile import Program, compile_model
+from tokenspeed.spmd.kv import KVSpec
+from tokenspeed.spmd.mesh import Mesh
+from tokenspeed.spmd.params import Constant, Parameter, Path, Tree, allocate, leaves, shard_slice
+from tokenspeed.spmd.placement import REPLICATED
+
+__all__ = ["Model", "build", "compile_config", "default_pages"]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_IGNORED = ("rotary_emb.inv_freq", "rope_freqs.weight")
+_AVERAGE_REQUEST_TOKENS = 1024
+_MEMORY_SHARE = 0.25
+
+LoadProgress = Callable[[int, int], None]
+"""Called with (bytes read, bytes in all)."""
+
+
+@final
+@frozen(kw_only=True, eq=False)
+class Model:
+    """A compiled model: what the executor runs.
+
+    Attributes:
+        config: its shape.
+        step: the compiled program, (params, batch, kv) -> (logits, kv).
+        params: this rank's tensors.
+        kv: what this rank caches for a token.
+    """
+
+    config: ModelConfig
+    step: Program
+    params: Tree
+    kv: KVSpec
+
+
+def compile_config(
+    config: ModelConfig, mesh: Mesh, communicator: Communicator | None = None
+) -> Program:
+    """Compile the model that a configuration describes; reads no weights. Raises PlacementError."""
+    function = partial(llama.forward, config=config)
+    tree = llama.parameters(config)
+    return compile_model(function, tree, config.layers, mesh=mesh, communicator=communicator)
+
+
+def build(
+    checkpoint: Checkpoint,
+    mesh: Mesh,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    progress: LoadProgress | None = None,
+    communicator: Communicator | None = None,
+) -> Model:
+    """Compile a checkpoint's model and read its weights.
+
+    Args:
+        checkpoint: opened by `open_checkpoint`.
+        mesh: as this rank sees it.
+        dtype: of weights, activations and KV; "float32" or "bfloat16".
+        device: a torch device.
+        progress: called after every tensor.
+        communicator: of the mesh, where it has more than one rank.
+
+    Raises:
+        CheckpointError: tensors are missing, unknown or misshapen; before memory is taken.
+        PlacementError: the model does not fit the mesh.
+    """
+    if dtype not in _DTYPES:
+        raise ConfigError("dtype", dtype, f"one of {', '.join(_DTYPES)}")
+    config = checkpoint.config
+    tree = llama.parameters(config)
+    program = compile_config(config, mesh, communicator)
+    _check_tensors(checkpoint, tree)
+    kind: dict[str, Any] = {"dtype": _DTYPES[dtype], "device": torch.device(device)}
+    params = _load(checkpoint, tree, program, kind, progress or _silent)
+    heads = params["layers"][0]["attention"]["out"].shape[1] * config.kv_heads // config.heads
+    kv = KVSpec(layers=config.layers, heads=heads // config.head_dim, dim=config.head_dim, **kind)
+    return Model(config=config, step=program, params=params, kv=kv)
+
+
+def default_pages(model: Model, config: EngineConfig) -> int:
+    """KV pages for `slots` average requests, within a share of the memory that is free now."""
+    context = min(config.context_max or model.config.context_max, model.config.context_max)
+    tokens = max(context, config.slots * min(context, _AVERAGE_REQUEST_TOKENS))
+    page_bytes = model.kv.token_bytes * config.page_size
+    fitting = int(_free_bytes(model.kv.device) * _MEMORY_SHARE) // page_bytes
+    return max(1, min(-(-tokens // config.page_size), fitting))
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _check_tensors(checkpoint: Checkpoint, tree: Tree) -> None:
+    wanted = {s.name: s.shape for _, leaf in _parameters(tree) for s in leaf.sources}
+    held = checkpoint.tensors
+    tied = {"lm_head.weight"} if checkpoint.config.tied else set()
+    problems = [
+        f"missing: {name} {list(shape)}" for name, shape in wanted.items() if name not in held
+    ]
+    problems += [
+        f"unknown: {name} {list(held[name].shape)}"
+        for name in held
+        if name not in wanted and name not in tied and not name.endswith(_IGNORED)
+    ]
+    problems += [
+        f"misshapen: {name} is {list(held[name].shape)}, expected {list(shape)}"
+        for name, shape in wanted.items()
+        if name in held and held[name].shape != shape
+    ]
+    if problems:
+        raise CheckpointError(
+            checkpoint.path, f"{len(problems)} tensors are wrong:\n  " + "\n  ".join(problems[:40])
+        )
+
+
+def _parameters(tree: Tree) -> list[tuple[Path, Parameter]]:
+    return [(path, leaf) for path, leaf in leaves(tree) if isinstance(leaf, Parameter)]
+
+
+def _load(
+    checkpoint: Checkpoint,
+    tree: Tree,
+    program: Program,
+    kind: dict[str, Any],
+    progress: LoadProgress,
+) -> Tree:
+    """Fill the tree. A parameter that occurs twice on one rank alike is one tensor."""
+    total = sum(
+        checkpoint.tensors[s.name].size_bytes for _, p in _parameters(tree) for s in p.sources
+    )
+    done = 0
+    shared: dict[Any, Tensor] = {}
+    filled: dict[Path, Tensor] = {}
+    for path, leaf in leaves(tree):
+        if isinstance(leaf, Constant):
+            filled[path] = leaf.make().to(kind["device"])
+            continue
+        lies = program.param_layouts.get(path, REPLICATED)
+        key = (leaf, lies.within(program.mesh))
+        if key not in shared:
+            shared[key] = target = allocate(leaf, lies, program.mesh, path, **kind)
+            row = 0
+            for source in leaf.sources:
+                part = checkpoint.read(source.name)[shard_slice(source, lies, program.mesh, path)]
+                target[row : row + part.shape[0]].copy_(part)
+                row += part.shape[0]
+        done += sum(checkpoint.tensors[source.name].size_bytes for source in leaf.sources)
+        filled[path] = shared[key]
+        progress(done, total)
+    return _assembled(tree, filled, ())
+
+
+def _assembled(tree: Tree, filled: dict[Path, Tensor], at: Path) -> Tree:
+    if isinstance(tree, dict):
+        return {key: _assembled(branch, filled, (*at, key)) for key, branch in tree.items()}
+    if isinstance(tree, list):
+        return [_assembled(branch, filled, (*at, index)) for index, branch in enumerate(tree)]
+    return filled[at]
+
+
+def _silent(_done: int, _total: int) -> None:
+    """The progress of nobody watching."""

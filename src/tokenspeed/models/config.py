@@ -1,0 +1,240 @@
+"""What a checkpoint says about its model's shape, whatever file it came from.
+
+Rule: every number is checked here, before any tensor is looked at; what the model code does not
+implement is refused by name, never ignored.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self, final
+
+from attrs import frozen
+
+from tokenspeed.errors import CheckpointError
+
+__all__ = ["SUPPORTED", "ModelConfig", "RopeScaling"]
+
+SUPPORTED = ("llama", "qwen2")
+"""Architectures (`model_type`, `general.architecture`) that have a file in this room."""
+
+_INTEGERS = (
+    "vocab_size",
+    "layers",
+    "hidden",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "ffn",
+    "context_max",
+)
+
+
+@final
+@frozen(kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are stretched for long contexts.
+
+    Attributes:
+        kind: "linear" (divide by `factor`) or "llama3" (Llama 3.1: divide low frequencies only).
+        factor: the stretch.
+        low, high: for llama3: wavelengths between original / high and original / low blend.
+        original_context: for llama3: context of the pre-training.
+    """
+
+    kind: str
+    factor: float
+    low: float = 1.0
+    high: float = 4.0
+    original_context: int = 8192
+
+
+@final
+@frozen(kw_only=True)
+class ModelConfig:
+    """A decoder-only transformer of the Llama family.
+
+    Attributes:
+        architecture: one of SUPPORTED.
+        vocab_size, layers, context_max: counts.
+        hidden, ffn: widths of the residual stream and of the MLP.
+        heads, kv_heads, head_dim: of attention; heads is a multiple of kv_heads.
+        norm_eps: of RMSNorm.
+        rope_theta: base of the rotary frequencies.
+        rope_scaling: None leaves them as they are.
+        tied: the output matrix is the embedding.
+        qkv_bias, o_bias, mlp_bias: which projections add a bias.
+    """
+
+    architecture: str
+    vocab_size: int
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    context_max: int
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None = None
+    tied: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+
+    @classmethod
+    def checked(cls, path: Path, **values: Any) -> Self:
+        """Make one from what a file said.
+
+        Raises:
+            CheckpointError: a value is missing, of the wrong kind or out of range; all are listed.
+        """
+        wrong = [
+            f"{name} is {values[name]!r}, expected an integer from 1 to 2^31"
+            for name in _INTEGERS
+            if not _is_integer(values[name]) or not 1 <= values[name] <= 2**31
+        ]
+        wrong += [
+            f"{name} is {values[name]!r}, expected a positive number"
+            for name in ("norm_eps", "rope_theta")
+            if not _is_number(values[name]) or values[name] <= 0
+        ]
+        if not wrong and values["heads"] % values["kv_heads"]:
+            wrong.append(
+                f"{values['heads']} heads over {values['kv_heads']} KV heads do not divide"
+            )
+        if not wrong and values["head_dim"] % 2:
+            wrong.append(f"head_dim {values['head_dim']} is odd: rotary embedding wants pairs")
+        if wrong:
+            raise CheckpointError(path, "bad configuration: " + "; ".join(wrong))
+        return cls(**values)
+
+    @classmethod
+    def from_hf(cls, path: Path) -> Self:
+        """Read a Hugging Face `config.json`. Raises CheckpointError."""
+        raw = read_json(path)
+        kind = known_architecture(path, raw.get("model_type"))
+        if raw.get("hidden_act", "silu") != "silu":
+            raise CheckpointError(
+                path, f"hidden_act is {raw['hidden_act']!r}; only silu is supported"
+            )
+        if raw.get("use_sliding_window"):
+            raise CheckpointError(
+                path, "use_sliding_window is true; only full attention is supported"
+            )
+        if raw.get("quantization_config") is not None:
+            raise CheckpointError(
+                path,
+                "the weights are quantised; float32, float16 and bfloat16 safetensors are read",
+            )
+        heads, hidden = raw.get("num_attention_heads"), raw.get("hidden_size")
+        head_dim = raw.get("head_dim")
+        if head_dim is None and _is_integer(heads) and _is_integer(hidden) and heads > 0:
+            head_dim = hidden // heads
+        rope = raw.get("rope_parameters") or {}
+        return cls.checked(
+            path,
+            architecture=kind,
+            vocab_size=raw.get("vocab_size"),
+            layers=raw.get("num_hidden_layers"),
+            hidden=hidden,
+            heads=heads,
+            kv_heads=raw.get("num_key_value_heads", heads),
+            head_dim=head_dim,
+            ffn=raw.get("intermediate_size"),
+            context_max=raw.get("max_position_embeddings"),
+            norm_eps=raw.get("rms_norm_eps", 1e-6),
+            rope_theta=rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
+            rope_scaling=_rope_scaling(path, rope or raw.get("rope_scaling") or {}),
+            tied=bool(raw.get("tie_word_embeddings", False)),
+            qkv_bias=kind == "qwen2" or bool(raw.get("attention_bias", False)),
+            o_bias=kind != "qwen2" and bool(raw.get("attention_bias", False)),
+            mlp_bias=bool(raw.get("mlp_bias", False)),
+        )
+
+    @classmethod
+    def from_gguf(cls, path: Path, meta: Mapping[str, Any], tensors: Mapping[str, Any]) -> Self:
+        """Read GGUF metadata; `tensors` (by GGUF name) tell ties and biases."""
+        kind = known_architecture(path, meta.get("general.architecture"))
+
+        def get(key: str, default: Any = None) -> Any:
+            return meta.get(f"{kind}.{key}", default)
+
+        heads, hidden = get("attention.head_count"), get("embedding_length")
+        head_dim = get("attention.key_length")
+        if head_dim is None and _is_integer(heads) and _is_integer(hidden) and heads > 0:
+            head_dim = hidden // heads
+        scaling = get("rope.scaling.type", "none")
+        if scaling not in ("none", "linear"):
+            raise CheckpointError(path, f"rope scaling {scaling!r}; supported: none, linear")
+        factor = get("rope.scaling.factor", 1.0)
+        vocab_size = get("vocab_size", len(meta.get("tokenizer.ggml.tokens", ())))
+        return cls.checked(
+            path,
+            architecture=kind,
+            vocab_size=vocab_size,
+            layers=get("block_count"),
+            hidden=hidden,
+            heads=heads,
+            kv_heads=get("attention.head_count_kv", heads),
+            head_dim=head_dim,
+            ffn=get("feed_forward_length"),
+            context_max=get("context_length"),
+            norm_eps=get("attention.layer_norm_rms_epsilon"),
+            rope_theta=get("rope.freq_base", 10000.0),
+            rope_scaling=RopeScaling(kind="linear", factor=factor) if scaling == "linear" else None,
+            tied="output.weight" not in tensors,
+            qkv_bias="blk.0.attn_q.bias" in tensors,
+            o_bias="blk.0.attn_output.bias" in tensors,
+            mlp_bias="blk.0.ffn_gate.bias" in tensors,
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises CheckpointError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(path, f"not readable as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(path, f"expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def known_architecture(path: Path, name: object) -> str:
+    """The name, if there is a model file for it. Raises CheckpointError."""
+    if not isinstance(name, str) or name not in SUPPORTED:
+        raise CheckpointError(path, f"architecture {name!r}; supported: {', '.join(SUPPORTED)}")
+    return name
+
+
+def _rope_scaling(path: Path, raw: Mapping[str, Any]) -> RopeScaling | None:
+    kind = raw.get("rope_type", raw.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind not in ("linear", "llama3"):
+        raise CheckpointError(path, f"rope scaling {kind!r}; supported: default, linear, llama3")
+    values = {
+        "factor": raw.get("factor"),
+        "low": raw.get("low_freq_factor", 1.0),
+        "high": raw.get("high_freq_factor", 4.0),
+        "original_context": raw.get("original_max_position_embeddings", 8192),
+    }
+    for name, value in values.items():
+        if not _is_number(value) or value <= 0:
+            raise CheckpointError(
+                path, f"rope scaling: {name} is {value!r}, expected a positive number"
+            )
+    return RopeScaling(kind=kind, **values)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,171 @@
+"""The executor: StepPlan in, StepResult out.
+
+Rule: it keeps what a plan only patches (page tables, last tokens, sampler states, KV) and decides
+nothing. Steps run in the order of their launch. A step that raises is that step's StepError; the
+changes it announced are applied first, so the next step finds everything in place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol, final
+
+import attrs
+import numpy as np
+import torch
+
+from tokenspeed.errors import StepError
+from tokenspeed.plan import StepPlan, StepResult
+from tokenspeed.spmd.batch import Slots
+from tokenspeed.spmd.compile import Program
+from tokenspeed.spmd.kv import KV, KVSpec
+from tokenspeed.spmd.params import Tree
+from tokenspeed.spmd.sampling import SamplerState, sample
+
+__all__ = ["CompiledModel", "Executor", "Pending"]
+
+
+class ModelShape(Protocol):
+    """What the executor asks of a model's configuration."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits."""
+        ...
+
+
+class CompiledModel(Protocol):
+    """What the executor runs: see `tokenspeed.models.Model`."""
+
+    @property
+    def config(self) -> ModelShape:
+        """Its shape."""
+        ...
+
+    @property
+    def step(self) -> Program:
+        """The compiled program."""
+        ...
+
+    @property
+    def params(self) -> Tree:
+        """This rank's tensors."""
+        ...
+
+    @property
+    def kv(self) -> KVSpec:
+        """What a token takes in the cache."""
+        ...
+
+
+@final
+class Pending:
+    """A launched step."""
+
+    def __init__(self, future: Future[StepResult]) -> None:
+        self._future = future
+
+    def result(self) -> StepResult:
+        """Wait for the step.
+
+        Raises:
+            StepError: the step raised; the executor goes on.
+        """
+        return self._future.result()
+
+    @property
+    def done(self) -> bool:
+        """Whether `result` would return at once."""
+        return self._future.done()
+
+
+@final
+class Executor:
+    """Runs the steps of one model.
+
+    Args:
+        model: compiled, with its parameters.
+        slots: requests that run at once.
+        pages, page_size: of the KV pool; one page is `page_size` tokens.
+        context_max: tokens of the longest request.
+        overlap: steps launched beyond the one whose result is awaited. At 0 `launch` computes.
+        eos_ids: the model's end tokens, kept from requests that have not reached `min_tokens`.
+    """
+
+    def __init__(
+        self,
+        model: CompiledModel,
+        *,
+        slots: int,
+        pages: int,
+        page_size: int,
+        context_max: int,
+        overlap: int = 0,
+        eos_ids: Sequence[int] = (),
+    ) -> None:
+        device = model.kv.device
+        self._device = device
+        self._step = model.step.step
+        self._params = model.params
+        self._kv = model.kv.allocate(pages, page_size)
+        self._pages = self._kv.pages
+        self._slots = Slots(slots, math.ceil(context_max / page_size), page_size, device)
+        self._sampler = SamplerState(slots, model.config.vocab_size, device, eos_ids)
+        self._worker = (
+            ThreadPoolExecutor(1, thread_name_prefix="tokenspeed-step") if overlap else None
+        )
+
+    def launch(self, plan: StepPlan) -> Pending:
+        """Start a step. The plan's arrays are copied: the caller may reuse their memory."""
+        plan = attrs.evolve(
+            plan,
+            slots=plan.slots.copy(),
+            query_start=plan.query_start.copy(),
+            token_ids=plan.token_ids.copy(),
+            context_lens=plan.context_lens.copy(),
+            sampled=plan.sampled.copy(),
+            page_delta=plan.page_delta.copy(),
+        )
+        if self._worker is not None:
+            return Pending(self._worker.submit(self._run, plan))
+        future: Future[StepResult] = Future()
+        try:
+            future.set_result(self._run(plan))
+        except StepError as error:
+            future.set_exception(error)
+        return Pending(future)
+
+    def close(self) -> None:
+        """Finish the launched steps and end the worker thread."""
+        if self._worker is not None:
+            self._worker.shutdown()
+
+    @torch.inference_mode()
+    def _run(self, plan: StepPlan) -> StepResult:
+        try:
+            self._slots.patch(plan)
+            for joined in plan.joined:
+                self._sampler.join(joined)
+            return self._compute(plan)
+        except Exception as error:
+            self._kv = KV(self._pages)
+            raise StepError(f"step {plan.step}: {type(error).__name__}: {error}") from error
+
+    def _compute(self, plan: StepPlan) -> StepResult:
+        logits, self._kv = self._step(self._params, self._slots.batch(plan), self._kv)
+        token_ids = np.full(plan.rows, -1, np.int32)
+        rows = np.flatnonzero(plan.sampled)
+        if not len(rows):
+            return StepResult(step=plan.step, token_ids=token_ids)
+        finite = torch.isfinite(logits.sum(dim=-1, dtype=torch.float32)).cpu().numpy()
+        failed = {int(row): "the logits were not finite" for row in rows[~finite]}
+        if failed:
+            logits = torch.where(torch.from_numpy(finite).to(self._device)[:, None], logits, 0)
+        slots = plan.slots[rows].astype(np.int64)
+        sampled = sample(self._sampler, logits, slots)
+        self._slots.remember(torch.from_numpy(slots).to(self._device), sampled.token_ids)
+        token_ids[rows] = sampled.token_ids.cpu().numpy()
+        logprobs = {int(rows[i]): entry for i, entry in sampled.logprobs.items()}
+        return StepResult(step=plan.step, token_ids=token_ids, logprobs=logprobs, failed=failed)
