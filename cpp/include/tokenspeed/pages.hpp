@@ -1,0 +1,142 @@
+// KV pages by what may be done with them. Rule: a page is in exactly one place: the pool's free
+// list, one request's table as exclusive (it may be written), or the prefix index as shared (it may
+// not).
+#pragma once
+
+#include <cassert>
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <utility>
+#include <variant>
+#include <vector>
+
+namespace tokenspeed {
+
+using PageId = std::int32_t;
+using NodeId = std::int32_t;
+
+namespace detail {
+
+// A move-only number that must be handed on, never dropped.
+template <class Tag>
+class Unique {
+ public:
+  constexpr explicit Unique(std::int32_t value) noexcept : value_(value) {}
+  constexpr Unique(Unique&& other) noexcept : value_(std::exchange(other.value_, kNone)) {}
+  constexpr Unique& operator=(Unique&& other) noexcept {
+    assert(value_ == kNone && "a held page was overwritten");
+    value_ = std::exchange(other.value_, kNone);
+    return *this;
+  }
+  Unique(const Unique&) = delete;
+  Unique& operator=(const Unique&) = delete;
+  ~Unique() { assert(value_ == kNone && "a held page was dropped"); }
+
+  constexpr std::int32_t get() const noexcept {
+    assert(value_ != kNone);
+    return value_;
+  }
+  constexpr std::int32_t release() noexcept { return std::exchange(value_, kNone); }
+
+ private:
+  static constexpr std::int32_t kNone = -1;
+  std::int32_t value_;
+};
+
+}  // namespace detail
+
+// A page that one request alone holds and may write.
+class ExclusivePage final {
+ public:
+  constexpr PageId id() const noexcept { return id_.get(); }
+
+ private:
+  friend class PagePool;
+  friend class PrefixIndex;
+  constexpr explicit ExclusivePage(PageId id) noexcept : id_(id) {}
+  detail::Unique<ExclusivePage> id_;
+};
+
+// One reference to a page of the prefix index; read only.
+class SharedPage final {
+ public:
+  constexpr PageId id() const noexcept { return page_; }
+  constexpr NodeId node() const noexcept { return node_.get(); }
+
+ private:
+  friend class PrefixIndex;
+  constexpr SharedPage(NodeId node, PageId page) noexcept : node_(node), page_(page) {}
+  detail::Unique<SharedPage> node_;
+  PageId page_;
+};
+
+// Pages that nobody holds.
+class PagePool final {
+ public:
+  explicit PagePool(PageId pages) : pages_(pages) {
+    free_.reserve(static_cast<std::size_t>(pages));
+    for (PageId id = pages; id-- > 0;) free_.push_back(id);
+  }
+  PagePool(const PagePool&) = delete;
+  PagePool& operator=(const PagePool&) = delete;
+
+  PageId total() const noexcept { return pages_; }
+  PageId free() const noexcept { return static_cast<PageId>(free_.size()); }
+  const std::vector<PageId>& free_ids() const noexcept { return free_; }
+
+  std::optional<ExclusivePage> take() noexcept {
+    if (free_.empty()) return std::nullopt;
+    const PageId id = free_.back();
+    free_.pop_back();
+    return ExclusivePage(id);
+  }
+  void give_back(ExclusivePage&& page) noexcept { free_.push_back(page.id_.release()); }
+
+ private:
+  PageId pages_;
+  std::vector<PageId> free_;
+};
+
+// The pages of one request, by position: what the lifecycle calls its Pages.
+class PageTable final {
+ public:
+  using Entry = std::variant<ExclusivePage, SharedPage>;
+
+  PageTable() = default;
+  PageTable(PageTable&&) noexcept = default;
+  PageTable& operator=(PageTable&& other) noexcept {
+    assert(entries_.empty() && "a page table was overwritten");
+    entries_ = std::move(other.entries_);
+    return *this;
+  }
+
+  std::size_t size() const noexcept { return entries_.size(); }
+  bool empty() const noexcept { return entries_.empty(); }
+  void append(ExclusivePage&& page) { entries_.emplace_back(std::move(page)); }
+  void append(SharedPage&& page) { entries_.emplace_back(std::move(page)); }
+  const Entry& operator[](std::size_t index) const noexcept { return entries_[index]; }
+
+  PageId id(std::size_t index) const noexcept {
+    return std::visit([](const auto& page) { return page.id(); }, entries_[index]);
+  }
+  bool exclusive(std::size_t index) const noexcept {
+    return std::holds_alternative<ExclusivePage>(entries_[index]);
+  }
+  // Change an entry's kind: take it out, put its successor in.
+  template <class F>
+  void replace(std::size_t index, F&& successor) {
+    Entry next = successor(std::get<ExclusivePage>(std::move(entries_[index])));
+    entries_[index] = std::move(next);
+  }
+  Entry pop() noexcept {
+    Entry last = std::move(entries_.back());
+    entries_.pop_back();
+    return last;
+  }
+
+ private:
+  std::vector<Entry> entries_;
+};
+
+}  // namespace tokenspeed

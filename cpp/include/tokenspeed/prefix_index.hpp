@@ -1,0 +1,104 @@
+// The prefix cache: a radix tree with a page a node. Rule: it is exact. A node is found by
+// comparing its page's tokens, hashes only narrow the search; a salt is a root of its own; a page
+// enters when its KV is computed and leaves when nobody holds it and no longer prefix depends on
+// it.
+#pragma once
+
+#include <cstdint>
+#include <set>
+#include <span>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include "tokenspeed/pages.hpp"
+
+namespace tokenspeed {
+
+using Token = std::int32_t;
+
+class PrefixIndex final {
+ public:
+  // Where a request's next page would hang. It names a life of the node, so that an evicted and
+  // reused node is noticed.
+  struct Cursor {
+    NodeId node = -1;
+    std::uint32_t life = 0;
+  };
+
+  static bool ended(Cursor at) noexcept { return at.node < 0; }
+
+  explicit PrefixIndex(std::int32_t page_size) : page_size_(page_size) {}
+  PrefixIndex(const PrefixIndex&) = delete;
+  PrefixIndex& operator=(const PrefixIndex&) = delete;
+
+  // The root of a salt: made if there is none, or a cursor that matches nothing.
+  Cursor root(std::string_view salt);
+  Cursor find_root(std::string_view salt) const;
+
+  // One step down: a reference to the child whose page holds exactly `tokens`, and the cursor
+  // there. Looking it up and holding it are one action. False if there is none.
+  bool match(Cursor& at, std::span<const Token> tokens, PageTable& table);
+
+  // Offer a computed page. Returns it as shared; or as it was, and the cursor ends, if its content
+  // is there already or the cursor's node is gone. So a request that holds a node holds all above
+  // it, and whatever nobody holds can be evicted, leaf by leaf.
+  PageTable::Entry publish(Cursor& at, std::span<const Token> tokens, ExclusivePage&& page);
+
+  // Give a reference back.
+  void release(SharedPage&& page);
+
+  // Take the least recently used page that nobody holds and nothing hangs from; it goes to `pool`.
+  bool evict(PagePool& pool);
+
+  bool none_evictable() const noexcept { return evictable_.empty(); }
+  // Pages in the index, and those that no request holds.
+  PageId size() const noexcept { return size_; }
+  PageId unheld() const noexcept { return unheld_; }
+  void tick() noexcept { ++now_; }
+
+  // For checks: references that the index counts for a node, and its page.
+  std::int32_t references(NodeId node) const { return nodes_[index(node)].references; }
+  std::vector<std::pair<NodeId, PageId>> pages() const;
+
+ private:
+  struct Node {
+    NodeId parent = -1;
+    PageId page = -1;
+    std::uint32_t life = 0;
+    std::int32_t references = 0;
+    std::int32_t children = 0;
+    std::uint64_t used = 0;
+    std::uint64_t hash = 0;
+  };
+  static std::size_t index(NodeId node) noexcept { return static_cast<std::size_t>(node); }
+
+  bool alive(Cursor at) const noexcept {
+    return at.node >= 0 && nodes_[index(at.node)].life == at.life;
+  }
+  std::span<const Token> tokens(NodeId node) const noexcept;
+  std::uint64_t hash(NodeId parent, std::span<const Token> tokens) const noexcept;
+  NodeId find(NodeId parent, std::uint64_t hash, std::span<const Token> tokens) const;
+  NodeId make();
+  void drop_root_if_unused(NodeId root);
+  bool can_go(const Node& node) const noexcept {
+    return node.references == 0 && node.children == 0 && node.page >= 0;
+  }
+
+  std::int32_t page_size_;
+  PageId size_ = 0;
+  PageId unheld_ = 0;
+  std::uint64_t now_ = 0;
+  std::vector<Node> nodes_;
+  std::vector<Token> node_tokens_;
+  std::vector<NodeId> spare_;
+  std::unordered_multimap<std::uint64_t, NodeId> children_;
+  std::unordered_map<std::string, NodeId> roots_;
+  std::unordered_map<NodeId, std::string> salts_;
+  std::set<std::pair<std::uint64_t, NodeId>> evictable_;
+};
+
+}  // namespace tokenspeed

@@ -1,0 +1,207 @@
+// Registration only: the scheduler as Python sees it. Rule: no decision is made here. Calls release
+// the GIL and take the scheduler's lock, so that any thread may look while one drives.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <mutex>
+
+#include "tokenspeed/scheduler.hpp"
+
+namespace py = pybind11;
+using namespace tokenspeed;
+
+namespace {
+
+class QueueFull : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+// The scheduler and its lock.
+class Native {
+ public:
+  explicit Native(const SchedulerConfig& config) : scheduler_(checked(config)) {}
+
+  template <class F>
+  auto run(F&& f) {
+    py::gil_scoped_release free;
+    const std::lock_guard lock(mutex_);
+    return f(scheduler_);
+  }
+
+ private:
+  static const SchedulerConfig& checked(const SchedulerConfig& config) {
+    const std::string wrong = Scheduler::invalid(config);
+    if (!wrong.empty()) throw py::value_error(wrong);
+    return config;
+  }
+  std::mutex mutex_;
+  Scheduler scheduler_;
+};
+
+// A view of a vector that lives as long as its plan.
+template <class Out, class In>
+py::array view(const std::vector<In>& data, py::handle owner, py::ssize_t columns = 0) {
+  static_assert(sizeof(Out) == sizeof(In));
+  const auto count = static_cast<py::ssize_t>(data.size());
+  const auto* first = reinterpret_cast<const Out*>(data.data());
+  if (columns == 0) return py::array_t<Out>(count, first, owner);
+  return py::array_t<Out>({count / columns, columns}, first, owner);
+}
+
+template <class Out, auto member, int columns = 0>
+void array(py::class_<Plan>& plan, const char* name) {
+  plan.def_property_readonly(
+      name, [](py::object self) { return view<Out>(self.cast<Plan&>().*member, self, columns); });
+}
+
+using Ints = py::array_t<std::int32_t, py::array::c_style | py::array::forcecast>;
+using Flags = py::array_t<bool, py::array::c_style | py::array::forcecast>;
+
+template <class T>
+std::span<const T> span(const auto& array) {
+  return {reinterpret_cast<const T*>(array.data()), static_cast<std::size_t>(array.size())};
+}
+
+void submit(Native& self, std::int64_t number, const Ints& prompt, std::int32_t max_tokens,
+            const std::string& salt) {
+  const auto tokens = span<Token>(prompt);
+  const Refusal refusal = self.run(
+      [&](Scheduler& scheduler) { return scheduler.submit(number, tokens, max_tokens, salt); });
+  if (refusal.queue_full) throw QueueFull(refusal.message);
+  if (refusal.refused()) throw py::value_error(refusal.field + ": " + refusal.message);
+}
+
+Committed commit(Native& self, std::int64_t step, const Ints& token_ids, const Flags& stop) {
+  const auto tokens = span<std::int32_t>(token_ids);
+  const auto flags = span<std::uint8_t>(stop);
+  Committed out =
+      self.run([&](Scheduler& scheduler) { return scheduler.commit(step, tokens, flags); });
+  if (!out.error.empty()) throw py::value_error(out.error);
+  return out;
+}
+
+py::dict transitions(Native& self) {
+  using lifecycle::Action;
+  using lifecycle::State;
+  py::dict out;
+  for (std::size_t a = 0; a < lifecycle::kActionNames.size(); ++a) {
+    for (std::size_t from = 0; from < lifecycle::kStateNames.size(); ++from) {
+      for (std::size_t to = 0; to < lifecycle::kStateNames.size(); ++to) {
+        const auto action = static_cast<Action>(a);
+        const auto source = static_cast<State>(from);
+        const auto target = static_cast<State>(to);
+        if (!lifecycle::edge(action, source, target)) continue;
+        const auto count = self.run([&](const Scheduler& scheduler) {
+          return scheduler.transitions(action, source, target);
+        });
+        out[py::make_tuple(py::str(std::string(name(action))), py::str(std::string(name(source))),
+                           py::str(std::string(name(target))))] = count;
+      }
+    }
+  }
+  return out;
+}
+
+py::list events(Native& self) {
+  const auto taken = self.run([](Scheduler& scheduler) { return scheduler.take_events(); });
+  py::list out;
+  for (const Event& event : taken) {
+    out.append(py::make_tuple(std::string(name(event.action)), event.number, event.incarnation,
+                              std::string(name(event.from)), std::string(name(event.to))));
+  }
+  return out;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() = "The control plane: a scheduler on the lifecycle that is generated from the spec.";
+  m.attr("SPEC_HASH") = std::string(lifecycle::kSpecHash);
+  py::register_exception<QueueFull>(m, "QueueFull");
+
+  py::class_<Plan> plan(m, "Plan");
+  plan.def_readonly("step", &Plan::step);
+  array<std::int64_t, &Plan::numbers>(plan, "numbers");
+  array<std::int32_t, &Plan::incarnations>(plan, "incarnations");
+  array<std::int32_t, &Plan::slots>(plan, "slots");
+  array<std::int32_t, &Plan::query_start>(plan, "query_start");
+  array<std::int32_t, &Plan::token_ids>(plan, "token_ids");
+  array<std::int32_t, &Plan::context_lens>(plan, "context_lens");
+  array<bool, &Plan::sampled>(plan, "sampled");
+  array<std::int32_t, &Plan::page_delta, 3>(plan, "page_delta");
+  array<std::int64_t, &Plan::joined, 2>(plan, "joined");
+  array<std::int32_t, &Plan::cached>(plan, "cached");
+  array<std::int64_t, &Plan::preempted>(plan, "preempted");
+
+  py::class_<Committed>(m, "Committed")
+      .def_property_readonly(
+          "accepted",
+          [](py::object self) { return view<bool>(self.cast<Committed&>().accepted, self); })
+      .def_property_readonly("finished",
+                             [](const Committed& self) {
+                               py::list out;
+                               for (const auto& [number, reason] : self.finished) {
+                                 const bool stop = reason == FinishReason::Stop;
+                                 out.append(py::make_tuple(number, stop ? "stop" : "length"));
+                               }
+                               return out;
+                             })
+      .def_readonly("released", &Committed::released);
+
+  py::class_<Stats>(m, "Stats")
+      .def_readonly("running", &Stats::running)
+      .def_readonly("waiting", &Stats::waiting)
+      .def_readonly("draining", &Stats::draining)
+      .def_readonly("pages_total", &Stats::pages_total)
+      .def_readonly("pages_free", &Stats::pages_free)
+      .def_readonly("pages_cached", &Stats::pages_cached)
+      .def_readonly("prefix_queries", &Stats::prefix_queries)
+      .def_readonly("prefix_hits", &Stats::prefix_hits)
+      .def_readonly("preemptions", &Stats::preemptions)
+      .def_readonly("evictions", &Stats::evictions)
+      .def_readonly("steps", &Stats::steps);
+
+  py::class_<Native>(m, "Scheduler")
+      .def(py::init([](std::int32_t page_size, std::int32_t pages, std::int32_t slots,
+                       std::int32_t waiting_max, std::int32_t step_tokens, std::int32_t context_max,
+                       std::int32_t overlap, bool prefix_cache) {
+             return std::make_unique<Native>(SchedulerConfig{page_size, pages, slots, waiting_max,
+                                                             step_tokens, context_max, overlap,
+                                                             prefix_cache});
+           }),
+           py::kw_only(), py::arg("page_size"), py::arg("pages"), py::arg("slots"),
+           py::arg("waiting_max"), py::arg("step_tokens"), py::arg("context_max"),
+           py::arg("overlap") = 0, py::arg("prefix_cache") = true)
+      .def("submit", &submit, py::arg("number"), py::arg("prompt"), py::arg("max_tokens"),
+           py::arg("salt") = "")
+      .def("plan", [](Native& self) { return self.run([](Scheduler& s) { return s.plan(); }); })
+      .def("commit", &commit, py::arg("step"), py::arg("token_ids"), py::arg("stop"))
+      .def(
+          "abort",
+          [](Native& self, std::int64_t number) {
+            return self.run([&](Scheduler& s) { return s.abort(number); });
+          },
+          py::arg("number"))
+      .def(
+          "tokens",
+          [](Native& self, std::int64_t number) {
+            return self.run([&](const Scheduler& s) {
+              const auto* tokens = s.tokens(number);
+              return tokens ? std::optional(*tokens) : std::nullopt;
+            });
+          },
+          py::arg("number"))
+      .def("stats",
+           [](Native& self) { return self.run([](const Scheduler& s) { return s.stats(); }); })
+      .def("idle",
+           [](Native& self) { return self.run([](const Scheduler& s) { return s.idle(); }); })
+      .def("check",
+           [](Native& self) { return self.run([](const Scheduler& s) { return s.check(); }); })
+      .def(
+          "record", [](Native& self, bool on) { self.run([&](Scheduler& s) { s.record(on); }); },
+          py::arg("on"))
+      .def("transitions", &transitions)
+      .def("events", &events);
+}

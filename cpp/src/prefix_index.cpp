@@ -1,0 +1,147 @@
+#include "tokenspeed/prefix_index.hpp"
+
+#include <algorithm>
+
+namespace tokenspeed {
+
+PrefixIndex::Cursor PrefixIndex::root(std::string_view salt) {
+  const auto found = roots_.find(std::string(salt));
+  if (found != roots_.end()) return {found->second, nodes_[index(found->second)].life};
+  const NodeId node = make();
+  roots_.emplace(salt, node);
+  salts_.emplace(node, salt);
+  return {node, nodes_[index(node)].life};
+}
+
+PrefixIndex::Cursor PrefixIndex::find_root(std::string_view salt) const {
+  const auto found = roots_.find(std::string(salt));
+  if (found == roots_.end()) return {};
+  return {found->second, nodes_[index(found->second)].life};
+}
+
+bool PrefixIndex::match(Cursor& at, std::span<const Token> wanted, PageTable& table) {
+  if (!alive(at)) return false;
+  const NodeId child = find(at.node, hash(at.node, wanted), wanted);
+  if (child < 0) return false;
+  Node& node = nodes_[index(child)];
+  if (node.references++ == 0) {
+    --unheld_;
+    evictable_.erase({node.used, child});
+  }
+  node.used = now_;
+  table.append(SharedPage(child, node.page));
+  at = {child, node.life};
+  return true;
+}
+
+PageTable::Entry PrefixIndex::publish(Cursor& at, std::span<const Token> content,
+                                      ExclusivePage&& page) {
+  const std::uint64_t key = hash(at.node, content);
+  if (!alive(at) || find(at.node, key, content) >= 0) {
+    at = {};
+    return std::move(page);
+  }
+  const NodeId child = make();
+  const NodeId parent = at.node;
+  if (can_go(nodes_[index(parent)])) evictable_.erase({nodes_[index(parent)].used, parent});
+  ++nodes_[index(parent)].children;
+  Node& node = nodes_[index(child)];
+  node.parent = parent;
+  node.page = page.id_.release();
+  node.references = 1;
+  node.used = now_;
+  node.hash = key;
+  std::copy(content.begin(), content.end(),
+            node_tokens_.begin() + static_cast<std::ptrdiff_t>(index(child)) * page_size_);
+  children_.emplace(key, child);
+  ++size_;
+  at = {child, node.life};
+  return SharedPage(child, node.page);
+}
+
+void PrefixIndex::release(SharedPage&& page) {
+  const NodeId id = page.node_.release();
+  Node& node = nodes_[index(id)];
+  if (--node.references > 0) return;
+  ++unheld_;
+  node.used = now_;
+  if (can_go(node)) evictable_.emplace(node.used, id);
+}
+
+bool PrefixIndex::evict(PagePool& pool) {
+  if (evictable_.empty()) return false;
+  const NodeId id = evictable_.begin()->second;
+  evictable_.erase(evictable_.begin());
+  Node& node = nodes_[index(id)];
+  const auto [first, last] = children_.equal_range(node.hash);
+  children_.erase(std::find_if(first, last, [id](const auto& item) { return item.second == id; }));
+  pool.give_back(ExclusivePage(node.page));
+  --size_;
+  --unheld_;
+  const NodeId parent = node.parent;
+  node.page = -1;
+  ++node.life;
+  spare_.push_back(id);
+  Node& above = nodes_[index(parent)];
+  --above.children;
+  if (can_go(above)) evictable_.emplace(above.used, parent);
+  drop_root_if_unused(parent);
+  return true;
+}
+
+// A salt that nothing is cached under costs nothing.
+void PrefixIndex::drop_root_if_unused(NodeId root) {
+  const auto salt = salts_.find(root);
+  if (salt == salts_.end() || nodes_[index(root)].children > 0) return;
+  roots_.erase(salt->second);
+  salts_.erase(salt);
+  ++nodes_[index(root)].life;
+  spare_.push_back(root);
+}
+
+std::vector<std::pair<NodeId, PageId>> PrefixIndex::pages() const {
+  std::vector<std::pair<NodeId, PageId>> out;
+  for (NodeId id = 0; index(id) < nodes_.size(); ++id) {
+    if (nodes_[index(id)].page >= 0) out.emplace_back(id, nodes_[index(id)].page);
+  }
+  return out;
+}
+
+std::span<const Token> PrefixIndex::tokens(NodeId node) const noexcept {
+  const auto size = static_cast<std::size_t>(page_size_);
+  return {node_tokens_.data() + index(node) * size, size};
+}
+
+// FNV-1a over the parent and the tokens: it only narrows the search.
+std::uint64_t PrefixIndex::hash(NodeId parent, std::span<const Token> content) const noexcept {
+  std::uint64_t value = 14695981039346656037ULL ^ static_cast<std::uint32_t>(parent);
+  for (const Token token : content) {
+    value = (value ^ static_cast<std::uint32_t>(token)) * 1099511628211ULL;
+  }
+  return value ^ (value >> 32);
+}
+
+NodeId PrefixIndex::find(NodeId parent, std::uint64_t key, std::span<const Token> wanted) const {
+  const auto [first, last] = children_.equal_range(key);
+  for (auto item = first; item != last; ++item) {
+    const NodeId id = item->second;
+    if (nodes_[index(id)].parent == parent && std::ranges::equal(tokens(id), wanted)) return id;
+  }
+  return -1;
+}
+
+NodeId PrefixIndex::make() {
+  if (!spare_.empty()) {
+    const NodeId id = spare_.back();
+    spare_.pop_back();
+    const std::uint32_t life = nodes_[index(id)].life;
+    nodes_[index(id)] = Node{};
+    nodes_[index(id)].life = life;
+    return id;
+  }
+  nodes_.emplace_back();
+  node_tokens_.resize(nodes_.size() * static_cast<std::size_t>(page_size_));
+  return static_cast<NodeId>(nodes_.size() - 1);
+}
+
+}  // namespace tokenspeed

@@ -1,0 +1,132 @@
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+SPEC_HASH: str
+
+class QueueFull(Exception):
+    """The waiting queue is at its bound."""
+
+class Plan:
+    """One step; see `tokenspeed.plan.StepPlan`. The arrays live as long as the plan."""
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def numbers(self) -> NDArray[np.int64]: ...
+    @property
+    def incarnations(self) -> NDArray[np.int32]: ...
+    @property
+    def slots(self) -> NDArray[np.int32]: ...
+    @property
+    def query_start(self) -> NDArray[np.int32]: ...
+    @property
+    def token_ids(self) -> NDArray[np.int32]: ...
+    @property
+    def context_lens(self) -> NDArray[np.int32]: ...
+    @property
+    def sampled(self) -> NDArray[np.bool_]: ...
+    @property
+    def page_delta(self) -> NDArray[np.int32]: ...
+    @property
+    def joined(self) -> NDArray[np.int64]:
+        """int64[joined, 2]: slot, number."""
+
+    @property
+    def cached(self) -> NDArray[np.int32]:
+        """int32[joined]: tokens found in the prefix cache."""
+
+    @property
+    def preempted(self) -> NDArray[np.int64]: ...
+
+class Committed:
+    @property
+    def accepted(self) -> NDArray[np.bool_]:
+        """bool[rows]: the sampled token was taken."""
+
+    @property
+    def finished(self) -> list[tuple[int, str]]:
+        """(number, "stop" or "length") of requests that end with this step."""
+
+    @property
+    def released(self) -> list[int]:
+        """Numbers of requests whose pages are back."""
+
+class Stats:
+    @property
+    def running(self) -> int: ...
+    @property
+    def waiting(self) -> int: ...
+    @property
+    def draining(self) -> int: ...
+    @property
+    def pages_total(self) -> int: ...
+    @property
+    def pages_free(self) -> int: ...
+    @property
+    def pages_cached(self) -> int: ...
+    @property
+    def prefix_queries(self) -> int: ...
+    @property
+    def prefix_hits(self) -> int: ...
+    @property
+    def preemptions(self) -> int: ...
+    @property
+    def evictions(self) -> int: ...
+    @property
+    def steps(self) -> int: ...
+
+class Scheduler:
+    """Continuous batching over the generated lifecycle. Any thread may look while one drives.
+
+    Raises:
+        ValueError: a setting is out of bounds; the message names it.
+    """
+
+    def __init__(
+        self,
+        *,
+        page_size: int,
+        pages: int,
+        slots: int,
+        waiting_max: int,
+        step_tokens: int,
+        context_max: int,
+        overlap: int = 0,
+        prefix_cache: bool = True,
+    ) -> None: ...
+    def submit(
+        self, number: int, prompt: NDArray[np.int32], max_tokens: int, salt: str = ""
+    ) -> None:
+        """Queue a request. Raises ValueError naming the field, or QueueFull."""
+
+    def plan(self) -> Plan | None:
+        """Plan and launch a step; None if nothing can run or `overlap + 1` steps are in flight."""
+
+    def commit(
+        self, step: int, token_ids: NDArray[np.int32], stop: NDArray[np.bool_]
+    ) -> Committed:
+        """Complete the oldest launched step. Raises ValueError, nothing changed, if it is another."""
+
+    def abort(self, number: int) -> bool:
+        """End a request in whatever state; False if it is unknown or ending already."""
+
+    def tokens(self, number: int) -> Sequence[int] | None:
+        """Prompt and accepted output of a live request."""
+
+    def stats(self) -> Stats: ...
+    def idle(self) -> bool:
+        """No request is alive and no step is in flight."""
+
+    def check(self) -> list[str]:
+        """Recompute who holds which page; what is wrong, in words."""
+
+    def record(self, on: bool) -> None:
+        """Keep every move for `events`."""
+
+    def transitions(self) -> dict[tuple[str, str, str], int]:
+        """(action, from, to) -> how often, for every edge of the spec."""
+
+    def events(self) -> list[tuple[str, int, int, str, str]]:
+        """Moves since the last call: (action, number, incarnation, from, to)."""
