@@ -1,0 +1,73 @@
+"""Whatever is submitted, aborted and interleaved: right outputs, every page back, no illegal move."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from scheduling import World
+
+
+class Scheduling(RuleBasedStateMachine):
+    """Tiny pools, shared prefixes, salts, overlap 0 to 2; steps complete when they like."""
+
+    @initialize(
+        overlap=st.integers(0, 2),
+        pages=st.integers(8, 20),
+        slots=st.integers(1, 4),
+        page_size=st.integers(1, 4),
+        prefix_cache=st.booleans(),
+        extra=st.integers(0, 8),
+    )
+    def start(self, pages: int, slots: int, page_size: int, extra: int, **settings: int) -> None:
+        self.world = World(
+            pages=pages, slots=slots, page_size=page_size, step_tokens=slots + extra, **settings
+        )
+        self.room = pages * page_size
+
+    @rule(
+        base=st.integers(0, 2),
+        length=st.integers(1, 24),
+        own=st.lists(st.integers(0, 3), max_size=3),
+        max_tokens=st.integers(1, 16),
+        salt=st.sampled_from(["", "", "tenant"]),
+        stop_after=st.one_of(st.just(10**9), st.integers(1, 6)),
+    )
+    def submit(
+        self, base: int, length: int, own: list[int], max_tokens: int, salt: str, stop_after: int
+    ) -> None:
+        prompt = ([base] * length + own)[: max(1, self.room - max_tokens)]
+        if len(prompt) + max_tokens - 1 <= self.room:
+            self.world.submit(prompt, max_tokens, salt, stop_after)
+
+    @precondition(lambda self: self.world.clients)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        self.world.abort(data.draw(st.sampled_from(sorted(self.world.clients))))
+
+    @rule()
+    def launch(self) -> None:
+        self.world.launch()
+
+    @precondition(lambda self: self.world.launched)
+    @rule()
+    def commit(self) -> None:
+        self.world.commit()
+
+    @rule(turns=st.integers(1, 8))
+    def turns(self, turns: int) -> None:
+        for _ in range(turns):
+            self.world.turn()
+
+    @invariant()
+    def every_page_has_one_place(self) -> None:
+        if hasattr(self, "world"):
+            self.world.check()
+
+    def teardown(self) -> None:
+        if hasattr(self, "world"):
+            self.world.finish()
+
+
+TestScheduling = Scheduling.TestCase
+TestScheduling.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)

@@ -1,0 +1,158 @@
+"""A model executor for scheduler tests: it computes on simulated pages and notices foul play.
+
+Each page cell holds what was last written there: (request's salt, all tokens up to that position).
+A step reads every cell that its row's attention would read and fails if one holds anything else. So
+a page that was freed too early, mapped twice, or matched wrongly shows at once.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+
+from tokenspeed._core import Plan, Scheduler
+from tokenspeed.fsm.monitor import Monitor
+
+Cell = tuple[str, tuple[int, ...]]
+
+
+def next_token(prefix: Sequence[int]) -> int:
+    """The model: a function of the whole prefix."""
+    return (sum((i + 1) * t for i, t in enumerate(prefix)) * 31 + len(prefix)) % 97
+
+
+class Client:
+    """One request as its sender sees it."""
+
+    def __init__(self, prompt: list[int], max_tokens: int, salt: str, stop_after: int) -> None:
+        self.prompt, self.max_tokens, self.salt = prompt, max_tokens, salt
+        self.stop_after = stop_after
+        self.output: list[int] = []
+        self.done = False
+        self.aborted = False
+
+    def expected(self) -> list[int]:
+        """What any schedule must produce."""
+        tokens = list(self.prompt)
+        for _ in range(min(self.max_tokens, self.stop_after)):
+            tokens.append(next_token(tokens))
+        return tokens[len(self.prompt) :]
+
+
+class World:
+    """A scheduler, its clients, and an executor that checks what it is told to do."""
+
+    def __init__(self, **config: int) -> None:
+        self.config = {"waiting_max": 1000, "context_max": 1000, **config}
+        self.scheduler = Scheduler(**self.config)  # type: ignore[arg-type]
+        self.scheduler.record(True)
+        self.monitor = Monitor()
+        self.clients: dict[int, Client] = {}
+        self.cells: dict[tuple[int, int], Cell] = {}
+        self.table: dict[tuple[int, int], int] = {}
+        self.fed: dict[int, list[int]] = {}
+        self.launched: deque[tuple[Plan, list[tuple[int, int]]]] = deque()
+        self.plans: list[Plan] = []
+
+    def submit(
+        self, prompt: list[int], max_tokens: int, salt: str = "", stop_after: int = 10**9
+    ) -> int:
+        number = len(self.clients)
+        self.scheduler.submit(number, np.asarray(prompt, np.int32), max_tokens, salt)
+        self.clients[number] = Client(prompt, max_tokens, salt, stop_after)
+        return number
+
+    def abort(self, number: int) -> bool:
+        ended = self.scheduler.abort(number)
+        if ended:
+            self.clients[number].aborted = True
+        return ended
+
+    def launch(self) -> bool:
+        plan = self.scheduler.plan()
+        if plan is None:
+            return False
+        self.plans.append(plan)
+        self.launched.append((plan, self._compute(plan)))
+        return True
+
+    def _compute(self, plan: Plan) -> list[tuple[int, int]]:
+        """Run the step in launch order; (number, token) by row."""
+        for slot, index, page in plan.page_delta.tolist():
+            self.table[slot, index] = page
+        for slot, number in plan.joined.tolist():
+            self.fed[slot] = []
+            del number
+        out = []
+        size = self.config["page_size"]
+        for row, number in enumerate(plan.numbers.tolist()):
+            client, slot = self.clients[number], int(plan.slots[row])
+            context = int(plan.context_lens[row])
+            tokens = plan.token_ids[plan.query_start[row] : plan.query_start[row + 1]].tolist()
+            prefix = self._read(slot, context, client, size)
+            for position, token in enumerate(tokens, start=context):
+                fed = next_token(prefix) if token < 0 else token
+                prefix.append(fed)
+                page = self.table[slot, position // size]
+                self.cells[page, position % size] = (client.salt, tuple(prefix))
+            out.append((number, next_token(prefix)))
+        return out
+
+    def _read(self, slot: int, context: int, client: Client, size: int) -> list[int]:
+        """The tokens behind the row's context, each cell checked against the last."""
+        if context == 0:
+            return []
+        page = self.table[slot, (context - 1) // size]
+        salt, prefix = self.cells[page, (context - 1) % size]
+        assert salt == client.salt
+        for position in range(context):
+            cell = self.cells[self.table[slot, position // size], position % size]
+            assert cell == (client.salt, prefix[: position + 1]), "a page does not hold its tokens"
+        known = [*client.prompt, *client.expected()]
+        if not client.done:
+            shared = min(len(known), context)
+            assert list(prefix[:shared]) == known[:shared]
+        return list(prefix)
+
+    def commit(self) -> None:
+        plan, rows = self.launched.popleft()
+        tokens = np.array([token for _, token in rows], np.int32)
+        stop = np.array(
+            [len(self.clients[n].output) + 1 >= self.clients[n].stop_after for n, _ in rows]
+        )
+        done = self.scheduler.commit(plan.step, tokens, stop)
+        for row, (number, token) in enumerate(rows):
+            if done.accepted[row]:
+                self.clients[number].output.append(token)
+        for number, _ in done.finished:
+            self.clients[number].done = True
+        self.check()
+
+    def check(self) -> None:
+        assert self.scheduler.check() == []
+        self.monitor.feed(self.scheduler.events())
+
+    def turn(self) -> bool:
+        """Fill the pipeline and complete one step; False when nothing is left to do."""
+        while self.launch():
+            pass
+        if not self.launched:
+            return False
+        self.commit()
+        return True
+
+    def finish(self, steps_max: int = 20_000) -> None:
+        """Run until idle; everybody has what any schedule must give, and every page is back."""
+        for _ in range(steps_max):
+            if not self.turn():
+                break
+        assert self.scheduler.idle(), "requests are left, and nothing can run"
+        self.check()
+        stats = self.scheduler.stats()
+        assert stats.pages_free + stats.pages_cached == stats.pages_total
+        for number, client in self.clients.items():
+            if not client.aborted:
+                assert client.done
+                assert client.output == client.expected(), number
