@@ -292,7 +292,7 @@ def nothing_unpickled(s: Source) -> Iterator[tuple[int, str]]:
 
 
 def exact_exports(s: Source) -> Iterator[tuple[int, str]]:
-    """A package exports what it gathers and defines, all of it and nothing else, and says so."""
+    """A package exports what it defines and gathers, but for what it uses itself, and says so."""
     if not s.is_package:
         return
     bound, quiet, exports, line = set(), set(), set(), 1
@@ -300,6 +300,7 @@ def exact_exports(s: Source) -> Iterator[tuple[int, str]]:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tokenspeed"):
             bound |= {alias.asname or alias.name for alias in node.names}
             quiet |= {alias.name for alias in node.names if alias.asname != alias.name}
+    quiet -= {node.id for node in ast.walk(s.tree) if isinstance(node, ast.Name)}
     for node in s.tree.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             bound.add(node.name)
