@@ -6,15 +6,17 @@ what changed. Tokens that the CPU has not seen yet are filled in on the device.
 
 from __future__ import annotations
 
-from typing import final
+from typing import Any, final
 
 import numpy as np
 import torch
 from attrs import frozen
+from numpy.typing import NDArray
 from torch import Tensor
 
-from tokenspeed.kernels import AttentionPlan, attention_plan
+from tokenspeed.kernels import AttentionPlan
 from tokenspeed.plan import FROM_DEVICE, StepPlan
+from tokenspeed.spmd.kv import KVSpec
 
 __all__ = ["Batch", "Slots"]
 
@@ -47,14 +49,14 @@ class Slots:
         slots: requests that run at once.
         pages_max: pages of the longest request.
         page_size: tokens in a page.
-        device: where the model runs.
+        kv: what the model caches, and on which device.
     """
 
-    def __init__(self, slots: int, pages_max: int, page_size: int, device: torch.device) -> None:
+    def __init__(self, slots: int, pages_max: int, page_size: int, kv: KVSpec) -> None:
         self._page_size = page_size
-        self._device = device
+        self._device = kv.device
         self._pages = np.zeros((slots, pages_max), np.int32)
-        self._last_token = torch.zeros(slots, dtype=torch.int64, device=device)
+        self._last_token = torch.zeros(slots, dtype=torch.int64, device=kv.device)
 
     def patch(self, plan: StepPlan) -> None:
         """Apply the plan's page-table changes, in order."""
@@ -81,7 +83,7 @@ class Slots:
             positions=self._to_device(positions),
             locations=self._to_device(locations),
             sampled_rows=self._to_device(starts[1:][plan.sampled].astype(np.int64) - 1),
-            attention=attention_plan(
+            attention=AttentionPlan(
                 query_start=self._to_device(starts),
                 context_lens=self._to_device(contexts),
                 page_table=self._to_device(self._pages[plan.slots, :widest]),
@@ -93,5 +95,5 @@ class Slots:
         """Keep the sampled tokens int64[sampled] of these slots for FROM_DEVICE."""
         self._last_token[slots] = token_ids
 
-    def _to_device(self, array: np.ndarray) -> Tensor:
+    def _to_device(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(self._device)

@@ -253,7 +253,7 @@ def _refuse_to_run(step: Collective, _x: Tensor) -> Tensor:
 def _conversion(
     given: Layout, wanted: Layout, mesh: Mesh, producer: str, consumer: str
 ) -> list[Collective]:
-    """Collectives that turn `given` into `wanted`: reduce, gather inner axes first, then slice."""
+    """Collectives that turn `given` into `wanted`: first what makes whole, then what slices."""
     if given == wanted:
         return []
 
@@ -263,12 +263,10 @@ def _conversion(
             f"Declare another input placement for {consumer} or another output of {producer}"
         )
 
-    for dim in {p.dim for _, p in (*given.axes, *wanted.axes) if isinstance(p, Shard)}:
-        axes = {a for a, p in (*given.axes, *wanted.axes) if p == Shard(dim)}
-        if len(axes) > 1:
-            raise refuse(
-                f"dim {dim} is sharded along {' and '.join(sorted(axes))}, whose order is lost"
-            )
+    for lies in (given, wanted):
+        dims = [p.dim for _, p in lies.axes if isinstance(p, Shard)]
+        if len(set(dims)) < len(dims):
+            raise refuse(f"{lies} shards one dim along several axes, and a move would mix them up")
     steps: list[Collective] = []
     now = given
 
@@ -283,14 +281,13 @@ def _conversion(
             continue
         if isinstance(want, Partial):
             raise refuse(f"along {axis} nothing turns {have} into summands")
-        if isinstance(have, Partial) and isinstance(want, Shard):
-            now = step("reduce_scatter", axis, want.dim, want)
-        elif isinstance(have, Partial):
+        if isinstance(have, Partial) and isinstance(want, Replicate):
             now = step("all_reduce", axis, None, want)
         elif isinstance(have, Shard):
             now = step("all_gather", axis, have.dim, Replicate())
     for axis, _ in mesh.axes:
-        want = wanted.on(axis)
-        if now.on(axis) != want and isinstance(want, Shard):
-            now = step("slice", axis, want.dim, want)
+        have, want = now.on(axis), wanted.on(axis)
+        if have != want and isinstance(want, Shard):
+            op = "reduce_scatter" if isinstance(have, Partial) else "slice"
+            now = step(op, axis, want.dim, want)
     return steps

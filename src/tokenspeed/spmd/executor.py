@@ -111,7 +111,7 @@ class Executor:
         self._params = model.params
         self._kv = model.kv.allocate(pages, page_size)
         self._pages = self._kv.pages
-        self._slots = Slots(slots, math.ceil(context_max / page_size), page_size, device)
+        self._slots = Slots(slots, math.ceil(context_max / page_size), page_size, model.kv)
         self._sampler = SamplerState(slots, model.config.vocab_size, device, eos_ids)
         self._worker = (
             ThreadPoolExecutor(1, thread_name_prefix="tokenspeed-step") if overlap else None

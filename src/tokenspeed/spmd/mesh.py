@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Self, final
 
-from attrs import field, frozen
+from attrs import frozen
 
 from tokenspeed.errors import ConfigError
 
@@ -26,7 +26,7 @@ class Mesh:
         rank: this rank, in [0, ranks).
     """
 
-    axes: tuple[tuple[str, int], ...] = field(default=(), converter=tuple)
+    axes: tuple[tuple[str, int], ...] = ()
     rank: int = 0
 
     def __attrs_post_init__(self) -> None:

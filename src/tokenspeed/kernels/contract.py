@@ -1,0 +1,109 @@
+"""What an op promises: its signature, shapes and meaning. Rule: a backend keeps all of it or says why not.
+
+Shapes: T tokens of all rows of a step one after the other, R rows, D hidden, H query heads, K
+key/value heads, d head dim. Pages are [pages, page_size, K, d]; position p of a row lies in page
+`page_table[row, p // page_size]` at offset `p % page_size`. Results have the dtype of `x` (or `q`);
+sums are taken in float32 at least.
+
+    embedding(ids int64[T], weight[V, D]) -> [T, D]
+    linear(x[T, I], weight[O, I], bias[O] | None) -> [T, O]
+    rms_norm(x[T, D], weight[D], eps) -> x / sqrt(mean(x^2) + eps) * weight
+    add_rms_norm(x[T, D], residual[T, D], weight[D], eps) -> (rms_norm(s), s), s = x + residual
+    rope(q[T, H, d], k[T, K, d], positions int64[T], cos_sin float32[context, d]) -> (q, k)
+        halves (a, b) of a head become (a cos - b sin, b cos + a sin); Su et al., 2021
+    silu_mul(x[T, 2F]) -> silu(x[:, :F]) * x[:, F:]
+    kv_write(k_pages, v_pages, k[T, K, d], v[T, K, d], locations int64[T]) -> None
+        location = page * page_size + offset; locations are distinct
+    paged_attention(q[T, H, d], k_pages, v_pages, plan) -> [T, H, d]
+        softmax(q k / sqrt(d)) v over positions 0..p of the row, p the query's own (causal); heads
+        share keys in groups of H / K (Ainslie et al., 2023)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast, final
+
+from attrs import field, frozen
+from torch import Tensor
+
+__all__ = ["OPS", "AttentionPlan", "Backend", "Problem"]
+
+T = TypeVar("T")
+
+OPS = (
+    "embedding",
+    "linear",
+    "rms_norm",
+    "add_rms_norm",
+    "rope",
+    "silu_mul",
+    "kv_write",
+    "paged_attention",
+)
+
+
+@final
+@frozen(kw_only=True, eq=False)
+class AttentionPlan:
+    """What `paged_attention` needs of a step. Made once, used by every layer.
+
+    Attributes:
+        query_start: int32[R + 1]; row i has the queries [query_start[i], query_start[i + 1]).
+        context_lens: int32[R]; cached tokens before the row's first query.
+        page_table: int32[R, n]; entries past a row's last page mean nothing.
+        page_size: tokens in a page.
+    """
+
+    query_start: Tensor
+    context_lens: Tensor
+    page_table: Tensor
+    page_size: int
+    _derived: dict[Callable[[AttentionPlan], Any], Any] = field(factory=dict, init=False)
+
+    def once(self, derive: Callable[[AttentionPlan], T]) -> T:
+        """What a backend derives from the plan: computed by its first layer, kept for the others."""
+        if derive not in self._derived:
+            self._derived[derive] = derive(self)
+        return cast(T, self._derived[derive])
+
+
+@final
+@frozen
+class Problem:
+    """What selection looks at: never a batch size, so that an answer serves a whole run.
+
+    Attributes:
+        op: one of OPS.
+        device: "cpu", "cuda" ...
+        dtype: of the activations, as torch names it ("float32", "bfloat16").
+    """
+
+    op: str
+    device: str
+    dtype: str
+
+
+@final
+@frozen(kw_only=True)
+class Backend:
+    """A set of functions that keep the contract, for the problems that it supports.
+
+    Attributes:
+        name: short, as in `TOKENSPEED_KERNELS`.
+        priority: the supported backend with the highest one runs.
+        functions: op -> function; ops may be missing.
+        supports: None, or the reason why a problem is not for this backend.
+    """
+
+    name: str
+    priority: int
+    functions: dict[str, Callable[..., Any]]
+    supports: Callable[[Problem], str | None]
+
+    def lacks(self, problem: Problem) -> str | None:
+        """Why this backend cannot run the problem, or None."""
+        if problem.op not in self.functions:
+            return f"has no {problem.op}"
+        return self.supports(problem)
+

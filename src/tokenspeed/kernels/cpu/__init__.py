@@ -1,0 +1,32 @@
+"""The CPU backend: torch's own kernels, few of them. Rule: per-call overhead is what a decode step costs."""
+
+from tokenspeed.kernels.contract import Backend, Problem
+from tokenspeed.kernels.cpu.attention import kv_write, paged_attention, rope
+from tokenspeed.kernels.cpu.dense import add_rms_norm, embedding, linear, rms_norm, silu_mul
+
+__all__ = ["BACKEND"]
+
+
+def _supports(problem: Problem) -> str | None:
+    if problem.device != "cpu":
+        return f"runs on the CPU, not on {problem.device}"
+    if problem.dtype not in ("float32", "bfloat16"):
+        return f"computes in float32 or bfloat16, not {problem.dtype}"
+    return None
+
+
+BACKEND = Backend(
+    name="cpu",
+    priority=10,
+    functions={
+        "embedding": embedding,
+        "linear": linear,
+        "rms_norm": rms_norm,
+        "add_rms_norm": add_rms_norm,
+        "rope": rope,
+        "silu_mul": silu_mul,
+        "kv_write": kv_write,
+        "paged_attention": paged_attention,
+    },
+    supports=_supports,
+)

@@ -1,0 +1,131 @@
+"""Rotary positions, KV pages and attention on the CPU.
+
+Rule: rows of one query (decode) are attended together, over one padded gather of their pages; rows
+of many (prefill) one by one. The query heads that share a key head are folded into the query dim, so
+that keys are never repeated.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from attrs import frozen
+from torch import Tensor
+
+from tokenspeed.kernels.contract import AttentionPlan
+
+__all__ = ["kv_write", "paged_attention", "rope"]
+
+
+def rope(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
+    """See contract.py."""
+    heads = torch.cat((q, k), dim=1)
+    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
+    a, b = heads.float().chunk(2, dim=-1)
+    turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(q.dtype)
+    return turned[:, : q.shape[1]], turned[:, q.shape[1] :]
+
+
+def kv_write(k_pages: Tensor, v_pages: Tensor, k: Tensor, v: Tensor, locations: Tensor) -> None:
+    """See contract.py."""
+    k_pages.flatten(0, 1).index_copy_(0, locations, k)
+    v_pages.flatten(0, 1).index_copy_(0, locations, v)
+
+
+@frozen(eq=False)
+class _Decode:
+    """Rows of one query. where: int64[B * L] locations; unseen: bool[B, L] padding."""
+
+    tokens: Tensor
+    where: Tensor
+    unseen: Tensor
+
+
+@frozen(eq=False)
+class _Prefill:
+    """One row of many queries. where: int64[L] locations; unseen: bool[n, L], later positions."""
+
+    start: int
+    end: int
+    where: Tensor
+    unseen: Tensor
+
+
+def _rows(plan: AttentionPlan) -> tuple[_Decode | None, list[_Prefill]]:
+    starts, contexts = plan.query_start.to(torch.int64), plan.context_lens.to(torch.int64)
+    counts = starts.diff()
+    size = plan.page_size
+    single = (counts == 1).nonzero().flatten()
+    decode = None
+    if len(single):
+        lengths = contexts[single] + 1
+        at = torch.arange(int(lengths.max()))
+        where = plan.page_table[single][:, at // size].to(torch.int64) * size + at % size
+        unseen = at >= lengths[:, None]
+        decode = _Decode(starts[single], where.masked_fill_(unseen, 0).flatten(), unseen)
+    prefills = []
+    for row in (counts > 1).nonzero().flatten().tolist():
+        start, context = int(starts[row]), int(contexts[row])
+        at = torch.arange(context + int(counts[row]))
+        where = plan.page_table[row, at // size].to(torch.int64) * size + at % size
+        own = torch.arange(context, len(at))[:, None]
+        prefills.append(_Prefill(start, start + int(counts[row]), where, at > own))
+    return decode, prefills
+
+
+def paged_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: AttentionPlan) -> Tensor:
+    """See contract.py."""
+    decode, prefills = plan.once(_rows)
+    keys, values = k_pages.flatten(0, 1), v_pages.flatten(0, 1)
+    if decode is not None and not prefills:
+        return _decode(q, keys, values, decode, plan)
+    out = torch.empty(q.shape, dtype=q.dtype)
+    if decode is not None:
+        out[decode.tokens] = _decode(q[decode.tokens], keys, values, decode, plan)
+    for row in prefills:
+        out[row.start : row.end] = _prefill(q[row.start : row.end], keys, values, row)
+    return out
+
+
+def _bias(unseen: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(unseen.shape, dtype=dtype).masked_fill_(unseen, float("-inf"))
+
+
+def _decode(
+    q: Tensor, keys: Tensor, values: Tensor, rows: _Decode, plan: AttentionPlan
+) -> Tensor:
+    batch, heads, dim = q.shape
+    kv_heads, length = keys.shape[1], rows.unseen.shape[1]
+    k = keys.index_select(0, rows.where).view(batch, length, kv_heads, dim).transpose(1, 2)
+    v = values.index_select(0, rows.where).view(batch, length, kv_heads, dim).transpose(1, 2)
+    folded = q.reshape(batch, kv_heads, heads // kv_heads, dim)
+    bias = plan.once(_DECODE_BIAS[q.dtype]) if batch > 1 else None
+    return F.scaled_dot_product_attention(folded, k, v, attn_mask=bias).reshape(q.shape)
+
+
+def _decode_bias(dtype: torch.dtype, plan: AttentionPlan) -> Tensor | None:
+    decode, _ = plan.once(_rows)
+    return None if decode is None else _bias(decode.unseen, dtype)[:, None, None, :]
+
+
+def _decode_bias_float32(plan: AttentionPlan) -> Tensor | None:
+    return _decode_bias(torch.float32, plan)
+
+
+def _decode_bias_bfloat16(plan: AttentionPlan) -> Tensor | None:
+    return _decode_bias(torch.bfloat16, plan)
+
+
+_DECODE_BIAS = {torch.float32: _decode_bias_float32, torch.bfloat16: _decode_bias_bfloat16}
+
+
+def _prefill(q: Tensor, keys: Tensor, values: Tensor, row: _Prefill) -> Tensor:
+    count, heads, dim = q.shape
+    kv_heads = keys.shape[1]
+    k = keys.index_select(0, row.where).transpose(0, 1)[None]
+    v = values.index_select(0, row.where).transpose(0, 1)[None]
+    groups = heads // kv_heads
+    folded = q.view(count, kv_heads, groups, dim).permute(1, 2, 0, 3).reshape(1, kv_heads, -1, dim)
+    bias = _bias(row.unseen, q.dtype).repeat(groups, 1)
+    mixed = F.scaled_dot_product_attention(folded, k, v, attn_mask=bias)
+    return mixed.view(kv_heads, groups, count, dim).permute(2, 0, 1, 3).reshape(q.shape)

@@ -1,0 +1,29 @@
+"""The reference: the contract in plain torch, in float32. Rule: obviously right before fast."""
+
+from tokenspeed.kernels.contract import Backend
+from tokenspeed.kernels.reference.attention import kv_write, paged_attention, rope
+from tokenspeed.kernels.reference.dense import (
+    add_rms_norm,
+    embedding,
+    linear,
+    rms_norm,
+    silu_mul,
+)
+
+__all__ = ["BACKEND"]
+
+BACKEND = Backend(
+    name="reference",
+    priority=0,
+    functions={
+        "embedding": embedding,
+        "linear": linear,
+        "rms_norm": rms_norm,
+        "add_rms_norm": add_rms_norm,
+        "rope": rope,
+        "silu_mul": silu_mul,
+        "kv_write": kv_write,
+        "paged_attention": paged_attention,
+    },
+    supports=lambda _problem: None,
+)

@@ -1,0 +1,47 @@
+"""Rotary positions, KV pages and attention: a row at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokenspeed.kernels.contract import AttentionPlan
+
+__all__ = ["kv_write", "paged_attention", "rope"]
+
+
+def rope(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
+    """See contract.py."""
+    cos, sin = cos_sin[positions].float()[:, None, :].chunk(2, dim=-1)
+
+    def turn(x: Tensor) -> Tensor:
+        a, b = x.float().chunk(2, dim=-1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+    return turn(q), turn(k)
+
+
+def kv_write(k_pages: Tensor, v_pages: Tensor, k: Tensor, v: Tensor, locations: Tensor) -> None:
+    """See contract.py."""
+    size = k_pages.shape[1]
+    k_pages[locations // size, locations % size] = k
+    v_pages[locations // size, locations % size] = v
+
+
+def paged_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: AttentionPlan) -> Tensor:
+    """See contract.py."""
+    out = torch.empty_like(q)
+    groups = q.shape[1] // k_pages.shape[2]
+    starts = plan.query_start.tolist()
+    for row, context in enumerate(plan.context_lens.tolist()):
+        queries = slice(starts[row], starts[row + 1])
+        length = context + starts[row + 1] - starts[row]
+        table = plan.page_table[row, : -(-length // plan.page_size)]
+        keys = k_pages[table].flatten(0, 1)[:length].float().repeat_interleave(groups, dim=1)
+        values = v_pages[table].flatten(0, 1)[:length].float().repeat_interleave(groups, dim=1)
+        scores = torch.einsum("qhd,khd->hqk", q[queries].float(), keys) * q.shape[-1] ** -0.5
+        own = torch.arange(context, length, device=q.device)[:, None]
+        seen = torch.arange(length, device=q.device)[None, :] <= own
+        weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)
+        out[queries] = torch.einsum("hqk,khd->qhd", weights, values).to(q.dtype)
+    return out

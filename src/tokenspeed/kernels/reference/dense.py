@@ -1,0 +1,38 @@
+"""Embedding, products, norms and gates: one formula each."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["add_rms_norm", "embedding", "linear", "rms_norm", "silu_mul"]
+
+
+def embedding(ids: Tensor, weight: Tensor) -> Tensor:
+    """See contract.py."""
+    return weight[ids]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """See contract.py."""
+    product = x.float() @ weight.float().T
+    return (product if bias is None else product + bias.float()).to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See contract.py."""
+    wide = x.float()
+    scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+    return (wide * scale * weight.float()).to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """See contract.py."""
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
+def silu_mul(x: Tensor) -> Tensor:
+    """See contract.py."""
+    gate, up = x.float().chunk(2, dim=-1)
+    return (gate * torch.sigmoid(gate) * up).to(x.dtype)

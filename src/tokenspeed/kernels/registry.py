@@ -1,0 +1,136 @@
+"""Who runs what. Rule: selection is by support, then priority; a choice is made once a problem.
+
+Overrides, strongest first: the context manager `using`, then the environment variable
+`TOKENSPEED_KERNELS` ("paged_attention=reference,rope=cpu"). Third parties add backends by an entry
+point in the group `tokenspeed.kernels` that gives a `Backend`; one that fails is reported and left out.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, final
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from tokenspeed.errors import ConfigError, KernelError
+from tokenspeed.kernels.contract import OPS, Backend, Problem
+from tokenspeed.kernels.cpu import BACKEND as CPU
+from tokenspeed.kernels.reference import BACKEND as REFERENCE
+
+__all__ = ["Choice", "Registry", "registry"]
+
+log = logging.getLogger("tokenspeed.kernels")
+
+
+@final
+@frozen
+class Choice:
+    """Why a backend runs a problem: the others with their reasons, best first."""
+
+    problem: Problem
+    backend: str
+    rejected: tuple[tuple[str, str], ...]
+
+
+@final
+class Registry:
+    """The known backends and the choices made among them."""
+
+    def __init__(self, backends: tuple[Backend, ...]) -> None:
+        self._backends = sorted(backends, key=lambda b: -b.priority)
+        self._forced: dict[str, str] = {}
+        self._chosen: dict[tuple[str, str, torch.dtype], Callable[..., Any]] = {}
+        for word in filter(None, os.environ.get("TOKENSPEED_KERNELS", "").split(",")):
+            op, _, name = word.partition("=")
+            self._check("TOKENSPEED_KERNELS", op, name)
+            self._forced[op] = name
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Backends, best first."""
+        return tuple(backend.name for backend in self._backends)
+
+    def add(self, backend: Backend) -> None:
+        """Register one more backend.
+
+        Raises:
+            ConfigError: its name is taken, or it has functions that are no ops.
+        """
+        unknown = sorted(backend.functions.keys() - set(OPS))
+        if backend.name in self.names or unknown:
+            raise ConfigError("backend", backend.name, f"a new name, and ops among {', '.join(OPS)}")
+        self._backends = sorted((*self._backends, backend), key=lambda b: -b.priority)
+        self._chosen.clear()
+
+    def discover(self) -> None:
+        """Add the backends of installed packages; one that fails is logged and left out."""
+        for entry in importlib.metadata.entry_points(group="tokenspeed.kernels"):
+            try:
+                self.add(entry.load())
+            except Exception:  # a stranger's code: whatever it raises, the engine goes on without it
+                log.exception("the kernel backend %s failed to load", entry.name)
+
+    def of(self, op: str, x: Tensor) -> Callable[..., Any]:
+        """The function that runs an op on tensors like `x`.
+
+        Raises:
+            KernelError: no backend supports it; says what each one lacks.
+        """
+        key = (op, x.device.type, x.dtype)
+        found = self._chosen.get(key)
+        if found is None:
+            name = self.explain(Problem(op, key[1], str(key[2]).removeprefix("torch."))).backend
+            backend = next(b for b in self._backends if b.name == name)
+            found = self._chosen[key] = backend.functions[op]
+        return found
+
+    def explain(self, problem: Problem) -> Choice:
+        """Who runs a problem, and why not the others. Raises KernelError if nobody does."""
+        chosen: str | None = None
+        rejected: list[tuple[str, str]] = []
+        forced = self._forced.get(problem.op)
+        for backend in self._backends:
+            reason = backend.lacks(problem)
+            if reason is None and forced not in (None, backend.name):
+                reason = f"{forced} is asked for"
+            if reason is None and chosen is not None:
+                reason = f"{chosen} has the higher priority"
+            if reason is None:
+                chosen = backend.name
+            else:
+                rejected.append((backend.name, reason))
+        if chosen is None:
+            reasons = "; ".join(f"{name} {reason}" for name, reason in rejected)
+            raise KernelError(f"no backend runs {problem.op} on {problem.device}, {problem.dtype}: {reasons}")
+        return Choice(problem, chosen, tuple(rejected))
+
+    @contextmanager
+    def using(self, **backends: str) -> Iterator[None]:
+        """Within it, these ops run on these backends: `using(rope="reference")`."""
+        for op, name in backends.items():
+            self._check("using", op, name)
+        before = dict(self._forced)
+        self._forced.update(backends)
+        self._chosen.clear()
+        try:
+            yield
+        finally:
+            self._forced = before
+            self._chosen.clear()
+
+    def _check(self, where: str, op: str, name: str) -> None:
+        if op not in OPS or name not in self.names:
+            raise ConfigError(
+                where, f"{op}={name}", f"op=backend with op in {OPS} and backend in {self.names}"
+            )
+
+
+registry = Registry((REFERENCE, CPU))
+"""The process's registry."""
+registry.discover()

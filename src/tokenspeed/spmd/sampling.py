@@ -1,0 +1,252 @@
+"""From logits to tokens, for every row of a step at once.
+
+Rule: what a row draws depends on its own logits, parameters, seed and position in the sequence, on
+nothing else: not on its neighbours, its slot, a preemption, or the device. So each row takes one
+uniform number, the hash of (seed, position), and inverts the cumulative distribution with it. Rows
+are grouped by what they need; a row pays for nothing that only another one asked for.
+
+In this order: logit bias, penalties, ban of stop tokens before `min_tokens`, temperature, then
+top-k, top-p and min-p, each judged on the tempered distribution; what all of them keep is drawn from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import final
+
+import numpy as np
+import torch
+from attrs import frozen
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tokenspeed.plan import Joined
+from tokenspeed.request import SamplingParams
+
+__all__ = ["Logprobs", "Sampled", "SamplerState", "sample", "uniforms"]
+
+Slots = NDArray[np.int64]
+Logprobs = tuple[float, tuple[int, ...], tuple[float, ...]]
+"""Of the chosen token; then the most probable ids, best first, and theirs."""
+
+_U64 = 2**64 - 1
+
+
+@final
+@frozen(eq=False)
+class Sampled:
+    """What `sample` chose.
+
+    Attributes:
+        token_ids: int64[rows], on the device of the logits.
+        logprobs: row -> of the model's own distribution, for the rows that asked.
+    """
+
+    token_ids: Tensor
+    logprobs: Mapping[int, Logprobs]
+
+
+@final
+class SamplerState:
+    """What the sampler keeps of every slot.
+
+    Args:
+        slots: requests that run at once.
+        vocab: width of the logits.
+        device: of the logits.
+        eos_ids: the model's own end tokens.
+    """
+
+    def __init__(
+        self, slots: int, vocab: int, device: torch.device, eos_ids: Sequence[int] = ()
+    ) -> None:
+        self.device = device
+        self.shape = (slots, vocab)
+        self.eos_ids = tuple(eos_ids)
+        self.params: list[SamplingParams] = [SamplingParams(temperature=0.0)] * slots
+        self.seed = np.zeros(slots, np.uint64)
+        self.position = np.zeros(slots, np.int64)
+        self.generated = np.zeros(slots, np.int64)
+        self.greedy = np.ones(slots, np.bool_)
+        self.filtered = np.zeros(slots, np.bool_)
+        self.penalised = np.zeros(slots, np.bool_)
+        self.edited = np.zeros(slots, np.bool_)
+        self.wants_logprobs = np.zeros(slots, np.bool_)
+        self.bias: dict[int, tuple[Tensor, Tensor]] = {}
+        self.banned: dict[int, Tensor] = {}
+        self._counts: tuple[Tensor, Tensor] | None = None
+
+    def counts(self) -> tuple[Tensor, Tensor]:
+        """(in prompt bool, occurrences in the output int32), both [slots, vocab], made when needed."""
+        if self._counts is None:
+            self._counts = (
+                torch.zeros(self.shape, dtype=torch.bool, device=self.device),
+                torch.zeros(self.shape, dtype=torch.int32, device=self.device),
+            )
+        return self._counts
+
+    def join(self, joined: Joined) -> None:
+        """Set a slot up anew. A preempted request brings its output and goes on where it was.
+
+        Raises:
+            IndexError: a token id of the request is outside of the vocabulary.
+        """
+        slot, params = joined.slot, joined.params
+        self.params[slot] = params
+        self.seed[slot] = (params.seed or 0) & _U64
+        self.position[slot] = len(joined.prompt_ids) + len(joined.output_ids)
+        self.generated[slot] = len(joined.output_ids)
+        self.greedy[slot] = params.temperature == 0
+        self.filtered[slot] = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+        self.wants_logprobs[slot] = params.logprobs is not None
+        self.penalised[slot] = bool(
+            params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1
+        )
+        stops = (*params.stop_token_ids, *(() if params.ignore_eos else self.eos_ids))
+        self.bias.pop(slot, None)
+        self.banned.pop(slot, None)
+        if params.logit_bias:
+            ids = self._ids(tuple(params.logit_bias))
+            self.bias[slot] = (
+                ids,
+                torch.tensor(
+                    list(params.logit_bias.values()), dtype=torch.float32, device=self.device
+                ),
+            )
+        if params.min_tokens and stops:
+            self.banned[slot] = self._ids(stops)
+        self.edited[slot] = self.penalised[slot] or slot in self.bias or slot in self.banned
+        if self.penalised[slot]:
+            prompt, output = self.counts()
+            prompt[slot] = False
+            prompt[slot, self._ids(joined.prompt_ids)] = True
+            output[slot] = torch.bincount(self._ids(joined.output_ids), minlength=self.shape[1])
+
+    def _ids(self, ids: Sequence[int]) -> Tensor:
+        strange = [i for i in ids if not 0 <= i < self.shape[1]]
+        if strange:
+            raise IndexError(f"token {strange[0]}: expected an id below {self.shape[1]}")
+        return torch.tensor(ids, dtype=torch.int64, device=self.device)
+
+
+def uniforms(seed: NDArray[np.uint64], position: NDArray[np.int64]) -> NDArray[np.float64]:
+    """One number in [0, 1) for each (seed, position), with 52 random bits.
+
+    SplitMix64's finaliser over a Weyl sequence (Steele, Lea and Flood, "Fast splittable pseudorandom
+    number generators", OOPSLA 2014, figure 15), the start of the sequence being the mixed seed.
+    """
+    gamma = np.uint64(0x9E3779B97F4A7C15)
+    bits = _mix(_mix(seed + gamma) + (position.astype(np.uint64) + np.uint64(1)) * gamma)
+    return (bits >> np.uint64(12)).astype(np.float64) * 2.0**-52
+
+
+def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def sample(state: SamplerState, logits: Tensor, slots: Slots) -> Sampled:
+    """Choose a token for each row, and count it in the state.
+
+    Args:
+        state: of all slots; positions and penalties advance by the tokens chosen.
+        logits: float32 or bfloat16 [rows, vocab], finite.
+        slots: int64[rows], distinct.
+    """
+    edited, greedy = state.edited[slots], state.greedy[slots]
+    scores = _edit(state, logits, slots, edited) if edited.any() else logits
+    token_ids = scores.argmax(dim=-1) if greedy.any() else _empty(logits)
+    if not greedy.all():
+        draws = uniforms(state.seed[slots], state.position[slots])
+        for filtered, draw in ((False, _draw_any), (True, _draw_filtered)):
+            rows = np.flatnonzero(~greedy & (state.filtered[slots] == filtered))
+            if len(rows):
+                params = [state.params[slot] for slot in slots[rows]]
+                at = torch.from_numpy(rows).to(logits.device)
+                u = torch.from_numpy(draws[rows]).to(logits.device)
+                token_ids[at] = draw(_tempered(scores[at], params), u, params)
+    penalised = np.flatnonzero(state.penalised[slots])
+    if len(penalised):
+        at = torch.from_numpy(penalised).to(logits.device)
+        where = torch.from_numpy(slots[penalised]).to(logits.device)
+        state.counts()[1][where, token_ids[at]] += 1
+    state.position[slots] += 1
+    state.generated[slots] += 1
+    return Sampled(token_ids, _logprobs(state, logits, slots, token_ids))
+
+
+def _empty(logits: Tensor) -> Tensor:
+    return torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
+
+
+def _edit(state: SamplerState, logits: Tensor, slots: Slots, edited: NDArray[np.bool_]) -> Tensor:
+    """Logits with bias, penalties and bans, in float32; the model's own stay as they are."""
+    scores = logits.to(torch.float32, copy=True)
+    for row in np.flatnonzero(edited).tolist():
+        slot = int(slots[row])
+        params, own = state.params[slot], scores[row]
+        if slot in state.bias:
+            ids, bias = state.bias[slot]
+            own.index_add_(0, ids, bias)
+        if state.penalised[slot]:
+            prompt, output = (table[slot] for table in state.counts())
+            factor = params.repetition_penalty
+            scaled = torch.where(own > 0, own / factor, own * factor)
+            own.copy_(torch.where(prompt | (output > 0), scaled, own))
+            own.sub_(output, alpha=params.frequency_penalty)
+            own.sub_(output > 0, alpha=params.presence_penalty)
+        if slot in state.banned and state.generated[slot] < params.min_tokens:
+            own[state.banned[slot]] = float("-inf")
+    return scores
+
+
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
+
+
+def _tempered(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Probabilities float64 [rows, vocab]; the largest logit is taken off before the division."""
+    wide = scores.to(torch.float64)
+    wide = wide - wide.amax(dim=-1, keepdim=True)
+    return (wide / _column([p.temperature for p in params], wide)).softmax(dim=-1)
+
+
+def _invert(probs: Tensor, u: Tensor) -> Tensor:
+    """The first index whose cumulative mass exceeds u of the total; never one of mass 0."""
+    mass = probs.cumsum(dim=-1)
+    return torch.searchsorted(mass, u[:, None] * mass[:, -1:], right=True).squeeze(1)
+
+
+def _draw_any(probs: Tensor, u: Tensor, _params: Sequence[SamplingParams]) -> Tensor:
+    return _invert(probs, u)
+
+
+def _draw_filtered(probs: Tensor, u: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Top-k, top-p (Holtzman et al., 2020) and min-p keep a prefix of the tokens by probability."""
+    vocab = probs.shape[-1]
+    ordered, ids = probs.sort(dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(dim=-1) - ordered
+    rank = torch.arange(vocab, device=probs.device)
+    keep = rank < _column([p.top_k or vocab for p in params], probs)
+    keep &= before < _column([p.top_p if p.top_p < 1 else float("inf") for p in params], probs)
+    keep &= ordered >= ordered[:, :1] * _column([p.min_p for p in params], probs)
+    return ids.gather(1, _invert(ordered * keep, u)[:, None]).squeeze(1)
+
+
+def _logprobs(
+    state: SamplerState, logits: Tensor, slots: Slots, token_ids: Tensor
+) -> dict[int, Logprobs]:
+    rows = np.flatnonzero(state.wants_logprobs[slots])
+    if not len(rows):
+        return {}
+    at = torch.from_numpy(rows).to(logits.device)
+    own = logits[at].to(torch.float32).log_softmax(dim=-1)
+    chosen = own.gather(1, token_ids[at][:, None]).squeeze(1).tolist()
+    wanted = [state.params[slot].logprobs or 0 for slot in slots[rows]]
+    best = own.topk(min(max(wanted), own.shape[1]), dim=-1)
+    values, ids = best.values.tolist(), best.indices.tolist()
+    return {
+        row: (chosen[i], tuple(ids[i][: wanted[i]]), tuple(values[i][: wanted[i]]))
+        for i, row in enumerate(rows.tolist())
+    }
