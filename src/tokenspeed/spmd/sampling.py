@@ -6,7 +6,7 @@ uniform number, the hash of (seed, position), and inverts the cumulative distrib
 are grouped by what they need; a row pays for nothing that only another one asked for.
 
 In this order: logit bias, penalties, ban of stop tokens before `min_tokens`, temperature, then
-top-k, top-p and min-p, each judged on the tempered distribution; what all of them keep is drawn from.
+top-k, top-p and min-p, each judged on the tempered distribution; a token must pass all of them.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class SamplerState:
         self._counts: tuple[Tensor, Tensor] | None = None
 
     def counts(self) -> tuple[Tensor, Tensor]:
-        """(in prompt bool, occurrences in the output int32), both [slots, vocab], made when needed."""
+        """(in prompt bool, times in the output int32), both [slots, vocab], made when needed."""
         if self._counts is None:
             self._counts = (
                 torch.zeros(self.shape, dtype=torch.bool, device=self.device),
@@ -132,8 +132,8 @@ class SamplerState:
 def uniforms(seed: NDArray[np.uint64], position: NDArray[np.int64]) -> NDArray[np.float64]:
     """One number in [0, 1) for each (seed, position), with 52 random bits.
 
-    SplitMix64's finaliser over a Weyl sequence (Steele, Lea and Flood, "Fast splittable pseudorandom
-    number generators", OOPSLA 2014, figure 15), the start of the sequence being the mixed seed.
+    SplitMix64's finaliser over a Weyl sequence (Steele, Lea and Flood, "Fast splittable
+    pseudorandom number generators", OOPSLA 2014), which starts at the mixed seed.
     """
     gamma = np.uint64(0x9E3779B97F4A7C15)
     bits = _mix(_mix(seed + gamma) + (position.astype(np.uint64) + np.uint64(1)) * gamma)
@@ -195,7 +195,7 @@ def _edit(state: SamplerState, logits: Tensor, slots: Slots, edited: NDArray[np.
             scaled = torch.where(own > 0, own / factor, own * factor)
             own.copy_(torch.where(prompt | (output > 0), scaled, own))
             own.sub_(output, alpha=params.frequency_penalty)
-            own.sub_(output > 0, alpha=params.presence_penalty)
+            own.sub_((output > 0).to(own.dtype), alpha=params.presence_penalty)
         if slot in state.banned and state.generated[slot] < params.min_tokens:
             own[state.banned[slot]] = float("-inf")
     return scores
