@@ -132,9 +132,7 @@ class ModelConfig:
                 "the weights are quantised; float32, float16 and bfloat16 safetensors are read",
             )
         heads, hidden = raw.get("num_attention_heads"), raw.get("hidden_size")
-        head_dim = raw.get("head_dim")
-        if head_dim is None and _is_integer(heads) and _is_integer(hidden) and heads > 0:
-            head_dim = hidden // heads
+        head_dim = _head_dim(raw.get("head_dim"), heads, hidden)
         rope = raw.get("rope_parameters") or {}
         return cls.checked(
             path,
@@ -165,9 +163,7 @@ class ModelConfig:
             return meta.get(f"{kind}.{key}", default)
 
         heads, hidden = get("attention.head_count"), get("embedding_length")
-        head_dim = get("attention.key_length")
-        if head_dim is None and _is_integer(heads) and _is_integer(hidden) and heads > 0:
-            head_dim = hidden // heads
+        head_dim = _head_dim(get("attention.key_length"), heads, hidden)
         scaling = get("rope.scaling.type", "none")
         if scaling not in ("none", "linear"):
             raise CheckpointError(path, f"rope scaling {scaling!r}; supported: none, linear")
@@ -230,6 +226,13 @@ def _rope_scaling(path: Path, raw: Mapping[str, Any]) -> RopeScaling | None:
                 path, f"rope scaling: {name} is {value!r}, expected a positive number"
             )
     return RopeScaling(kind=kind, **values)
+
+
+def _head_dim(said: Any, heads: Any, hidden: Any) -> Any:
+    """What the file said, or else hidden / heads; None where that makes no sense."""
+    if said is not None or not (_is_integer(heads) and _is_integer(hidden) and heads > 0):
+        return said
+    return hidden // heads
 
 
 def _is_integer(value: object) -> bool:

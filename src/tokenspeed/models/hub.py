@@ -34,7 +34,7 @@ def resolve_model(name: str | Path, *, progress: Progress | None = None) -> Path
 
     Args:
         name: DEFAULT_MODEL, a path, or a hub id, which is downloaded where it is not cached.
-        progress: called with ("download", done, total) in files or bytes, as the hub counts.
+        progress: called with ("download", done, total) in bytes; the total grows as files are met.
 
     Raises:
         CheckpointError: there is no such model, or it cannot be fetched.
@@ -66,16 +66,17 @@ def _packaged() -> Path:
 
 def _download(name: str, progress: Progress | None) -> Path:
     class Reporter(tqdm):
-        """Passes the hub's own counts on instead of drawing them."""
+        """Passes the hub's count of bytes on instead of drawing it."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
-            self._done, self._total = 0, int(kwargs.get("total") or 0)
+            self._counts_bytes = kwargs.get("unit") == "B"
+            self._done = 0
 
         def update(self, n: float | None = 1) -> bool | None:
             self._done += int(n or 0)
-            if progress is not None:
-                progress("download", self._done, max(self._done, self._total))
+            if progress is not None and self._counts_bytes:
+                progress("download", self._done, max(self._done, int(self.total or 0)))
             return None
 
     try:

@@ -84,7 +84,7 @@ def attention(
     qkv = kernels.linear(x, params["qkv"], params.get("qkv_bias"))
     qkv = qkv.view(x.shape[0], -1, head_dim)
     heads = qkv.shape[1] - 2 * kv_heads
-    q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
+    q, k, v = qkv[:, :heads], qkv[:, heads:-kv_heads], qkv[:, -kv_heads:]
     q, k = kernels.rope(q, k, batch.positions, cos_sin)
     kernels.kv_write(k_pages, v_pages, k, v, batch.locations)
     mixed = kernels.paged_attention(q, k_pages, v_pages, batch.attention)
@@ -105,7 +105,8 @@ def mlp(params: Params, x: Tensor) -> Tensor:
 @module(inputs={"x": WHOLE})
 def add_bias(params: Params, x: Tensor) -> Tensor:
     """x + bias, once: after the summands have been added up."""
-    return x + params["bias"]
+    total: Tensor = x + params["bias"]
+    return total
 
 
 @module(

@@ -1,0 +1,122 @@
+"""Model files against transformers: equal logits from equal safetensors, prefilled and cached."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tokenspeed import models
+from tokenspeed.plan import StepPlan
+from tokenspeed.spmd import Mesh
+from tokenspeed.spmd.batch import Slots
+
+transformers = pytest.importorskip("transformers", reason="the referee is not installed")
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {"tie_word_embeddings": False}),
+    "tied": ("Llama", {"tie_word_embeddings": True}),
+    "biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "wide heads": ("Llama", {"head_dim": 16}),
+    "all heads": ("Llama", {"num_key_value_heads": 4}),
+    "llama3 rope": ("Llama", {"rope_parameters": LLAMA3}),
+    "linear rope": (
+        "Llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+    ),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": False}),
+    "qwen2 tied": ("Qwen2", {"tie_word_embeddings": True}),
+}
+
+
+def save(name: str, folder: Path, **kind: Any) -> Any:
+    """A random model of a case, saved; biases and norms are random too."""
+    family, changes = CASES[name]
+    torch.manual_seed(len(name))
+    config = getattr(transformers, f"{family}Config")(**{**SHAPE, **changes})
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.uniform_(0.5, 1.5)
+    model.save_pretrained(folder, **kind)
+    (folder / "tokenizer.json").write_text("{}")
+    return model
+
+
+def logits(folder: Path, ids: Tensor, *, chunk: int) -> Tensor:
+    """Logits of every position, the context fed in chunks over pages of 8."""
+    model = models.build(models.open_checkpoint(folder), Mesh.single())
+    slots, kv = Slots(1, 32, 8, model.kv), model.kv.allocate(33, 8)
+    delta = np.array([(0, index, 32 - index) for index in range(32)], np.int32)
+    rows = []
+    with torch.inference_mode():
+        for start in range(0, len(ids), chunk):
+            piece = ids[start : start + chunk]
+            for end in range(1, len(piece) + 1):  # the last token's logits, for every prefix
+                plan = StepPlan(
+                    step=0,
+                    slots=np.zeros(1, np.int32),
+                    query_start=np.array([0, end], np.int32),
+                    token_ids=piece[:end].numpy().astype(np.int32),
+                    context_lens=np.array([start], np.int32),
+                    sampled=np.ones(1, np.bool_),
+                    page_delta=delta,
+                )
+                slots.patch(plan)
+                out, kv = model.step(model.params, slots.batch(plan), kv)
+                rows.append(out)
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("chunk", [1, 50])
+def test_logits_equal_transformers(name: str, chunk: int, tmp_path: Path) -> None:
+    peer = save(name, tmp_path)
+    ids = torch.randint(0, 96, (50,), generator=torch.Generator().manual_seed(3))
+    with torch.inference_mode():
+        wanted = peer(ids[None]).logits[0]
+    assert wanted.std() > 0.3, "flat logits would hide errors"
+    torch.testing.assert_close(logits(tmp_path, ids, chunk=chunk), wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_shards_are_read_like_one_file(tmp_path: Path) -> None:
+    save("llama", tmp_path / "one")
+    save("llama", tmp_path / "many", max_shard_size="20KB")
+    assert (tmp_path / "many" / "model.safetensors.index.json").is_file()
+    ids = torch.arange(20)
+    one, many = (logits(tmp_path / kind, ids, chunk=20) for kind in ("one", "many"))
+    assert torch.equal(one, many)
+
+
+def test_model_files_know_no_rank_and_no_collective() -> None:
+    text = Path(models.llama.__file__).read_text(encoding="utf-8")
+    assert not re.search(
+        r"all_reduce|all_gather|reduce_scatter|torch\.distributed|\brank\b\(", text
+    )
+    assert "Mesh" not in text
+    assert "Communicator" not in text

@@ -1,0 +1,364 @@
+"""Meshes, placements and the compiler: what it inserts, what it refuses, and that ranks agree."""
+
+from __future__ import annotations
+
+import multiprocessing
+import socket
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import tiny
+from tokenspeed import models
+from tokenspeed.errors import ConfigError, PlacementError, StepError
+from tokenspeed.models import ModelConfig
+from tokenspeed.plan import StepPlan
+from tokenspeed.spmd import (
+    KV,
+    REPLICATED,
+    Communicator,
+    Mesh,
+    Partial,
+    ProcessGroups,
+    Program,
+    Replicate,
+    Shard,
+    ThreadGroups,
+    compile_model,
+    layout,
+    module,
+)
+from tokenspeed.spmd.batch import Slots
+from tokenspeed.spmd.params import Constant, Parameter, Source
+
+SMOLLM2 = ModelConfig(
+    architecture="llama",
+    vocab_size=49152,
+    layers=30,
+    hidden=576,
+    heads=8,
+    kv_heads=4,
+    head_dim=64,
+    ffn=1536,
+    context_max=8192,
+    norm_eps=1e-5,
+    rope_theta=1e5,
+    tied=True,
+)
+
+
+def test_ranks_are_numbered_row_major() -> None:
+    mesh = Mesh.of(dp=2, tp=3, rank=4)
+    assert (mesh.coordinate("dp"), mesh.coordinate("tp"), mesh.coordinate("ep")) == (1, 1, 0)
+    assert mesh.peers("tp") == (3, 4, 5)
+    assert mesh.peers("dp") == (1, 4)
+    assert mesh.peers("ep") == (4,)
+    assert Mesh.single().ranks == 1
+
+
+@pytest.mark.parametrize(
+    "axes", [(("tp", 0),), (("tp", 2), ("tp", 2)), (("t p", 2),)], ids=["empty", "twice", "name"]
+)
+def test_bad_meshes_are_refused(axes: tuple[tuple[str, int], ...]) -> None:
+    with pytest.raises(ConfigError, match="mesh"):
+        Mesh(axes)
+
+
+def test_layouts_that_mean_the_same_are_equal() -> None:
+    assert layout(tp=Replicate(), dp=Shard(0)) == layout(dp=Shard(0))
+    assert layout(tp=Partial()).within(Mesh.of(tp=1)) == REPLICATED
+    with pytest.raises(PlacementError, match="sum"):
+        layout(tp=Partial("max"))
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_two_all_reduces_a_layer(ranks: int) -> None:
+    program = models.compile_config(SMOLLM2, Mesh.of(tp=ranks))
+    reduces = [one for one in program.collectives if one.op == "all_reduce"]
+    for index in range(SMOLLM2.layers):
+        produced = [
+            one.consumer
+            for one in reduces
+            if one.consumer == f"layers.{index}.mlp_norm:add_norm"
+            or one.consumer == f"layers.{index + 1}.attention_norm:add_norm"
+        ]
+        assert len(produced) == (2 if index < SMOLLM2.layers - 1 else 1)
+    assert len(reduces) == 2 * SMOLLM2.layers  # the last one stands before the head
+    assert [one.op for one in program.collectives[-2:]] == ["all_reduce", "all_gather"]
+    assert len(program.collectives) == 2 * SMOLLM2.layers + 1
+    assert {one.axis for one in program.collectives} == {"tp"}
+
+
+def test_one_rank_needs_no_collective() -> None:
+    for mesh in (Mesh.single(), Mesh.of(tp=1), Mesh.of(dp=2)):
+        program = models.compile_config(SMOLLM2, mesh)
+        assert program.collectives == ()
+        assert "for " not in program.source
+
+
+def test_the_plan_can_be_read() -> None:
+    text = models.compile_config(SMOLLM2, Mesh.of(tp=2)).describe()
+    assert text.startswith("mesh tp=2: 61 collectives")
+    lines = text.splitlines()
+    at = lines.index("  layers.3.attention:attention  (x R) -> P@tp")
+    assert lines[at + 1] == "    all_reduce over tp  P@tp -> R"
+    assert lines[at + 2].startswith("  layers.3.mlp_norm:add_norm")
+
+
+def test_heads_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(PlacementError, match=r"k_proj.*tp=8.*4 units of 64.*divisor of 4"):
+        models.compile_config(SMOLLM2, Mesh.of(tp=8))
+
+
+# --- small programs -------------------------------------------------------------------------------
+
+
+def weight(*shape: int) -> Parameter:
+    return Parameter((Source("w", shape),))
+
+
+def linked(produced: Any, wanted: Any, mesh: Mesh, **kind: Any) -> Program:
+    """ids -> make -> take, with the given placements between the two."""
+
+    @module(outputs=produced, params={"w": layout(tp=Shard(0))})
+    def make(params: Any, ids: Tensor) -> Tensor:
+        return ids
+
+    @module(inputs={"x": wanted}, outputs=wanted)
+    def take(params: Any, x: Tensor) -> Tensor:
+        return x
+
+    def model(params: Any, batch: Any, kv: Any) -> Any:
+        return take(params["b"], make(params["a"], batch.token_ids)), kv
+
+    tree = {"a": {"w": weight(8, 2)}, "b": {}}
+    return compile_model(model, tree, 0, mesh=mesh, **kind)
+
+
+@pytest.mark.parametrize(
+    ("produced", "wanted", "ops"),
+    [
+        (Partial(), Replicate(), ["all_reduce"]),
+        (Shard(1), Replicate(), ["all_gather"]),
+        (Replicate(), Shard(0), ["slice", "all_gather"]),
+        (Partial(), Shard(0), ["reduce_scatter", "all_gather"]),
+        (Shard(0), Shard(1), ["all_gather", "slice", "all_gather"]),
+        (Shard(1), Shard(1), ["all_gather"]),
+        (Partial(), Partial(), ["all_reduce"]),
+        (Replicate(), Replicate(), []),
+    ],
+)
+def test_inserted_collectives(produced: Any, wanted: Any, ops: list[str]) -> None:
+    program = linked(layout(tp=produced), layout(tp=wanted), Mesh.of(tp=2))
+    assert [one.op for one in program.collectives] == ops
+
+
+@pytest.mark.parametrize("produced", [Replicate(), Shard(0)])
+def test_nothing_becomes_partial(produced: Any) -> None:
+    with pytest.raises(PlacementError) as caught:
+        linked(layout(tp=produced), layout(tp=Partial()), Mesh.of(dp=2, tp=2))
+    text = str(caught.value)
+    for part in ("b:take wants P@tp", "a:make gives", "dp=2,tp=2", "Declare"):
+        assert part in text
+
+
+def test_a_dim_on_two_axes_is_refused_when_it_moves() -> None:
+    both = layout(dp=Shard(0), tp=Shard(0))
+    with pytest.raises(PlacementError, match="along several axes"):
+        linked(both, layout(dp=Shard(0)), Mesh.of(dp=2, tp=2))
+
+
+def test_an_undeclared_input_is_refused() -> None:
+    @module()
+    def make(params: Any, ids: Tensor) -> Tensor:
+        return ids
+
+    @module()
+    def take(params: Any, x: Tensor) -> Tensor:
+        return x
+
+    def model(params: Any, batch: Any, kv: Any) -> Any:
+        return take(params["b"], make(params["a"], batch.token_ids)), kv
+
+    with pytest.raises(PlacementError, match=r"b:take: argument x comes from a:make"):
+        compile_model(model, {"a": {}, "b": {}}, 0, mesh=Mesh.single())
+
+
+def test_a_parameter_has_one_placement() -> None:
+    def using(lies: Any) -> Any:
+        @module(inputs={"x": REPLICATED}, params={"w": lies})
+        def use(params: Any, x: Tensor) -> Tensor:
+            return x
+
+        return use
+
+    @module()
+    def make(params: Any, ids: Tensor) -> Tensor:
+        return ids
+
+    def model(params: Any, batch: Any, kv: Any) -> Any:
+        x = make(params["a"], batch.token_ids)
+        x = using(layout(tp=Shard(0)))(params["b"], x)
+        return using(layout(tp=Shard(1)))(params["b"], x), kv
+
+    with pytest.raises(PlacementError, match=r"parameter w is placed S\(1\)@tp here and S\(0\)@tp"):
+        compile_model(model, {"a": {}, "b": {"w": weight(4, 4)}}, 0, mesh=Mesh.of(tp=2))
+
+
+def test_modules_do_not_run_outside_the_compiler() -> None:
+    with pytest.raises(PlacementError, match="outside a trace"):
+        models.llama.mlp({}, torch.zeros(1))
+    with pytest.raises(PlacementError, match="placements for y"):
+        module(inputs={"y": REPLICATED})(lambda params, x: x)
+
+
+def test_without_a_communicator_a_program_is_only_described() -> None:
+    program = linked(layout(tp=Partial()), REPLICATED, Mesh.of(tp=2))
+    with pytest.raises(PlacementError, match="without a communicator"):
+        program({"a": {}, "b": {}}, Slotless(torch.ones(2)), KV(()))
+
+
+class Slotless:
+    """A batch of one field."""
+
+    def __init__(self, token_ids: Tensor) -> None:
+        self.token_ids = token_ids
+
+
+def test_a_donated_kv_is_dead() -> None:
+    program = linked(REPLICATED, REPLICATED, Mesh.single())
+    kv, batch = KV(()), Slotless(torch.ones(2))
+    params: Any = {"a": {}, "b": {}}
+    _, after = program(params, batch, kv)
+    with pytest.raises(StepError, match="donated"):
+        program(params, batch, kv)
+    with pytest.raises(StepError, match="donated"):
+        len(kv)
+    program(params, batch, after)
+
+
+def test_a_value_gathered_for_one_serves_all() -> None:
+    @module(outputs=layout(tp=Partial()))
+    def make(params: Any, ids: Tensor) -> Tensor:
+        return ids
+
+    @module(inputs={"x": REPLICATED, "y": REPLICATED})
+    def take(params: Any, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+    def model(params: Any, batch: Any, kv: Any) -> Any:
+        x = make(params["a"], batch.token_ids)
+        return take(params["b"], take(params["b"], x, x), x), kv
+
+    program = compile_model(model, {"a": {}, "b": {}}, 0, mesh=Mesh.of(tp=2))
+    assert [one.op for one in program.collectives] == ["all_reduce"]
+
+
+# --- ranks agree ----------------------------------------------------------------------------------
+
+
+def on_threads(mesh: Mesh, work: Callable[[ThreadGroups], Any]) -> list[Any]:
+    with ThreadPoolExecutor(mesh.ranks) as pool:
+        return list(pool.map(work, ThreadGroups.of(mesh, timeout_s=20)))
+
+
+def logits_of(folder: Path, mesh: Mesh, communicator: Communicator | None = None) -> Tensor:
+    """Two prompts in one step, then one more token each."""
+    model = models.build(models.open_checkpoint(folder), mesh, communicator=communicator)
+    kv, slots = model.kv.allocate(8, 4), Slots(2, 4, 4, model.kv)
+    ints = lambda *values: np.array(values, np.int32)  # noqa: E731
+    first = StepPlan(
+        step=0,
+        slots=ints(0, 1),
+        query_start=ints(0, 5, 12),
+        token_ids=ints(3, 9, 27, 81, 50, 4, 8, 16, 32, 64, 33, 66),
+        context_lens=ints(0, 0),
+        sampled=np.array([True, True]),
+        page_delta=np.array([(s, i, 4 * s + i) for s in (0, 1) for i in range(4)], np.int32),
+    )
+    second = StepPlan(
+        step=1,
+        slots=ints(1, 0),
+        query_start=ints(0, 1, 2),
+        token_ids=ints(70, 71),
+        context_lens=ints(7, 5),
+        sampled=np.array([True, True]),
+        page_delta=np.zeros((0, 3), np.int32),
+    )
+    outputs = []
+    with torch.inference_mode():
+        for plan in (first, second):
+            slots.patch(plan)
+            logits, kv = model.step(model.params, slots.batch(plan), kv)
+            outputs.append(logits)
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("axes", [{"tp": 2}, {"dp": 2, "tp": 2}, {"tp": 2, "ep": 1}])
+@pytest.mark.parametrize("tied", [False, True])
+def test_ranks_equal_one_rank(tmp_path: Path, axes: dict[str, int], tied: bool) -> None:
+    folder = tiny.write(tmp_path, tie_word_embeddings=tied, attention_bias=True, mlp_bias=True)
+    alone = logits_of(folder, Mesh.single())
+    for logits in on_threads(Mesh.of(**axes), lambda c: logits_of(folder, c.mesh, c)):
+        torch.testing.assert_close(logits, alone, atol=1e-5, rtol=1e-5)
+
+
+def _gloo_rank(rank: int, port: int, folder: Path, results: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    mesh = Mesh.of(tp=2, rank=rank)
+    communicator = ProcessGroups(mesh)
+    x = torch.arange(8.0).view(2, 4) * (rank + 1)
+    results.put(
+        (
+            rank,
+            logits_of(folder, mesh, communicator).numpy(),
+            communicator.reduce_scatter(x, axis="tp", dim=1).numpy(),
+            communicator.all_gather(x, axis="tp", dim=0).numpy(),
+        )
+    )
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_gloo_processes_equal_one_rank(tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    ranks = [context.Process(target=_gloo_rank, args=(r, port, folder, results)) for r in (0, 1)]
+    for process in ranks:
+        process.start()
+    got = sorted((results.get(timeout=120) for _ in ranks), key=lambda entry: entry[0])
+    for process in ranks:
+        process.join(30)
+        assert process.exitcode == 0
+    alone = logits_of(folder, Mesh.single()).numpy()
+    x = np.arange(8.0).reshape(2, 4)
+    for rank, logits, scattered, gathered in got:
+        np.testing.assert_allclose(logits, alone, atol=1e-5)
+        np.testing.assert_array_equal(scattered, 3 * x[:, 2 * rank : 2 * rank + 2])
+        np.testing.assert_array_equal(gathered, np.concatenate([x, 2 * x]))
+
+
+def test_constants_are_on_every_rank() -> None:
+    @module()
+    def make(params: Any, table: Tensor) -> Tensor:
+        return table
+
+    def model(params: Any, batch: Any, kv: Any) -> Any:
+        return make(params["a"], params["table"]), kv
+
+    tree = {"a": {}, "table": Constant(lambda: torch.ones(2))}
+    program = compile_model(model, tree, 0, mesh=Mesh.of(tp=2))
+    logits, _ = program({"a": {}, "table": torch.ones(2)}, None, KV(()))
+    assert logits.tolist() == [1, 1]
