@@ -1,8 +1,8 @@
 // GENERATED from specs/Lifecycle.tla by `tokenspeed codegen`. Do not edit: change the spec.
 //
-// Rule: a request does only what the spec's `Edges` has, and holds exactly what its `Owns` says. An
-// illegal (action, state) pair has no function to call; what types cannot say is a guard, and the
-// guards' "yes" is a Permit that the action uses up.
+// Rule: a request does only what the spec's `Edges` has, and holds exactly what its `Owns` says. A
+// call of an action in a state that is outside the table does not compile, and says why; what types
+// cannot say is a guard, and the guards' "yes" is a Permit that the action uses up.
 #pragma once
 
 #include <array>
@@ -115,6 +115,14 @@ constexpr bool can(Action action, State from) noexcept {
     if (edge(action, from, static_cast<State>(to))) return true;
   }
   return false;
+}
+
+// Does nothing lead out of this state?
+constexpr bool ended(State state) noexcept {
+  for (std::size_t action = 0; action < kActionNames.size(); ++action) {
+    if (can(static_cast<Action>(action), state)) return false;
+  }
+  return true;
 }
 
 // The spec's `Owns`.
@@ -302,6 +310,15 @@ class [[nodiscard]] Request final {
  public:
   static constexpr State kState = S;
 
+  Request(Request&&) noexcept = default;
+  Request& operator=(Request&&) noexcept = default;
+  Request(const Request&) = delete;
+  Request& operator=(const Request&) = delete;
+  ~Request() { assert((ended(S) || !id_.held()) && "a request was dropped before it ended"); }
+
+  // Let go of a request that has not ended. Only for tearing a whole scheduler down.
+  void abandon() noexcept { const OwnedId gone = std::move(id_); }
+
   RequestId id() const noexcept { return id_.get(); }
   bool held() const noexcept { return id_.held(); }
   typename W::Slot& slot() noexcept
@@ -394,6 +411,32 @@ Request<after_Submit(S), W> Submit(W& world, Request<S, W>&& request) noexcept {
   world.moved(Action::Submit, id, S, after_Submit(S));
   return out;
 }
+template <State S, class W, class... Rest>
+  requires(!can(Action::Submit, S))
+void Submit(W&, Request<S, W>&&, Rest&&...) noexcept {
+  static_assert(
+      S != State::Waiting,
+      "Submit is not legal in Waiting. Legal here: Admit, Abort. See specs/Lifecycle.tla");
+  static_assert(S != State::Prefilling,
+                "Submit is not legal in Prefilling. Legal here: Schedule, Complete, Publish, "
+                "Preempt, Abort. See specs/Lifecycle.tla");
+  static_assert(S != State::Decoding,
+                "Submit is not legal in Decoding. Legal here: Schedule, Complete, Publish, "
+                "Preempt, Abort. See specs/Lifecycle.tla");
+  static_assert(
+      S != State::Preempted,
+      "Submit is not legal in Preempted. Legal here: Admit, Abort. See specs/Lifecycle.tla");
+  static_assert(S != State::Finishing,
+                "Submit is not legal in Finishing. Legal here: Complete, Publish, Release. See "
+                "specs/Lifecycle.tla");
+  static_assert(
+      S != State::Aborting,
+      "Submit is not legal in Aborting. Legal here: Complete, Release. See specs/Lifecycle.tla");
+  static_assert(S != State::Finished,
+                "Submit is not legal in Finished. Legal here: nothing. See specs/Lifecycle.tla");
+  static_assert(S != State::Aborted,
+                "Submit is not legal in Aborted. Legal here: nothing. See specs/Lifecycle.tla");
+}
 
 // Admit: Waiting -> Prefilling, Preempted -> Prefilling.
 template <State S, World W>
@@ -420,6 +463,28 @@ Request<after_Admit(S), W> Admit(W& world, Request<S, W>&& request, Permit<Actio
   world.moved(Action::Admit, id, S, after_Admit(S));
   return out;
 }
+template <State S, class W, class... Rest>
+  requires(!can(Action::Admit, S))
+void Admit(W&, Request<S, W>&&, Rest&&...) noexcept {
+  static_assert(S != State::New,
+                "Admit is not legal in New. Legal here: Submit. See specs/Lifecycle.tla");
+  static_assert(S != State::Prefilling,
+                "Admit is not legal in Prefilling. Legal here: Schedule, Complete, Publish, "
+                "Preempt, Abort. See specs/Lifecycle.tla");
+  static_assert(S != State::Decoding,
+                "Admit is not legal in Decoding. Legal here: Schedule, Complete, Publish, Preempt, "
+                "Abort. See specs/Lifecycle.tla");
+  static_assert(S != State::Finishing,
+                "Admit is not legal in Finishing. Legal here: Complete, Publish, Release. See "
+                "specs/Lifecycle.tla");
+  static_assert(
+      S != State::Aborting,
+      "Admit is not legal in Aborting. Legal here: Complete, Release. See specs/Lifecycle.tla");
+  static_assert(S != State::Finished,
+                "Admit is not legal in Finished. Legal here: nothing. See specs/Lifecycle.tla");
+  static_assert(S != State::Aborted,
+                "Admit is not legal in Aborted. Legal here: nothing. See specs/Lifecycle.tla");
+}
 
 // Schedule: Prefilling -> Prefilling, Decoding -> Decoding.
 template <State S, World W>
@@ -444,6 +509,28 @@ Request<after_Schedule(S), W> Schedule(W& world, Request<S, W>&& request,
   world.moved(Action::Schedule, id, S, after_Schedule(S));
   return out;
 }
+template <State S, class W, class... Rest>
+  requires(!can(Action::Schedule, S))
+void Schedule(W&, Request<S, W>&&, Rest&&...) noexcept {
+  static_assert(S != State::New,
+                "Schedule is not legal in New. Legal here: Submit. See specs/Lifecycle.tla");
+  static_assert(
+      S != State::Waiting,
+      "Schedule is not legal in Waiting. Legal here: Admit, Abort. See specs/Lifecycle.tla");
+  static_assert(
+      S != State::Preempted,
+      "Schedule is not legal in Preempted. Legal here: Admit, Abort. See specs/Lifecycle.tla");
+  static_assert(S != State::Finishing,
+                "Schedule is not legal in Finishing. Legal here: Complete, Publish, Release. See "
+                "specs/Lifecycle.tla");
+  static_assert(
+      S != State::Aborting,
+      "Schedule is not legal in Aborting. Legal here: Complete, Release. See specs/Lifecycle.tla");
+  static_assert(S != State::Finished,
+                "Schedule is not legal in Finished. Legal here: nothing. See specs/Lifecycle.tla");
+  static_assert(S != State::Aborted,
+                "Schedule is not legal in Aborted. Legal here: nothing. See specs/Lifecycle.tla");
+}
 
 // Complete: Prefilling -> Prefilling, Prefilling -> Decoding, Prefilling -> Finishing, Decoding ->
 // Decoding, Decoding -> Finishing, Finishing -> Finishing, Aborting -> Aborting.
@@ -455,6 +542,32 @@ Request<To, W> Complete(W& world, Request<S, W>&& request) noexcept {
                                 Moves::take_pages(request));
   world.moved(Action::Complete, id, S, To);
   return out;
+}
+template <State To, State S, class W, class... Rest>
+  requires(!edge(Action::Complete, S, To))
+void Complete(W&, Request<S, W>&&, Rest&&...) noexcept {
+  static_assert(S != State::New,
+                "Complete is not legal in New. Legal here: Submit. See specs/Lifecycle.tla");
+  static_assert(
+      S != State::Waiting,
+      "Complete is not legal in Waiting. Legal here: Admit, Abort. See specs/Lifecycle.tla");
+  static_assert(
+      S != State::Preempted,
+      "Complete is not legal in Preempted. Legal here: Admit, Abort. See specs/Lifecycle.tla");
+  static_assert(S != State::Finished,
+                "Complete is not legal in Finished. Legal here: nothing. See specs/Lifecycle.tla");
+  static_assert(S != State::Aborted,
+                "Complete is not legal in Aborted. Legal here: nothing. See specs/Lifecycle.tla");
+  static_assert(S != State::Prefilling,
+                "Complete leads from Prefilling only to Prefilling, Decoding, Finishing. See "
+                "specs/Lifecycle.tla");
+  static_assert(
+      S != State::Decoding,
+      "Complete leads from Decoding only to Decoding, Finishing. See specs/Lifecycle.tla");
+  static_assert(S != State::Finishing,
+                "Complete leads from Finishing only to Finishing. See specs/Lifecycle.tla");
+  static_assert(S != State::Aborting,
+                "Complete leads from Aborting only to Aborting. See specs/Lifecycle.tla");
 }
 
 // Publish: Prefilling -> Prefilling, Decoding -> Decoding, Finishing -> Finishing.
@@ -471,6 +584,25 @@ Request<after_Publish(S), W> Publish(W& world, Request<S, W>&& request) noexcept
                                               Moves::take_pages(request));
   world.moved(Action::Publish, id, S, after_Publish(S));
   return out;
+}
+template <State S, class W, class... Rest>
+  requires(!can(Action::Publish, S))
+void Publish(W&, Request<S, W>&&, Rest&&...) noexcept {
+  static_assert(S != State::New,
+                "Publish is not legal in New. Legal here: Submit. See specs/Lifecycle.tla");
+  static_assert(
+      S != State::Waiting,
+      "Publish is not legal in Waiting. Legal here: Admit, Abort. See specs/Lifecycle.tla");
+  static_assert(
+      S != State::Preempted,
+      "Publish is not legal in Preempted. Legal here: Admit, Abort. See specs/Lifecycle.tla");
+  static_assert(
+      S != State::Aborting,
+      "Publish is not legal in Aborting. Legal here: Complete, Release. See specs/Lifecycle.tla");
+  static_assert(S != State::Finished,
+                "Publish is not legal in Finished. Legal here: nothing. See specs/Lifecycle.tla");
+  static_assert(S != State::Aborted,
+                "Publish is not legal in Aborted. Legal here: nothing. See specs/Lifecycle.tla");
 }
 
 // Preempt: Prefilling -> Preempted, Decoding -> Preempted.
@@ -507,6 +639,28 @@ PreemptResult<after_Preempt(S), W> Preempt(W& world, Request<S, W>&& request,
   world.moved(Action::Preempt, id, S, after_Preempt(S));
   return out;
 }
+template <State S, class W, class... Rest>
+  requires(!can(Action::Preempt, S))
+void Preempt(W&, Request<S, W>&&, Rest&&...) noexcept {
+  static_assert(S != State::New,
+                "Preempt is not legal in New. Legal here: Submit. See specs/Lifecycle.tla");
+  static_assert(
+      S != State::Waiting,
+      "Preempt is not legal in Waiting. Legal here: Admit, Abort. See specs/Lifecycle.tla");
+  static_assert(
+      S != State::Preempted,
+      "Preempt is not legal in Preempted. Legal here: Admit, Abort. See specs/Lifecycle.tla");
+  static_assert(S != State::Finishing,
+                "Preempt is not legal in Finishing. Legal here: Complete, Publish, Release. See "
+                "specs/Lifecycle.tla");
+  static_assert(
+      S != State::Aborting,
+      "Preempt is not legal in Aborting. Legal here: Complete, Release. See specs/Lifecycle.tla");
+  static_assert(S != State::Finished,
+                "Preempt is not legal in Finished. Legal here: nothing. See specs/Lifecycle.tla");
+  static_assert(S != State::Aborted,
+                "Preempt is not legal in Aborted. Legal here: nothing. See specs/Lifecycle.tla");
+}
 
 // Abort: Waiting -> Aborted, Prefilling -> Aborting, Decoding -> Aborting, Preempted -> Aborted.
 constexpr State after_Abort(State from) noexcept {
@@ -523,6 +677,22 @@ Request<after_Abort(S), W> Abort(W& world, Request<S, W>&& request) noexcept {
                                             Moves::take_pages(request));
   world.moved(Action::Abort, id, S, after_Abort(S));
   return out;
+}
+template <State S, class W, class... Rest>
+  requires(!can(Action::Abort, S))
+void Abort(W&, Request<S, W>&&, Rest&&...) noexcept {
+  static_assert(S != State::New,
+                "Abort is not legal in New. Legal here: Submit. See specs/Lifecycle.tla");
+  static_assert(S != State::Finishing,
+                "Abort is not legal in Finishing. Legal here: Complete, Publish, Release. See "
+                "specs/Lifecycle.tla");
+  static_assert(
+      S != State::Aborting,
+      "Abort is not legal in Aborting. Legal here: Complete, Release. See specs/Lifecycle.tla");
+  static_assert(S != State::Finished,
+                "Abort is not legal in Finished. Legal here: nothing. See specs/Lifecycle.tla");
+  static_assert(S != State::Aborted,
+                "Abort is not legal in Aborted. Legal here: nothing. See specs/Lifecycle.tla");
 }
 
 // Release: Finishing -> Finished, Aborting -> Aborted.
@@ -553,6 +723,28 @@ ReleaseResult<after_Release(S), W> Release(W& world, Request<S, W>&& request,
       Moves::make<after_Release(S), W>(Moves::take_id(request), {}, {})};
   world.moved(Action::Release, id, S, after_Release(S));
   return out;
+}
+template <State S, class W, class... Rest>
+  requires(!can(Action::Release, S))
+void Release(W&, Request<S, W>&&, Rest&&...) noexcept {
+  static_assert(S != State::New,
+                "Release is not legal in New. Legal here: Submit. See specs/Lifecycle.tla");
+  static_assert(
+      S != State::Waiting,
+      "Release is not legal in Waiting. Legal here: Admit, Abort. See specs/Lifecycle.tla");
+  static_assert(S != State::Prefilling,
+                "Release is not legal in Prefilling. Legal here: Schedule, Complete, Publish, "
+                "Preempt, Abort. See specs/Lifecycle.tla");
+  static_assert(S != State::Decoding,
+                "Release is not legal in Decoding. Legal here: Schedule, Complete, Publish, "
+                "Preempt, Abort. See specs/Lifecycle.tla");
+  static_assert(
+      S != State::Preempted,
+      "Release is not legal in Preempted. Legal here: Admit, Abort. See specs/Lifecycle.tla");
+  static_assert(S != State::Finished,
+                "Release is not legal in Finished. Legal here: nothing. See specs/Lifecycle.tla");
+  static_assert(S != State::Aborted,
+                "Release is not legal in Aborted. Legal here: nothing. See specs/Lifecycle.tla");
 }
 
 // From a stored tag to the type: calls f.operator()<S>(). What it may do there, the types decide.

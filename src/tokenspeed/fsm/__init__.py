@@ -2,8 +2,8 @@
 
 Rule: the spec is the source. Nothing here decides what is legal, and nothing here imports torch.
 
-    specs/*.tla ─ syntax ─► Module ─ model ─► Evaluator ─ check ─► counts, counterexamples
-                                 └─ lifecycle ─► Lifecycle ─ emit_cpp, emit_python ─► generated files
+    specs/*.tla ─ syntax ─► Module ─ model ─► Evaluator ─ check ─► counts, shortest traces
+                             └─ lifecycle ─► Lifecycle ─ emit_cpp, emit_python ─► generated
 """
 
 from tokenspeed.fsm.check import Report as Report

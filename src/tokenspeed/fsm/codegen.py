@@ -26,7 +26,9 @@ def checkout() -> Path:
     """
     root = Path(__file__).resolve().parents[3]
     if not (root / "specs" / "Lifecycle.tla").exists():
-        raise ConfigError("checkout", str(root), "a source tree with specs/Lifecycle.tla; clone one")
+        raise ConfigError(
+            "checkout", str(root), "a source tree with specs/Lifecycle.tla; clone one"
+        )
     return root
 
 
@@ -37,7 +39,9 @@ def generate(root: Path) -> dict[Path, str]:
     mirror = root / "src" / "tokenspeed" / "fsm" / "generated.py"
     return {
         header: _formatted(["clang-format", f"--assume-filename={header}"], emit_cpp(lifecycle)),
-        mirror: _formatted(["ruff", "format", "--stdin-filename", str(mirror), "-"], emit_python(lifecycle)),
+        mirror: _formatted(
+            ["ruff", "format", "--stdin-filename", str(mirror), "-"], emit_python(lifecycle)
+        ),
     }
 
 
@@ -68,7 +72,11 @@ def _formatted(command: list[str], text: str) -> str:
     tool = str(beside) if beside.exists() else shutil.which(command[0])
     if tool is None:
         raise ConfigError(command[0], None, "the formatter to be installed: pip install '.[test]'")
-    done = subprocess.run([tool, *command[1:]], input=text, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [tool, *command[1:]], input=text, capture_output=True, text=True, check=False
+    )
     if done.returncode != 0:
-        raise ConfigError(command[0], done.returncode, f"it to accept generated text: {done.stderr}")
+        raise ConfigError(
+            command[0], done.returncode, f"it to accept generated text: {done.stderr}"
+        )
     return done.stdout

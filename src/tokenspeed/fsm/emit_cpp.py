@@ -37,9 +37,9 @@ def _opening(lifecycle: Lifecycle) -> str:
     return f"""\
 // GENERATED from {lifecycle.spec} by `tokenspeed codegen`. Do not edit: change the spec.
 //
-// Rule: a request does only what the spec's `Edges` has, and holds exactly what its `Owns` says. An
-// illegal (action, state) pair has no function to call; what types cannot say is a guard, and the
-// guards' "yes" is a Permit that the action uses up.
+// Rule: a request does only what the spec's `Edges` has, and holds exactly what its `Owns` says. A
+// call of an action in a state that is outside the table does not compile, and says why; what types
+// cannot say is a guard, and the guards' "yes" is a Permit that the action uses up.
 #pragma once
 
 #include <array>
@@ -103,6 +103,14 @@ constexpr bool can(Action action, State from) noexcept {{
   }}
   return false;
 }}
+
+// Does nothing lead out of this state?
+constexpr bool ended(State state) noexcept {{
+  for (std::size_t action = 0; action < kActionNames.size(); ++action) {{
+    if (can(static_cast<Action>(action), state)) return false;
+  }}
+  return true;
+}}
 """
 
 
@@ -111,7 +119,8 @@ def _owns(lifecycle: Lifecycle) -> str:
     for resource in lifecycle.resources:
         tests = " || ".join(f"state == State::{s}" for s in lifecycle.owners(resource))
         out.append(
-            f"constexpr bool owns_{resource.lower()}(State state) noexcept {{\n  return {tests};\n}}"
+            f"constexpr bool owns_{resource.lower()}(State state) noexcept {{\n"
+            f"  return {tests};\n}}"
         )
     return "\n".join(out) + "\n"
 
@@ -143,8 +152,8 @@ def _world(lifecycle: Lifecycle) -> str:
     ]
     types = [f"typename W::{resource};" for resource in lifecycle.resources]
     return f"""\
-// What a scheduler brings: its resource types, what to do when a request has moved, and an answer to
-// each guard, kept up to date rather than computed by scanning.
+// What a scheduler brings: its resource types, what to do when a request has moved, and an answer
+// to each guard, kept up to date rather than computed by scanning.
 template <class W>
 concept World = requires(W& world, const W& view, RequestId request) {{
 {_lines(types, "  ")}
@@ -166,7 +175,8 @@ def _request(lifecycle: Lifecycle) -> str:
         for const in ("", "const "):
             accessors.append(
                 f"{const}typename W::{resource}& {low}() {const}noexcept\n"
-                f"    requires({owned})\n  {{\n    assert(id_.held());\n    return {low}_.value;\n  }}"
+                f"    requires({owned})\n"
+                f"  {{\n    assert(id_.held());\n    return {low}_.value;\n  }}"
             )
         members.append(f"[[no_unique_address]] {_held(resource, owned)} {low}_;")
         params.append(f"{_held(resource, owned)}&& {low}")
@@ -177,6 +187,15 @@ template <State S, class W>
 class [[nodiscard]] Request final {{
  public:
   static constexpr State kState = S;
+
+  Request(Request&&) noexcept = default;
+  Request& operator=(Request&&) noexcept = default;
+  Request(const Request&) = delete;
+  Request& operator=(const Request&) = delete;
+  ~Request() {{ assert((ended(S) || !id_.held()) && "a request was dropped before it ended"); }}
+
+  // Let go of a request that has not ended. Only for tearing a whole scheduler down.
+  void abandon() noexcept {{ const OwnedId gone = std::move(id_); }}
 
   RequestId id() const noexcept {{ return id_.get(); }}
   bool held() const noexcept {{ return id_.held(); }}
@@ -195,7 +214,9 @@ class [[nodiscard]] Request final {{
 
 def _moves(lifecycle: Lifecycle) -> str:
     """The only code that can make a request or take one apart."""
-    params = "".join(f", Held<owns_{r.lower()}(S), typename W::{r}>&& {r.lower()}" for r in lifecycle.resources)
+    params = "".join(
+        f", Held<owns_{r.lower()}(S), typename W::{r}>&& {r.lower()}" for r in lifecycle.resources
+    )
     moved = "".join(f", std::move({r.lower()})" for r in lifecycle.resources)
     takes = "\n".join(
         f"  template <State S, class W>\n"
@@ -241,89 +262,112 @@ Request<State::{first}, W> create(RequestId id) noexcept {{
 
 
 def _action(lifecycle: Lifecycle, action: Action) -> str:
-    groups: dict[tuple[bool, tuple[str, ...], tuple[str, ...]], None] = {}
+    """The functions of one action: its guards, its moves, and the refusal of everything else."""
+    shapes: set[tuple[tuple[str, ...], tuple[str, ...]]] = set()
     for source, target in action.edges:
-        many = len(action.targets(source)) > 1
         gained = tuple(r for r in lifecycle.owns[target] if r not in lifecycle.owns[source])
         lost = tuple(r for r in lifecycle.owns[source] if r not in lifecycle.owns[target])
-        groups[(many, gained, lost)] = None
-    chosen = any(many for many, _, _ in groups)
-    shapes = {(gained, lost) for _, gained, lost in groups}
-    edges = ", ".join(f"{a} -> {b}" for a, b in action.edges)
-    out = [f"// {action.name}: {edges}."]
+        shapes.add((gained, lost))
+    out = [f"// {action.name}: {', '.join(f'{a} -> {b}' for a, b in action.edges)}."]
     if action.guards:
         out.append(_permit(action))
-    for gained, lost in sorted(shapes):
-        out.append(_move(lifecycle, action, chosen, gained, lost))
+    if not _chosen(action):
+        out.append(_after(action))
+    given = {lost for _, lost in shapes if lost}
+    out += [_result(action, lost) for lost in sorted(given)]
+    out += [_move(lifecycle, action, *shape) for shape in sorted(shapes)]
+    out.append(_refusal(lifecycle, action))
     return "\n".join(out) + "\n"
 
 
+def _chosen(action: Action) -> bool:
+    """Does some state leave the caller a choice of where to go?"""
+    return any(len(action.targets(source)) > 1 for source in action.sources())
+
+
 def _permit(action: Action) -> str:
+    name = action.name
     tests = []
     for guard in action.guards:
         call = f"world.{guard.name}({'request.id()' if guard.of_request else ''})"
         test = call if guard.negated else f"!{call}"
-        tests.append(
-            f"if ({test}) return Moves::refuse<Action::{action.name}>(request.id(), \"{guard.text}\");"
-        )
+        no = f'Moves::refuse<Action::{name}>(request.id(), "{guard.text}")'
+        tests.append(f"if ({test}) return {no};")
     return f"""\
 template <State S, World W>
-  requires(can(Action::{action.name}, S))
-Verdict<Action::{action.name}> permit_{action.name}(const W& world, const Request<S, W>& request) noexcept {{
+  requires(can(Action::{name}, S))
+Verdict<Action::{name}> permit_{name}(const W& world,
+                                      const Request<S, W>& request) noexcept {{
 {_lines(tests, "  ")}
-  return Moves::allow<Action::{action.name}>(request.id());
+  return Moves::allow<Action::{name}>(request.id());
 }}"""
 
 
+def _result(action: Action, lost: tuple[str, ...]) -> str:
+    """What an action returns that gives resources back."""
+    fields = "".join(f" typename W::{r} {r.lower()};" for r in lost)
+    return (
+        f"template <State To, class W>\nstruct [[nodiscard]] {action.name}Result {{\n"
+        f" {fields} Request<To, W> request;\n}};"
+    )
+
+
 def _move(
-    lifecycle: Lifecycle,
-    action: Action,
-    chosen: bool,
-    gained: tuple[str, ...],
-    lost: tuple[str, ...],
+    lifecycle: Lifecycle, action: Action, gained: tuple[str, ...], lost: tuple[str, ...]
 ) -> str:
     """One function: the target is the caller's choice where the table leaves one."""
-    name = action.name
-    params = [f"W& world, Request<S, W>&& request"]
+    name, chosen = action.name, _chosen(action)
+    target = "To" if chosen else f"after_{name}(S)"
+    legal = f"edge(Action::{name}, S, To)" if chosen else f"can(Action::{name}, S)"
+    params = ["W& world", "Request<S, W>&& request"]
     params += [f"Permit<Action::{name}>&& permit"] if action.guards else []
     params += [f"typename W::{r}&& {r.lower()}" for r in gained]
-    held = []
+    held = ["Moves::take_id(request)"]
     for resource in lifecycle.resources:
         low = resource.lower()
-        if resource in gained:
-            held.append(f"{{std::move({low})}}")
-        elif resource in lost:
-            held.append("{}")
-        else:
-            held.append(f"Moves::take_{low}(request)")
-    if chosen:
-        head = f"template <State To, State S, World W>\n  requires(edge(Action::{name}, S, To){_shape(gained, lost, 'To')})"
-        target = "To"
-    else:
-        head = f"template <State S, World W>\n  requires(can(Action::{name}, S){_shape(gained, lost, f'after_{name}(S)')})"
-        target = f"after_{name}(S)"
-    result = f"Request<{target}, W>"
-    body = [f"const RequestId id = request.id();"]
+        kept = "{}" if resource in lost else f"Moves::take_{low}(request)"
+        held.append(f"{{std::move({low})}}" if resource in gained else kept)
+    made = f"Moves::make<{target}, W>({', '.join(held)})"
+    body = ["const RequestId id = request.id();"]
     if action.guards:
         body.append("Moves::use(std::move(permit), id);")
+    result = f"Request<{target}, W>"
     if lost:
+        result = f"{name}Result<{target}, W>"
         given = ", ".join(f"std::move(Moves::take_{r.lower()}(request).value)" for r in lost)
-        fields = "".join(f" typename W::{r} {r.lower()};" for r in lost)
-        body.append(f"{name}Result<{target}, W> out{{" + given + ", Moves::make<"
-                    f"{target}, W>(Moves::take_id(request), {', '.join(held)})}};")  # fmt: skip
-        result, end = f"{name}Result<{target}, W>", "return out;"
-        struct = (f"template <State To, class W>\nstruct [[nodiscard]] {name}Result {{\n {fields}"
-                  f" Request<To, W> request;\n}};\n")  # fmt: skip
+        body.append(f"{result} out{{{given}, {made}}};")
     else:
-        body.append(f"auto out = Moves::make<{target}, W>(Moves::take_id(request), {', '.join(held)});")
-        end, struct = "return out;", ""
-    body.append(f"world.moved(Action::{name}, id, S, {target});")
-    body.append(end)
-    after = "" if chosen else _after(action) + "\n"
+        body.append(f"auto out = {made};")
+    body += [f"world.moved(Action::{name}, id, S, {target});", "return out;"]
     return f"""\
-{after}{struct}{head}
+template <{"State To, " if chosen else ""}State S, World W>
+  requires({legal}{_shape(gained, lost, target)})
 {result} {name}({", ".join(params)}) noexcept {{
 {_lines(body, "  ")}
+}}"""
+
+
+def _refusal(lifecycle: Lifecycle, action: Action) -> str:
+    """The overload that an illegal call finds: it has no body but the reason."""
+    name = action.name
+    head = "State S"
+    legal = f"can(Action::{name}, S)"
+    reasons = [
+        f'static_assert(S != State::{state}, "{illegal(lifecycle, name, state)}");'
+        for state in lifecycle.states
+        if state not in action.sources()
+    ]
+    if _chosen(action):
+        head, legal = "State To, State S", f"edge(Action::{name}, S, To)"
+        for state in action.sources():
+            to = ", ".join(action.targets(state))
+            words = f"{name} leads from {state} only to {to}. See {lifecycle.spec}"
+            reasons.append(f'static_assert(S != State::{state}, "{words}");')
+    return f"""\
+template <{head}, class W, class... Rest>
+  requires(!{legal})
+void {name}(W&, Request<S, W>&&, Rest&&...) noexcept {{
+{_lines(reasons, "  ")}
 }}"""
 
 
@@ -347,7 +391,8 @@ def _after(action: Action) -> str:
 
 def _visit(lifecycle: Lifecycle) -> str:
     cases = [
-        f"case State::{s}:\n      return f.template operator()<State::{s}>();" for s in lifecycle.states
+        f"case State::{s}:\n      return f.template operator()<State::{s}>();"
+        for s in lifecycle.states
     ]
     return f"""\
 // From a stored tag to the type: calls f.operator()<S>(). What it may do there, the types decide.

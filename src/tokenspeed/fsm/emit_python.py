@@ -22,7 +22,7 @@ def emit_python(lifecycle: Lifecycle) -> str:
     text = f'''\
 """GENERATED from {lifecycle.spec} by `tokenspeed codegen`. Do not edit: change the spec.
 
-Rule: these are the spec's own tables, in the spec's own words.
+Rule: these are the tables of the spec, in its own words.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ OWNS: dict[str, tuple[str, ...]] = {{
 
 GUARDS: dict[str, tuple[str, ...]] = {{
 {guards}}}
-"""Action -> the conditions that look beyond the request's own state."""
+"""Action -> the conditions that look beyond the state of the request itself."""
 '''
     return text.replace("'", '"')
 

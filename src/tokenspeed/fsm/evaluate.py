@@ -14,11 +14,13 @@ yet; `env` holds the values of bound names, innermost last.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, final
 
+from tokenspeed.errors import SpecError
 from tokenspeed.fsm.syntax import Bound, Definition, Expr, Module
 
 __all__ = ["UNSET", "Evaluator", "Function", "Label", "State", "show"]
@@ -193,12 +195,13 @@ class Evaluator:
         constants: Mapping[str, Value],
         extra: Mapping[str, Definition] | None = None,
     ) -> None:
+        self._module = module
         self.variables = module.variables
         self._constants = dict(constants)
         self._definitions = {**(extra or {}), **{d.name: d for d in module.definitions}}
         self._index = {name: i for i, name in enumerate(self.variables)}
         self._bodies: dict[str, Code] = {}
-        self._steps: dict[str, Steps] = {}
+        self._steps: dict[tuple[str, bool], Steps] = {}
         self._start: State = (UNSET,) * len(self.variables)
 
     # --- values ---------------------------------------------------------------------------------
@@ -223,26 +226,35 @@ class Evaluator:
         return lambda state: code(state, self._start, ())
 
     def definition(self, name: str) -> Definition:
-        """A definition by name."""
+        """A definition by name.
+
+        Raises:
+            SpecError: the module has none of that name.
+        """
+        if name not in self._definitions:
+            module = self._module
+            raise SpecError(module.path, 1, 1, f"{name} is not defined in {module.name}")
         return self._definitions[name]
 
     # --- behaviours -----------------------------------------------------------------------------
 
     def initial(self, name: str) -> list[State]:
         """All states that satisfy the definition `name`, in a fixed order."""
-        steps = self._action(self._definitions[name].body, (), prime=False)
+        steps = self._action(self.definition(name).body, (), prime=False)
         return list(steps(self._start, self._start, ()))
 
     def successors(self, name: str) -> Callable[[State], Iterator[tuple[Label, State]]]:
-        """Every way to satisfy the action `name`, labelled with the operator that it went through."""
-        found = self._labelled(self._definitions[name].body, ())
+        """Every way to satisfy the action `name`, labelled with its operator."""
+        found = self._labelled(self.definition(name).body, ())
         start = self._start
 
         def run(state: State) -> Iterator[tuple[Label, State]]:
             for label, after in found(state, start, ()):
                 if UNSET in after:
                     missing = self.variables[after.index(UNSET)]
-                    raise ValueError(f"{label[0]} does not say what {missing}' is")
+                    raise self.definition(label[0]).span.error(
+                        f"{label[0]} does not say what {missing}' is; add it, or UNCHANGED"
+                    )
                 yield label, after
 
         return run
@@ -266,11 +278,15 @@ class Evaluator:
             return lambda s, t, env: (
                 ((name, tuple(arg(s, t, env) for arg in args)), after) for after in steps(s, t, env)
             )
-        raise expr.span.error("Next is a disjunction of named actions, under \\E if they have arguments")
+        raise expr.span.error(
+            "Next is a disjunction of named actions, under \\E if they have arguments"
+        )
 
     # --- actions --------------------------------------------------------------------------------
 
-    def _action(self, expr: Expr, names: Names, *, prime: bool = True) -> Steps:
+    def _action(  # noqa: PLR0911  one return a construct
+        self, expr: Expr, names: Names, *, prime: bool = True
+    ) -> Steps:
         """Compile to the successors that satisfy it; `prime` false reads `x = v` as the assignment.
 
         A disjunction or an existential gives a successor for each branch that holds, guards
@@ -293,7 +309,7 @@ class Evaluator:
             case "unchanged":
                 return _unchanged(self._changed_variables(expr.expr(0)))
             case "name" | "call" if expr.args[0] in self._definitions and expr.args[0] not in names:
-                return self._operator_steps(expr, names)
+                return self._operator_steps(expr, names, prime)
             case "let":
                 inner, values = self._locals(expr, names)
                 body = self._action(expr.expr(-1), inner, prime=prime)
@@ -330,14 +346,15 @@ class Evaluator:
         name = str(expr.args[0])
         if name in self._index:
             return [self._index[name]]
-        return self._changed_variables(self._definitions[name].body)
+        return self._changed_variables(self.definition(name).body)
 
-    def _operator_steps(self, expr: Expr, names: Names) -> Steps:
+    def _operator_steps(self, expr: Expr, names: Names, prime: bool) -> Steps:
         name = str(expr.args[0])
         definition = self._definitions[name]
-        if name not in self._steps:
-            self._steps[name] = self._action(definition.body, definition.params)
-        steps = self._steps[name]
+        if (name, prime) not in self._steps:
+            body = self._action(definition.body, definition.params, prime=prime)
+            self._steps[name, prime] = body
+        steps = self._steps[name, prime]
         args = [self._code(arg, names) for arg in expr.exprs()]
         self._check_arity(expr, definition, len(args))
         return lambda s, t, env: steps(s, t, tuple(arg(s, t, env) for arg in args))
@@ -346,7 +363,7 @@ class Evaluator:
 
     def _body(self, name: str) -> Code:
         if name not in self._bodies:
-            definition = self._definitions[name]
+            definition = self.definition(name)
             self._bodies[name] = self._code(definition.body, definition.params)
         return self._bodies[name]
 
@@ -508,7 +525,8 @@ class Evaluator:
             result = base(s, t, env)
             for path, value in updates:
                 keys = tuple(code(s, t, env) for code in path)
-                result = updated(result, keys, lambda old, v=value: v(s, t, (*env, old)))
+                change = functools.partial(_changed, value, s, t, env)
+                result = updated(result, keys, change)
             return result
 
         return run
@@ -565,7 +583,9 @@ class Evaluator:
     def _function(self, expr: Expr, names: Names) -> Code:
         inner, sets = self._bind(expr, names)
         if len(sets) != 1:
-            raise expr.span.error("functions of several arguments are outside the subset; nest them")
+            raise expr.span.error(
+                "functions of several arguments are outside the subset; nest them"
+            )
         body = self._code(expr.expr(-1), inner)
         return lambda s, t, env: function(
             {b[-1]: body(s, t, b) for b in _choices(sets, s, t, env, order=False)}
@@ -576,9 +596,7 @@ class Evaluator:
         body = self._code(expr.expr(-1), inner)
         return lambda s, t, env: body(s, t, values(s, t, env))
 
-    def _locals(
-        self, expr: Expr, names: Names
-    ) -> tuple[Names, Callable[[State, State, Env], Env]]:
+    def _locals(self, expr: Expr, names: Names) -> tuple[Names, Callable[[State, State, Env], Env]]:
         """The names that a LET adds, and what extends the environment by their values."""
         inner, codes = names, []
         for definition in expr.args:
@@ -621,6 +639,11 @@ def _sequence(parts: list[Steps]) -> Steps:
         yield from rest(0, t)
 
     return steps
+
+
+def _changed(code: Code, s: State, t: State, env: Env, old: Value) -> Value:
+    """The new value of an EXCEPT, where `@` is the old one."""
+    return code(s, t, (*env, old))
 
 
 def _unchanged(indexes: list[int]) -> Steps:

@@ -1,6 +1,6 @@
 """GENERATED from specs/Lifecycle.tla by `tokenspeed codegen`. Do not edit: change the spec.
 
-Rule: these are the spec"s own tables, in the spec"s own words.
+Rule: these are the tables of the spec, in its own words.
 """
 
 from __future__ import annotations
@@ -88,4 +88,4 @@ GUARDS: dict[str, tuple[str, ...]] = {
     "Abort": (),
     "Release": ("~Pinned(r)",),
 }
-"""Action -> the conditions that look beyond the request"s own state."""
+"""Action -> the conditions that look beyond the state of the request itself."""

@@ -103,12 +103,16 @@ def read_lifecycle(path: Path) -> Lifecycle:
     states = _strings(definitions["State"])
     edges, owns = evaluator.value("Edges"), evaluator.value("Owns")
     order = {state: at for at, state in enumerate(states)}
-    _check_states(definitions["Edges"], order, {s for e in edges.items.values() for p in e for s in p})
+    _check_states(
+        definitions["Edges"], order, {s for e in edges.items.values() for p in e for s in p}
+    )
     _check_states(definitions["Owns"], order, set(owns.items), complete=True)
     actions = []
     for name, pairs in edges.items.items():
         if name not in definitions:
-            raise definitions["Edges"].span.error(f"{name} has edges but is not defined as an action")
+            raise definitions["Edges"].span.error(
+                f"{name} has edges but is not defined as an action"
+            )
         ordered = tuple(sorted(pairs, key=lambda pair: (order[pair[0]], order[pair[1]])))
         actions.append(Action(name, ordered, _guards(definitions[name], definitions)))
     resources = _resources(definitions["Owns"], owns)
@@ -137,7 +141,9 @@ def _check_states(
     unknown = sorted(found - known.keys())
     missing = sorted(known.keys() - found) if complete else []
     if unknown or missing:
-        text = f"not in State: {', '.join(unknown) or 'none'}; missing: {', '.join(missing) or 'none'}"
+        text = (
+            f"not in State: {', '.join(unknown) or 'none'}; missing: {', '.join(missing) or 'none'}"
+        )
         raise definition.span.error(f"{definition.name}: {text}")
 
 
@@ -180,11 +186,10 @@ def _assigns(name: str, definitions: dict[str, Definition]) -> bool:
     def walk(expr: Expr) -> bool:
         if expr.op in ("prime", "unchanged"):
             return True
-        if expr.op in ("name", "call") and expr.args[0] in definitions:
-            if walk(definitions[str(expr.args[0])].body):
-                return True
+        called = str(expr.args[0]) if expr.op in ("name", "call") else ""
+        if called in definitions and walk(definitions[called].body):
+            return True
         parts = (a.body if isinstance(a, Definition) else a for a in expr.args)
         return any(walk(part) for part in parts if isinstance(part, Expr))
 
     return walk(definitions[name].body)
-

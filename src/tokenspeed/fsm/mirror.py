@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import final
 
-from transitions import Machine, MachineError
+from transitions import Machine
 
 from tokenspeed.fsm.generated import ACTIONS, EDGES, OWNS, SPEC, STATES
 
-__all__ = ["IllegalTransition", "RequestMachine", "legal", "targets"]
+__all__ = ["ENDED", "IllegalTransition", "RequestMachine", "legal", "targets"]
 
 
 class IllegalTransition(Exception):
@@ -20,7 +20,9 @@ class IllegalTransition(Exception):
 
 def legal(state: str) -> tuple[str, ...]:
     """Actions that the spec has in a state."""
-    return tuple(action for action in ACTIONS if any(source == state for source, _ in EDGES[action]))
+    return tuple(
+        action for action in ACTIONS if any(source == state for source, _ in EDGES[action])
+    )
 
 
 def targets(action: str, state: str) -> tuple[str, ...]:
@@ -28,48 +30,65 @@ def targets(action: str, state: str) -> tuple[str, ...]:
     return tuple(to for source, to in EDGES[action] if source == state)
 
 
+ENDED = frozenset(state for state in STATES if not legal(state))
+"""States that nothing leads out of."""
+
+# One trigger an edge: in `transitions` a trigger has one target, an action may have several.
+_MACHINE = Machine(
+    model=None,
+    states=list(STATES),
+    transitions=[
+        {"trigger": f"{action}_{to}", "source": source, "dest": to}
+        for action in ACTIONS
+        for source, to in EDGES[action]
+    ],
+    initial=STATES[0],
+    auto_transitions=False,
+)
+
+
 @final
 class RequestMachine:
-    """The live view of one request: its state, and the moves that it has made.
+    """The live view of one request: its state, and the moves that it can make.
+
+    Example:
+        >>> machine = RequestMachine(17)
+        >>> machine.apply("Submit"), machine.apply("Admit"), machine.apply("Complete", "Decoding")
+        ('Waiting', 'Prefilling', 'Decoding')
 
     Args:
         request: a name for messages.
+
+    Attributes:
+        state: where the request is, by the spec's name.
     """
 
     def __init__(self, request: object) -> None:
         self.request = request
-        self.state = STATES[0]
-        rows = [
-            {"trigger": f"{action}_{to}", "source": source, "dest": to}
-            for action in ACTIONS
-            for source, to in EDGES[action]
-        ]
-        self.machine = Machine(
-            model=self,
-            states=list(STATES),
-            transitions=rows,
-            initial=STATES[0],
-            auto_transitions=False,
-        )
+        self.state: str = STATES[0]
 
     def apply(self, action: str, to: str | None = None) -> str:
         """Move; `to` chooses where the spec leaves a choice. Returns the new state.
 
         Raises:
-            IllegalTransition: the pair is not in the spec's table.
+            IllegalTransition: the move is not in the spec's table, or needs a choice of `to`. The
+                request stays where it is.
+            KeyError: the spec has no such action at all.
         """
         choices = targets(action, self.state)
-        target = to if to is not None else choices[0] if len(choices) == 1 else None
-        try:
-            if target is None:
-                raise MachineError(f"{action} in {self.state}: choose one of {choices}")
-            self.trigger(f"{action}_{target}")  # type: ignore[attr-defined]
-        except (MachineError, AttributeError) as error:
+        where = f"{self.state} (request {self.request})"
+        if not choices:
             allowed = ", ".join(legal(self.state)) or "nothing"
             raise IllegalTransition(
-                f"{action} is not legal in {self.state} (request {self.request}). "
-                f"Legal here: {allowed}. See {SPEC}"
-            ) from error
+                f"{action} is not legal in {where}. Legal here: {allowed}. See {SPEC}"
+            )
+        target = choices[0] if to is None and len(choices) == 1 else to
+        if target not in choices:
+            raise IllegalTransition(
+                f"{action} to {target} is not legal in {where}. "
+                f"It leads to: {', '.join(choices)}. See {SPEC}"
+            )
+        _MACHINE.events[f"{action}_{target}"].trigger(self)
         return self.state
 
     @property

@@ -57,7 +57,9 @@ def load_module(path: Path) -> Module:
         beside = path.with_name(f"{name}.tla")
         if not beside.exists():
             known = ", ".join(STANDARD)
-            raise SpecError(path, 1, 1, f"EXTENDS {name}: expected {beside.name} beside it, or {known}")
+            raise SpecError(
+                path, 1, 1, f"EXTENDS {name}: expected {beside.name} beside it, or {known}"
+            )
         base = load_module(beside)
         module = attrs.evolve(
             module,
@@ -80,7 +82,9 @@ def load_model(spec: Path, config: Path) -> Model:
     plain = Evaluator(module, constants, extra)
     for name, source in settings.overrides.items():
         if name not in module.constants:
-            raise SpecError(config, 1, 1, f"{name} <- {source}: {name} is no CONSTANT of {module.name}")
+            raise SpecError(
+                config, 1, 1, f"{name} <- {source}: {name} is no CONSTANT of {module.name}"
+            )
         constants[name] = plain.value(source)
     missing = [name for name in module.constants if name not in constants]
     if missing:
@@ -88,7 +92,9 @@ def load_model(spec: Path, config: Path) -> Model:
     evaluator = Evaluator(module, constants, extra)
     for assumption in module.assumptions:
         if not evaluator.expression(assumption)(()):
-            raise assumption.span.error("this ASSUME is false for the constants of the configuration")
+            raise assumption.span.error(
+                "this ASSUME is false for the constants of the configuration"
+            )
     return Model(evaluator, settings)
 
 
@@ -115,6 +121,10 @@ _KEYWORDS = {
     "CONSTANT", "CONSTANTS", "INIT", "NEXT", "SPECIFICATION", "INVARIANT", "INVARIANTS", "PROPERTY",
     "PROPERTIES", "SYMMETRY", "CHECK_DEADLOCK",
 }  # fmt: skip
+_REFUSED = {
+    "CONSTRAINT", "CONSTRAINTS", "ACTION_CONSTRAINT", "ACTION_CONSTRAINTS", "VIEW", "ALIAS",
+    "POSTCONDITION",
+}  # fmt: skip
 
 
 def parse_config(path: Path) -> Config:
@@ -125,8 +135,10 @@ def parse_config(path: Path) -> Config:
     current: list[str] | None = None
     for word in words:
         if word in _KEYWORDS:
-            current = sections.setdefault(word.rstrip("S") if word != "PROPERTIES" else "PROPERTY", [])
-        elif current is None or word.isupper() and len(word) > 3 and "_" in word:
+            current = sections.setdefault(
+                word.rstrip("S") if word != "PROPERTIES" else "PROPERTY", []
+            )
+        elif current is None or word in _REFUSED:
             raise SpecError(path, 1, 1, f"{word}: expected one of {', '.join(sorted(_KEYWORDS))}")
         else:
             current.append(word)
@@ -140,7 +152,7 @@ def parse_config(path: Path) -> Config:
         next=sections.get("NEXT", ["Next"])[0],
         invariants=tuple(sections.get("INVARIANT", [])),
         properties=tuple(sections.get("PROPERTY", [])),
-        symmetry=sections.get("SYMMETRY", [None])[0],  # type: ignore[list-item]
+        symmetry=next(iter(sections.get("SYMMETRY", [])), None),
         check_deadlock=sections.get("CHECK_DEADLOCK", ["TRUE"])[0] == "TRUE",
     )
 

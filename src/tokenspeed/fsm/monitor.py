@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import final
 
 from tokenspeed.fsm.generated import STATES
-from tokenspeed.fsm.mirror import IllegalTransition, RequestMachine
+from tokenspeed.fsm.mirror import ENDED, IllegalTransition, RequestMachine
 
 __all__ = ["Monitor", "Move"]
 
@@ -18,7 +18,7 @@ Move = tuple[str, int, int, str, str]
 
 @final
 class Monitor:
-    """The machines of all requests that have been heard of."""
+    """The machines of all requests that have been heard of, by (request, incarnation)."""
 
     def __init__(self) -> None:
         self.machines: dict[tuple[int, int], RequestMachine] = {}
@@ -27,18 +27,20 @@ class Monitor:
         """Follow some moves.
 
         Raises:
-            IllegalTransition: a move is not in the table, or does not start where the last one ended.
+            IllegalTransition: a move is not in the table, or does not start where the last ended.
         """
         for action, request, incarnation, source, to in moves:
-            key = (request, incarnation)
-            machine = self.machines.setdefault(key, RequestMachine(request))
+            machine = self.machines.get((request, incarnation))
+            if machine is None:
+                machine = self.machines[request, incarnation] = RequestMachine(request)
             if machine.state != source:
                 raise IllegalTransition(
-                    f"{action} of request {request} claims to start in {source}; it is in {machine.state}"
+                    f"{action} of request {request} claims to start in {source}; "
+                    f"it is in {machine.state}"
                 )
             machine.apply(action, to)
 
     def live(self) -> list[RequestMachine]:
         """Requests that have been submitted and have not ended."""
-        ended = {STATES[0], "Finished", "Aborted"}
-        return [machine for machine in self.machines.values() if machine.state not in ended]
+        quiet = ENDED | {STATES[0]}
+        return [machine for machine in self.machines.values() if machine.state not in quiet]

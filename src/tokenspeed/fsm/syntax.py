@@ -89,7 +89,14 @@ Node = tree_sitter.Node
 
 _LANGUAGE = tree_sitter.Language(tree_sitter_tlaplus.language())
 
-_IGNORED = {"comment", "block_comment", "single_line", "header_line", "double_line", "extramodular_text"}
+_IGNORED = {
+    "comment",
+    "block_comment",
+    "single_line",
+    "header_line",
+    "double_line",
+    "extramodular_text",
+}
 
 _INFIX = {
     "land": "and", "lor": "or", "implies": "implies", "iff": "iff", "equiv": "iff", "eq": "eq",
@@ -181,7 +188,8 @@ class _Reader:
 
     def definition(self, node: Node) -> Definition:
         name, body = node.child_by_field_name("name"), node.child_by_field_name("definition")
-        assert name is not None and body is not None
+        assert name is not None
+        assert body is not None
         params = [n for n in node.children_by_field_name("parameter") if n.is_named]
         for param in params:
             if param.type != "identifier":
@@ -344,7 +352,7 @@ def _let(reader: _Reader, node: Node) -> Built:
 
 
 def _fairness(reader: _Reader, node: Node) -> Built:
-    parts = [part for part in _code(node)]
+    parts = _code(node)
     kind = "weak_fairness" if _text(node).startswith("WF") else "strong_fairness"
     return kind, [reader.expr(parts[0]), reader.expr(parts[-1])]
 

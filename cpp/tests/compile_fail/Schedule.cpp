@@ -1,0 +1,15 @@
+// A request that is ending gets no further step.
+// expect: Schedule is not legal in Finishing. Legal here: Complete, Publish, Release. See
+// specs/Lifecycle.tla
+#include "world.hpp"
+
+#ifdef LEGAL
+constexpr State kFrom = State::Decoding;
+#else
+constexpr State kFrom = State::Finishing;
+#endif
+
+void move(Always& world, In<kFrom>&& request, Permit<Action::Schedule>&& permit) {
+  auto moved = [&] { return Schedule(world, std::move(request), std::move(permit)); };
+  static_cast<void>(moved);
+}
