@@ -344,7 +344,7 @@ class Engine:
             generation_tokens=self._generation_tokens,
             steps=native.steps,
             requests_finished=dict(self._finished),
-            transitions=native.transitions,
+            transitions=self._scheduler.transitions(),
         )
 
     def health(self) -> Health:

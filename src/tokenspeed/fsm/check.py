@@ -13,8 +13,9 @@ from typing import Literal
 from attrs import field, frozen
 
 from tokenspeed.errors import SpecError
-from tokenspeed.fsm.evaluate import Label, State, show
+from tokenspeed.fsm.evaluate import Label, State
 from tokenspeed.fsm.model import Model, load_model
+from tokenspeed.fsm.values import show
 
 __all__ = ["Report", "check", "explore"]
 

@@ -1,11 +1,6 @@
 """The interpreter: what an expression of the spec means. Every printer is held against it.
 
-Rule: TLA+ values are plain immutable Python values, and evaluation is a closure per expression.
-
-    number, string, boolean   int, str, bool
-    set                       frozenset
-    sequence, tuple           tuple (a function whose domain is 1..n is the same value)
-    function, record          Function
+Rule: evaluation is a closure per expression, over the plain values of values.py.
 
 A state is a tuple of values in the order of the module's variables. An expression is compiled to
 `f(state, next, env)`: `next` is the successor being built, with UNSET where nothing is assigned
@@ -16,16 +11,27 @@ from __future__ import annotations
 
 import functools
 import itertools
-import operator
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, final
 
 from tokenspeed.errors import SpecError
 from tokenspeed.fsm.syntax import Bound, Definition, Expr, Module
+from tokenspeed.fsm.values import (
+    BOOLEANS,
+    BUILTIN,
+    INFIX,
+    PREFIX,
+    Function,
+    Value,
+    apply,
+    domain,
+    function,
+    member,
+    show,
+    updated,
+)
 
-__all__ = ["UNSET", "Evaluator", "Function", "Label", "State", "show"]
+__all__ = ["UNSET", "Evaluator", "Label", "State"]
 
-Value = Any
 State = tuple[Value, ...]
 Env = tuple[Value, ...]
 Code = Callable[[State, State, Env], Value]
@@ -41,143 +47,6 @@ class _Unset:
 
 UNSET = _Unset()
 """A variable of the successor that no conjunct has assigned yet."""
-
-NATURALS = object()
-BOOLEANS = frozenset((True, False))
-
-
-@final
-class Function:
-    """A function with a finite domain that is not 1..n; records are functions of field names."""
-
-    __slots__ = ("_hash", "items")
-
-    def __init__(self, items: dict[Value, Value]) -> None:
-        self.items = items
-        self._hash: int | None = None
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Function) and self.items == other.items
-
-    def __hash__(self) -> int:
-        if self._hash is None:
-            self._hash = hash(frozenset(self.items.items()))
-        return self._hash
-
-    def __repr__(self) -> str:
-        return show(self)
-
-
-def function(items: dict[Value, Value]) -> Value:
-    """A function as a value: a tuple if its domain is 1..n."""
-    n = len(items)
-    if all(type(k) is int for k in items) and all(i in items for i in range(1, n + 1)):
-        return tuple(items[i] for i in range(1, n + 1))
-    return Function(items)
-
-
-def show(value: Value) -> str:
-    """A value in TLA+ syntax, sets and functions in a fixed order."""
-    match value:
-        case bool():
-            return "TRUE" if value else "FALSE"
-        case str():
-            return f'"{value}"'
-        case frozenset():
-            return "{" + ", ".join(sorted(map(show, value))) + "}"
-        case tuple():
-            return "<<" + ", ".join(map(show, value)) + ">>"
-        case Function():
-            pairs = sorted((show(k), show(v)) for k, v in value.items.items())
-            return "(" + " @@ ".join(f"{k} :> {v}" for k, v in pairs) + ")"
-    return str(value)
-
-
-def apply(fn: Value, arg: Value) -> Value:
-    """`fn[arg]`."""
-    if type(fn) is tuple:
-        if not 1 <= arg <= len(fn):
-            raise KeyError(f"{show(fn)}[{arg}] is outside the domain")
-        return fn[arg - 1]
-    return fn.items[arg]
-
-
-def domain(fn: Value) -> frozenset[Value]:
-    """`DOMAIN fn`."""
-    return frozenset(range(1, len(fn) + 1)) if type(fn) is tuple else frozenset(fn.items)
-
-
-def updated(fn: Value, path: tuple[Value, ...], change: Callable[[Value], Value]) -> Value:
-    """`[fn EXCEPT !path = change(@)]`; a path outside the domain leaves the function as it is."""
-    if not path:
-        return change(fn)
-    key, rest = path[0], path[1:]
-    if key not in domain(fn):
-        return fn
-    if type(fn) is tuple:
-        return (*fn[: key - 1], updated(fn[key - 1], rest, change), *fn[key:])
-    return Function({**fn.items, key: updated(fn.items[key], rest, change)})
-
-
-def member(value: Value, container: Value) -> bool:
-    """`value \\in container`, where the container may be a set that is not enumerated."""
-    return bool(container(value)) if callable(container) else value in container
-
-
-def _same(a: Value, b: Value) -> bool:
-    return bool(a == b)
-
-
-def _subset(a: Value, b: Value) -> bool:
-    return all(member(x, b) for x in a) if callable(b) else a <= b
-
-
-def _without(a: Value, b: Value) -> Value:
-    return (lambda v: member(v, a) and not member(v, b)) if callable(a) else a - b
-
-
-def _subsets(values: frozenset[Value]) -> frozenset[Value]:
-    items = sorted(values, key=show)
-    sizes = range(len(items) + 1)
-    return frozenset(frozenset(c) for n in sizes for c in itertools.combinations(items, n))
-
-
-_INFIX: dict[str, Callable[[Value, Value], Value]] = {
-    "eq": _same,
-    "ne": operator.ne,
-    "in": member,
-    "notin": lambda x, s: not member(x, s),
-    "subseteq": _subset,
-    "union": operator.or_,
-    "intersect": operator.and_,
-    "minus_set": _without,
-    "add": operator.add,
-    "sub": operator.sub,
-    "mul": operator.mul,
-    "lt": operator.lt,
-    "gt": operator.gt,
-    "le": operator.le,
-    "ge": operator.ge,
-    "range": lambda a, b: frozenset(range(a, b + 1)),
-    "concat": operator.add,
-    "iff": _same,
-}
-_PREFIX: dict[str, Callable[[Value], Value]] = {
-    "not": operator.not_,
-    "neg": operator.neg,
-    "domain": domain,
-    "powerset": _subsets,
-    "big_union": lambda sets: frozenset().union(*sets),
-}
-_BUILTIN: dict[str, Callable[..., Value]] = {
-    "Len": len,
-    "Head": operator.itemgetter(0),
-    "Tail": lambda s: s[1:],
-    "Append": lambda s, x: (*s, x),
-    "SubSeq": lambda s, a, b: s[a - 1 : b],
-    "Seq": lambda s: lambda v: type(v) is tuple and all(member(x, s) for x in v),
-    "Cardinality": len,
-}
 
 
 class Evaluator:
@@ -377,11 +246,11 @@ class Evaluator:
         if build is not None:
             code: Code = build(expr, names)
             return code
-        if expr.op in _INFIX:
-            infix, (left, right) = _INFIX[expr.op], self._codes(expr, names)
+        if expr.op in INFIX:
+            infix, (left, right) = INFIX[expr.op], self._codes(expr, names)
             return lambda s, t, env: infix(left(s, t, env), right(s, t, env))
-        if expr.op in _PREFIX:
-            prefix, (only,) = _PREFIX[expr.op], self._codes(expr, names)
+        if expr.op in PREFIX:
+            prefix, (only,) = PREFIX[expr.op], self._codes(expr, names)
             return lambda s, t, env: prefix(only(s, t, env))
         raise expr.span.error(f"{expr.op} has no value here; it is temporal, or outside the subset")
 
@@ -411,7 +280,7 @@ class Evaluator:
         name = str(expr.args[0])
         args = self._codes(expr, names)
         if name not in self._definitions:
-            builtin = _BUILTIN.get(name)
+            builtin = BUILTIN.get(name)
             if builtin is None:
                 raise expr.span.error(f"unknown operator {name}")
             return lambda s, t, env: builtin(*(arg(s, t, env) for arg in args))

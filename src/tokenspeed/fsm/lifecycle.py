@@ -14,9 +14,10 @@ from typing import Any
 from attrs import frozen
 
 from tokenspeed.errors import SpecError
-from tokenspeed.fsm.evaluate import Evaluator, Function
+from tokenspeed.fsm.evaluate import Evaluator
 from tokenspeed.fsm.model import load_module
 from tokenspeed.fsm.syntax import Definition, Expr
+from tokenspeed.fsm.values import Function
 
 __all__ = ["Action", "Guard", "Lifecycle", "read_lifecycle"]
 
