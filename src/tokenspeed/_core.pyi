@@ -104,9 +104,7 @@ class Scheduler:
     def plan(self) -> Plan | None:
         """Plan and launch a step; None if nothing can run or `overlap + 1` steps are in flight."""
 
-    def commit(
-        self, step: int, token_ids: NDArray[np.int32], stop: NDArray[np.bool_]
-    ) -> Committed:
+    def commit(self, step: int, token_ids: NDArray[np.int32], stop: NDArray[np.bool_]) -> Committed:
         """Complete the oldest launched step. Raises ValueError, nothing changed, if it is another."""
 
     def abort(self, number: int) -> bool:

@@ -153,7 +153,12 @@ def _ready(engine: Engine, url: str) -> None:
 @click.option("--max-tokens", type=int, default=512, show_default=True)
 @_engine_options
 def chat(
-    message: str, model: str, system: str | None, temperature: float, max_tokens: int, **settings: Any
+    message: str,
+    model: str,
+    system: str | None,
+    temperature: float,
+    max_tokens: int,
+    **settings: Any,
 ) -> None:
     """Answer MESSAGE, word by word."""
     params = SamplingParams(temperature=temperature, max_tokens=max_tokens)

@@ -44,7 +44,11 @@ def _choice(*choices: str) -> _Validator:
 
 def _seconds(low: float, high: float) -> _Validator:
     def check(_instance: Any, attribute: Any, value: Any) -> None:
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
+        if (
+            not isinstance(value, (int, float))
+            or isinstance(value, bool)
+            or not low <= value <= high
+        ):
             raise ConfigError(attribute.name, value, f"seconds from {low:g} to {high:g}")
 
     return check

@@ -55,7 +55,7 @@ Progress = Callable[[str, int, int], None]
 """Called with (phase, done, total) while an engine starts; bytes for weights, steps for warm-up."""
 
 Prompt = str | Sequence[int]
-Ints = NDArray[np.int32]
+Numbers = NDArray[np.int64]
 
 STEP_STUCK_S = 120.0
 """A step that takes longer makes the engine report itself dead."""
@@ -161,7 +161,7 @@ class Engine:
             eos_ids=tokenizer.eos_ids,
         )
         self._sequences: dict[int, _Sequence] = {}
-        self._launched: deque[tuple[StepPlan, Ints, Pending]] = deque()
+        self._launched: deque[tuple[StepPlan, Numbers, Pending]] = deque()
         self._outbox: list[tuple[Stream, Delta]] = []
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
@@ -305,10 +305,17 @@ class Engine:
             raise RequestError("prompt", "prompt: got no tokens; expected at least one")
         bad = next((t for t in prompt if not 0 <= t < self.vocab_size), None)
         if bad is not None:
-            raise RequestError("prompt", f"prompt: got token id {bad}; expected 0 to {self.vocab_size - 1}")
-        for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+            raise RequestError(
+                "prompt", f"prompt: got token id {bad}; expected 0 to {self.vocab_size - 1}"
+            )
+        for name, ids in (
+            ("logit_bias", params.logit_bias),
+            ("stop_token_ids", params.stop_token_ids),
+        ):
             if any(not 0 <= t < self.vocab_size for t in ids):
-                raise RequestError(name, f"{name}: token ids must lie in 0 to {self.vocab_size - 1}")
+                raise RequestError(
+                    name, f"{name}: token ids must lie in 0 to {self.vocab_size - 1}"
+                )
         room = self.context_max - len(prompt)
         if room < 1 or (params.max_tokens or 1) > room:
             raise RequestError(
@@ -386,7 +393,9 @@ class Engine:
 
     def _warm_up(self, report: Progress) -> None:
         report("warm-up", 0, 1)
-        self.generate([[0] * min(8, self.context_max - 1)], SamplingParams(temperature=0, max_tokens=1))
+        self.generate(
+            [[0] * min(8, self.context_max - 1)], SamplingParams(temperature=0, max_tokens=1)
+        )
         report("warm-up", 1, 1)
 
     # --- the loop: everything below runs on the engine's thread ---------------------------------
@@ -395,7 +404,9 @@ class Engine:
         try:
             while self._obey():
                 self._turn()
-        except BaseException as error:  # the thread must not die silently: every reader learns of it
+        except (
+            BaseException
+        ) as error:  # the thread must not die silently: every reader learns of it
             log.exception("the engine loop failed")
             self._failure = error
         reason: FinishReason = "abort" if self._failure is None else "error"
@@ -405,7 +416,9 @@ class Engine:
                 command()
             self._inbox.clear()
         for sequence in list(self._sequences.values()):
-            self._end(sequence, reason, error=None if self._failure is None else repr(self._failure))
+            self._end(
+                sequence, reason, error=None if self._failure is None else repr(self._failure)
+            )
         self._post()
 
     def _obey(self) -> bool:
@@ -436,7 +449,9 @@ class Engine:
         if native is None:
             return False
         joined = []
-        for (slot, number), cached in zip(native.joined.tolist(), native.cached.tolist(), strict=True):
+        for (slot, number), cached in zip(
+            native.joined.tolist(), native.cached.tolist(), strict=True
+        ):
             sequence = self._sequences[number]
             if not sequence.output_ids:
                 sequence.cached_tokens = cached
@@ -462,7 +477,7 @@ class Engine:
         self._launched.append((plan, native.numbers, self._executor.launch(plan)))
         return True
 
-    def _commit(self, plan: StepPlan, numbers: Ints, pending: Pending) -> None:
+    def _commit(self, plan: StepPlan, numbers: Numbers, pending: Pending) -> None:
         try:
             result = pending.result()
         except StepError as error:

@@ -6,7 +6,7 @@ Rule: nothing here knows text, tensors or time; ids are vocabulary indices, coun
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 from attrs import field, frozen
@@ -34,7 +34,17 @@ _SEED_MAX = 2**63 - 1
 _Validator = Callable[[Any, Any, Any], None]
 
 
-def _number(low: float, high: float, *, integer: bool = False, optional: bool = False) -> _Validator:
+def _strings(values: Iterable[str]) -> tuple[str, ...]:
+    return tuple(values)
+
+
+def _ids(values: Iterable[int]) -> tuple[int, ...]:
+    return tuple(values)
+
+
+def _number(
+    low: float, high: float, *, integer: bool = False, optional: bool = False
+) -> _Validator:
     """A validator: a finite number (never a bool) within [low, high]."""
     kind = "an integer" if integer else "a number"
 
@@ -91,8 +101,8 @@ class SamplingParams:
         default=None, validator=_number(1, 2**31 - 1, integer=True, optional=True)
     )
     min_tokens: int = field(default=0, validator=_number(0, 2**31 - 1, integer=True))
-    stop: tuple[str, ...] = field(default=(), converter=tuple)
-    stop_token_ids: tuple[int, ...] = field(default=(), converter=tuple)
+    stop: tuple[str, ...] = field(default=(), converter=_strings)
+    stop_token_ids: tuple[int, ...] = field(default=(), converter=_ids)
     ignore_eos: bool = False
     logprobs: int | None = field(
         default=None, validator=_number(0, LOGPROBS_MAX, integer=True, optional=True)
@@ -112,7 +122,8 @@ class SamplingParams:
     def _check_stop(self, _attribute: Any, value: tuple[str, ...]) -> None:
         if len(value) > STOP_MAX or not all(isinstance(s, str) and s for s in value):
             raise RequestError(
-                "stop", f"stop: got {len(value)} entries; expected up to {STOP_MAX} non-empty strings"
+                "stop",
+                f"stop: got {len(value)} entries; expected up to {STOP_MAX} non-empty strings",
             )
 
 
@@ -126,7 +137,7 @@ class Request:
         salt: requests share cached pages only with requests of the same salt.
     """
 
-    prompt_ids: tuple[int, ...] = field(converter=tuple)
+    prompt_ids: tuple[int, ...] = field(converter=_ids)
     params: SamplingParams = field(factory=SamplingParams)
     salt: str = ""
 

@@ -192,7 +192,8 @@ class _Transformers:
             else {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
         )
         dtype = getattr(torch, config.dtype)
-        self._model = AutoModelForCausalLM.from_pretrained(**source, dtype=dtype).eval()
+        self._model: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=dtype)
+        self._model.eval()
 
     def run(self, jobs: Sequence[Job]) -> float:
         queue = sorted(jobs, key=lambda job: job.arrival_s)

@@ -106,4 +106,3 @@ class Backend:
         if problem.op not in self.functions:
             return f"has no {problem.op}"
         return self.supports(problem)
-

@@ -64,7 +64,9 @@ class Registry:
         """
         unknown = sorted(backend.functions.keys() - set(OPS))
         if backend.name in self.names or unknown:
-            raise ConfigError("backend", backend.name, f"a new name, and ops among {', '.join(OPS)}")
+            raise ConfigError(
+                "backend", backend.name, f"a new name, and ops among {', '.join(OPS)}"
+            )
         self._backends = sorted((*self._backends, backend), key=lambda b: -b.priority)
         self._chosen.clear()
 
@@ -73,7 +75,9 @@ class Registry:
         for entry in importlib.metadata.entry_points(group="tokenspeed.kernels"):
             try:
                 self.add(entry.load())
-            except Exception:  # a stranger's code: whatever it raises, the engine goes on without it
+            except (
+                Exception
+            ):  # a stranger's code: whatever it raises, the engine goes on without it
                 log.exception("the kernel backend %s failed to load", entry.name)
 
     def of(self, op: str, x: Tensor) -> Callable[..., Any]:
@@ -107,7 +111,9 @@ class Registry:
                 rejected.append((backend.name, reason))
         if chosen is None:
             reasons = "; ".join(f"{name} {reason}" for name, reason in rejected)
-            raise KernelError(f"no backend runs {problem.op} on {problem.device}, {problem.dtype}: {reasons}")
+            raise KernelError(
+                f"no backend runs {problem.op} on {problem.device}, {problem.dtype}: {reasons}"
+            )
         return Choice(problem, chosen, tuple(rejected))
 
     @contextmanager

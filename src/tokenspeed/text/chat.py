@@ -74,7 +74,9 @@ class ChatTemplate:
 
     def __init__(self, source: str, bos: str = "", eos: str = "") -> None:
         if len(source) > SOURCE_MAX:
-            raise CheckpointError("chat_template", f"{len(source)} characters; at most {SOURCE_MAX}")
+            raise CheckpointError(
+                "chat_template", f"{len(source)} characters; at most {SOURCE_MAX}"
+            )
         environment = _Environment(
             trim_blocks=True,
             lstrip_blocks=True,

@@ -42,9 +42,7 @@ def _byte_level() -> Any:
 
 def _digits() -> Any:
     # Every numeric character stands alone, then GPT-2's own expression.
-    return pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), _byte_level()]
-    )
+    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _byte_level()])
 
 
 PRE_TOKENIZERS = {
@@ -120,7 +118,7 @@ class Tokenizer:
             special: whether a special token's text in it means that token. False for text from
                 outside, which must not be able to end a turn.
         """
-        inner = self._inner if special else self._plain
+        inner: Any = self._inner if special else self._plain
         ids: list[int] = inner.encode(text, add_special_tokens=False).ids
         return ids
 

@@ -91,9 +91,7 @@ def _bias(unseen: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(unseen.shape, dtype=dtype).masked_fill_(unseen, float("-inf"))
 
 
-def _decode(
-    q: Tensor, keys: Tensor, values: Tensor, rows: _Decode, plan: AttentionPlan
-) -> Tensor:
+def _decode(q: Tensor, keys: Tensor, values: Tensor, rows: _Decode, plan: AttentionPlan) -> Tensor:
     batch, heads, dim = q.shape
     kv_heads, length = keys.shape[1], rows.unseen.shape[1]
     k = keys.index_select(0, rows.where).view(batch, length, kv_heads, dim).transpose(1, 2)
