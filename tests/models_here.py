@@ -1,4 +1,4 @@
-"""The real model and its reference, where this machine has them; tests that want them skip aloud."""
+"""The real model and its reference, where they are here; tests that want them skip aloud."""
 
 from __future__ import annotations
 

@@ -7,8 +7,8 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from models_here import needs_reference, needs_smollm2, reference
 
+from models_here import needs_reference, needs_smollm2, reference
 from tokenspeed.config import EngineConfig
 from tokenspeed.engine import Engine
 from tokenspeed.errors import ConfigError, EngineStopped, OverloadedError, RequestError, StepError
@@ -141,7 +141,9 @@ def test_leaving_a_stream_returns_its_pages(engine: Engine) -> None:
         (Request(prompt_ids=(1,) * 9000), "prompt"),
     ],
 )
-def test_bad_requests_are_refused_at_the_door(engine: Engine, request_: Request, field: str) -> None:
+def test_bad_requests_are_refused_at_the_door(
+    engine: Engine, request_: Request, field: str
+) -> None:
     with pytest.raises(RequestError) as caught:
         engine.submit(request_)
     assert caught.value.field == field

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scheduling import World
 
+from scheduling import World
 from tokenspeed._core import SPEC_HASH, QueueFull, Scheduler
 from tokenspeed.fsm.generated import SPEC_HASH as MIRROR_HASH
 

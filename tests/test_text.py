@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from models_here import DATA, needs_reference, needs_smollm2
 
+from models_here import DATA, needs_reference, needs_smollm2
 from tokenspeed import models
 from tokenspeed.config import DEFAULT_MODEL, TokenizerSource
 from tokenspeed.errors import CheckpointError, RequestError
@@ -61,7 +61,9 @@ def test_every_conversation_has_the_reference_text_and_ids() -> None:
         prompt = case["add_generation_prompt"]
         ids = chat().encode_chat(case["messages"], add_generation_prompt=prompt)
         assert tokenizer().decode(ids) == case["text"]
-        spelled = any(s in m["content"] for m in case["messages"] for s in tokenizer().special.values())
+        spelled = any(
+            s in m["content"] for m in case["messages"] for s in tokenizer().special.values()
+        )
         # The reference lets a message spell special tokens; here it cannot (the next test).
         assert (ids == case["ids"]) == (not spelled)
 
@@ -93,8 +95,8 @@ def test_text_parts_are_joined_and_others_refused() -> None:
         "{{ 'x' * 999999999 }}",
         "{{ 2 ** 99999999 }}",
         "{{ raise_exception('no') }}",
-        "{% for m in messages %}{% for n in range(99999) %}{% for o in range(99999) %}{{ 'x' * 999 }}"
-        "{% endfor %}{% endfor %}{% endfor %}",
+        "{% for n in range(99999) %}{% for m in range(99999) %}{{ 'x' * 999 }}"
+        "{% endfor %}{% endfor %}",
     ],
 )
 def test_a_hostile_template_ends_in_an_error(template: str) -> None:
@@ -115,7 +117,8 @@ def test_an_unknown_pre_tokenizer_is_refused_by_name() -> None:
 TEXT = st.text(
     st.one_of(
         # The vocabulary lacks the bytes of some control characters and of empty planes.
-        st.characters(exclude_categories=["Cs", "Cn", "Co", "Cc"]), st.sampled_from("ab stop\n 0½é漢🙂👩‍👩‍👧")
+        st.characters(exclude_categories=["Cs", "Cn", "Co", "Cc"]),
+        st.sampled_from("ab stop\n 0½é漢🙂👩‍👩‍👧"),
     ),
     max_size=40,
 )

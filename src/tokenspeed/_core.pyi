@@ -105,7 +105,7 @@ class Scheduler:
         """Plan and launch a step; None if nothing can run or `overlap + 1` steps are in flight."""
 
     def commit(self, step: int, token_ids: NDArray[np.int32], stop: NDArray[np.bool_]) -> Committed:
-        """Complete the oldest launched step. Raises ValueError, nothing changed, if it is another."""
+        """Complete the oldest launched step. Raises ValueError, changing nothing, on another."""
 
     def abort(self, number: int) -> bool:
         """End a request in whatever state; False if it is unknown or ending already."""

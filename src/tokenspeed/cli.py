@@ -116,7 +116,7 @@ def serve(
     drain_s: float,
     **settings: Any,
 ) -> None:
-    """Serve MODEL: a GGUF file, a Hugging Face directory or id  [default: SmolLM2-135M-Instruct]."""
+    """Serve MODEL: a GGUF file, or a Hugging Face directory or id  [default: SmolLM2-135M]."""
     server = ServeConfig(
         host=host, port=port, api_key_file=api_key_file, no_auth=no_auth, drain_s=drain_s
     )

@@ -90,7 +90,7 @@ class EngineConfig:
             raise ConfigError(
                 "prefill_chunk",
                 self.prefill_chunk,
-                f"at least slots ({self.slots}), so that every running request can decode in a step",
+                f"at least slots ({self.slots}): every running request decodes in every step",
             )
 
 

@@ -26,7 +26,7 @@ from typing import Any, Self, final
 import attrs
 import numpy as np
 import torch
-from attrs import define, field, frozen
+from attrs import define, field
 from numpy.typing import NDArray
 
 from tokenspeed import models
@@ -44,10 +44,11 @@ from tokenspeed.request import (
     Usage,
 )
 from tokenspeed.spmd import Executor, Mesh, Pending
+from tokenspeed.stats import Health, Stats
 from tokenspeed.stream import Stream, deliver, join
 from tokenspeed.text import ChatEncoder, Detokenizer, Tokenizer
 
-__all__ = ["Engine", "Health", "Progress", "Stats"]
+__all__ = ["Engine", "Progress"]
 
 log = logging.getLogger("tokenspeed.engine")
 
@@ -59,34 +60,6 @@ Numbers = NDArray[np.int64]
 
 STEP_STUCK_S = 120.0
 """A step that takes longer makes the engine report itself dead."""
-
-
-@frozen(kw_only=True)
-class Stats:
-    """Counters since the start, and gauges of now. Tokens unless the name says otherwise."""
-
-    requests_running: int
-    requests_waiting: int
-    pages_total: int
-    pages_free: int
-    pages_cached: int
-    prefix_cache_queries: int
-    prefix_cache_hits: int
-    preemptions: int
-    prompt_tokens: int
-    generation_tokens: int
-    steps: int
-    requests_finished: Mapping[str, int]
-    transitions: Mapping[tuple[str, str, str], int]
-
-
-@frozen(kw_only=True)
-class Health:
-    """live: the loop turns. ready: it also takes requests. reason: what it is doing, in words."""
-
-    live: bool
-    ready: bool
-    reason: str
 
 
 @define(eq=False)
@@ -219,7 +192,7 @@ class Engine:
     # --- requests -------------------------------------------------------------------------------
 
     def submit(self, request: Request) -> Stream:
-        """Queue a request and return its stream; called in an event loop, the stream is that loop's.
+        """Queue a request and return its stream; in an event loop, the stream is that loop's.
 
         Raises:
             RequestError: the request can never be served; names the field.
@@ -303,7 +276,8 @@ class Engine:
         prompt, params = request.prompt_ids, request.params
         if not prompt:
             raise RequestError("prompt", "prompt: got no tokens; expected at least one")
-        bad = next((t for t in prompt if not 0 <= t < self.vocab_size), None)
+        last = self.vocab_size - 1
+        bad = next((t for t in prompt if not 0 <= t <= last), None)
         if bad is not None:
             raise RequestError(
                 "prompt", f"prompt: got token id {bad}; expected 0 to {self.vocab_size - 1}"
@@ -404,9 +378,7 @@ class Engine:
         try:
             while self._obey():
                 self._turn()
-        except (
-            BaseException
-        ) as error:  # the thread must not die silently: every reader learns of it
+        except BaseException as error:  # every reader learns of it below
             log.exception("the engine loop failed")
             self._failure = error
         reason: FinishReason = "abort" if self._failure is None else "error"
@@ -615,7 +587,8 @@ def _prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 def _completion(whole: Delta) -> Completion:
     if whole.finish_reason == "error":
         raise StepError(whole.error or "the step failed")
-    assert whole.finish_reason is not None and whole.usage is not None
+    assert whole.finish_reason is not None
+    assert whole.usage is not None
     return Completion(
         text=whole.text,
         token_ids=whole.token_ids,

@@ -1,10 +1,11 @@
-"""Whatever is submitted, aborted and interleaved: right outputs, every page back, no illegal move."""
+"""Whatever is submitted, aborted, interleaved: right outputs, every page back, legal moves."""
 
 from __future__ import annotations
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
 from scheduling import World
 
 

@@ -1,1 +1,1 @@
-"""Benchmarks: commands that print a table and JSON. Rule: both sides run in one process, in turn."""
+"""Benchmarks: commands that print a table and JSON. Rule: both sides in one process, in turn."""

@@ -70,6 +70,7 @@ class Row:
 
     @property
     def ratio(self) -> float:
+        """The engine's rate over the peer's."""
         return self.engine / self.transformers
 
 
@@ -84,6 +85,7 @@ class Report:
     rows: tuple[Row, ...]
 
     def table(self) -> Table:
+        """For people."""
         title = f"{self.model}, {self.dtype}; {self.machine}"
         table = Table("scenario", "tokenspeed tok/s", "transformers tok/s", "ratio", title=title)
         for row in self.rows:
@@ -92,6 +94,7 @@ class Report:
         return table
 
     def as_json(self) -> dict[str, Any]:
+        """For programs."""
         rows = [{**attrs.asdict(row), "ratio": row.ratio} for row in self.rows]
         return {**attrs.asdict(self), "rows": rows}
 
@@ -179,21 +182,34 @@ class _Transformers:
 
     def __init__(self, path: Path, config: EngineConfig) -> None:
         try:
-            from transformers import AutoModelForCausalLM
+            from transformers import LlamaConfig, LlamaForCausalLM
         except ImportError as error:
             raise ConfigError(
                 "transformers", None, "it to be installed: pip install transformers"
             ) from error
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        source = (
-            {"pretrained_model_name_or_path": str(path)}
-            if path.is_dir()
-            else {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+        checkpoint = models.open_checkpoint(path)
+        shape = checkpoint.config
+        settings = LlamaConfig(
+            vocab_size=shape.vocab_size,
+            hidden_size=shape.hidden,
+            intermediate_size=shape.ffn,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            max_position_embeddings=shape.context_max,
+            rms_norm_eps=shape.norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+            tie_word_embeddings=shape.tied,
         )
-        dtype = getattr(torch, config.dtype)
-        self._model: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=dtype)
-        self._model.eval()
+        weights = {name: checkpoint.read(name) for name in checkpoint.tensors}
+        if shape.tied:
+            weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+        self._model: Any = LlamaForCausalLM(settings)
+        self._model.load_state_dict(weights)
+        self._model.to(getattr(torch, config.dtype)).train(False)
 
     def run(self, jobs: Sequence[Job]) -> float:
         queue = sorted(jobs, key=lambda job: job.arrival_s)

@@ -14,8 +14,9 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from tokenspeed.engine import Engine, Stats
+from tokenspeed.engine import Engine
 from tokenspeed.request import Delta
+from tokenspeed.stats import Stats
 
 __all__ = ["Metrics", "Stopwatch"]
 

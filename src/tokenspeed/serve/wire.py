@@ -1,8 +1,8 @@
 """JSON bodies to frozen requests: OpenAI's chat and completions.
 
 Rule: nothing is coerced and nothing ignored in silence. A body is strict JSON (msgspec: no NaN, no
-overflow, no invalid UTF-8); cattrs structures it without conversions; what is wrong is a RequestError
-that names the field as its sender wrote it (`messages[2].content`).
+overflow, no invalid UTF-8); cattrs structures it without conversions; what is wrong is a
+RequestError that names the field as its sender wrote it (`messages[2].content`).
 """
 
 from __future__ import annotations
@@ -283,7 +283,7 @@ def _origin(kind: Any) -> Any:
     return get_origin(kind)
 
 
-# cattrs takes any iterable for a list and any mapping for an object; the outer converter wants JSON's.
+# cattrs takes any iterable for a list and any mapping for an object; the outer one wants JSON's.
 _lists = _scalars(cattrs.Converter())
 _converter = _scalars(cattrs.Converter())
 _converter.register_structure_hook_func(lambda kind: _origin(kind) is list, _array)
@@ -314,7 +314,7 @@ def _step(error: BaseException, path: str) -> str:
     return ""
 
 
-# --- fields with more than one form -----------------------------------------------------------------
+# --- fields with more than one form ---------------------------------------------------------------
 
 
 def _within(name: str, value: int, low: int, high: int) -> None:

@@ -1,7 +1,7 @@
 """Text in and out: tokenizer, chat template, incremental detokenizer.
 
-Rule: ids on one side, whole characters on the other; text from outside never becomes a special token
-unless the caller says so.
+Rule: ids on one side, whole characters on the other; text from outside never becomes a special
+token unless the caller says so.
 """
 
 from tokenspeed.text.chat import ChatEncoder as ChatEncoder

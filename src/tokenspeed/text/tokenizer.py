@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, final
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, models, pre_tokenizers
 
 from tokenspeed.config import TokenizerSource
 from tokenspeed.errors import CheckpointError
@@ -76,7 +76,7 @@ class Tokenizer:
         special: id -> text of the special tokens.
     """
 
-    def __init__(self, inner: tokenizers.Tokenizer, source: TokenizerSource) -> None:
+    def __init__(self, inner: Any, source: TokenizerSource) -> None:
         self._inner = inner
         self._plain = tokenizers.Tokenizer.from_str(inner.to_str())
         self._plain.encode_special_tokens = True
@@ -137,15 +137,15 @@ class Tokenizer:
     def _bytes(self, token_id: int) -> bytes:
         if token_id in self._added:
             return self._added[token_id].encode()
-        text = self._inner.id_to_token(token_id)
+        text: str | None = self._inner.id_to_token(token_id)
         if text is None:
             return b""
         if all(char in _ALPHABET for char in text):
             return bytes(_ALPHABET[char] for char in text)
-        return str(text).encode()
+        return text.encode()
 
 
-def _from_tables(source: TokenizerSource) -> tokenizers.Tokenizer:
+def _from_tables(source: TokenizerSource) -> Any:
     make = PRE_TOKENIZERS.get(source.pre)
     if make is None:
         known = ", ".join(PRE_TOKENIZERS)
@@ -157,9 +157,8 @@ def _from_tables(source: TokenizerSource) -> tokenizers.Tokenizer:
         if not gap:
             raise CheckpointError("tokenizer.ggml.merges", f"got {line!r}; expected two pieces")
         merges.append((left, right))
-    inner = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, fuse_unk=False))
+    inner: Any = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, fuse_unk=False))
     inner.pre_tokenizer = make()
-    inner.decoder = decoders.ByteLevel()
     for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
         texts = [t for t, k in zip(source.vocab, source.kinds, strict=False) if k == kind]
         tokens = [AddedToken(t, special=special, normalized=False) for t in texts]

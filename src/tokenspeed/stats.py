@@ -1,0 +1,40 @@
+"""What the engine says about itself: counters, gauges, and what it is doing.
+
+Rule: tokens unless the name says otherwise; counters only grow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from attrs import frozen
+
+__all__ = ["Health", "Stats"]
+
+
+@frozen(kw_only=True)
+class Stats:
+    """Counters since the start, and gauges of now. Tokens unless the name says otherwise."""
+
+    requests_running: int
+    requests_waiting: int
+    pages_total: int
+    pages_free: int
+    pages_cached: int
+    prefix_cache_queries: int
+    prefix_cache_hits: int
+    preemptions: int
+    prompt_tokens: int
+    generation_tokens: int
+    steps: int
+    requests_finished: Mapping[str, int]
+    transitions: Mapping[tuple[str, str, str], int]
+
+
+@frozen(kw_only=True)
+class Health:
+    """live: the loop turns. ready: it also takes requests. reason: what it is doing, in words."""
+
+    live: bool
+    ready: bool
+    reason: str
