@@ -268,7 +268,7 @@ def _array(value: Any, kind: Any) -> Any:
 def _object(value: Any, kind: Any) -> Any:
     if not isinstance(value, dict):
         raise TypeError(f"expected an object; got {_json_type(value)}")
-    return _lists.structure(value, kind)
+    return _plain.structure(value, kind)
 
 
 def _scalars(converter: cattrs.Converter) -> cattrs.Converter:
@@ -283,8 +283,10 @@ def _origin(kind: Any) -> Any:
     return get_origin(kind)
 
 
-# cattrs takes any iterable for a list and any mapping for an object; the outer one wants JSON's.
+# cattrs takes any iterable for a list and any mapping for an object; the outer two want JSON's.
+_plain = _scalars(cattrs.Converter())
 _lists = _scalars(cattrs.Converter())
+_lists.register_structure_hook(Message, _object)
 _converter = _scalars(cattrs.Converter())
 _converter.register_structure_hook_func(lambda kind: _origin(kind) is list, _array)
 _converter.register_structure_hook_func(

@@ -7,7 +7,7 @@ of containing it; what that name means stands in `PRE_TOKENIZERS`, and another n
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
 import tokenizers
@@ -45,7 +45,7 @@ def _digits() -> Any:
     return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _byte_level()])
 
 
-PRE_TOKENIZERS = {
+PRE_TOKENIZERS: dict[str, Callable[[], Any]] = {
     "gpt-2": _byte_level,
     "smollm": _digits,
     "llama-bpe": lambda: _split(_LLAMA3),
@@ -85,7 +85,7 @@ class Tokenizer:
         self.eos_ids = source.eos_ids
         added = inner.get_added_tokens_decoder()
         self.special = {i: token.content for i, token in added.items() if token.special}
-        self._added = {i: token.content for i, token in added.items()}
+        self._added: dict[int, str] = {i: token.content for i, token in added.items()}
         self._pieces: dict[int, bytes] = {}
 
     @classmethod
