@@ -18,8 +18,8 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from models_here import needs_smollm2
 
+from models_here import needs_smollm2
 from tokenspeed.config import EngineConfig, ServeConfig
 from tokenspeed.engine import Engine
 from tokenspeed.errors import ConfigError
@@ -127,7 +127,9 @@ def test_completions_whole_and_streamed_agree(client: openai.OpenAI, engine: Eng
     chunks = list(client.completions.create(**asked, max_tokens=12, stream=True))
     assert "".join(c.choices[0].text for c in chunks) == whole.choices[0].text
     ids = engine.tokenizer.encode("One, two, three,", special=True)
-    by_ids = client.completions.create(model=engine.model_name, prompt=ids, temperature=0, max_tokens=12)
+    by_ids = client.completions.create(
+        model=engine.model_name, prompt=ids, temperature=0, max_tokens=12
+    )
     assert by_ids.choices[0].text == whole.choices[0].text
     several = client.completions.create(
         model=engine.model_name, prompt=["One, two, three,", "A"], temperature=0, max_tokens=12
@@ -238,7 +240,10 @@ def test_each_bad_field_is_named(url: str, engine: Engine, field: str, value: An
         ([{"role": "wizard", "content": "x"}], "messages[0].role"),
         ([{"content": "x"}], "messages[0].role"),
         ([{"role": "user", "content": 5}], "messages[0].content"),
-        ([MESSAGES[0], {"role": "user", "content": [{"type": "image_url"}]}], "messages[1].content[0]"),
+        (
+            [MESSAGES[0], {"role": "user", "content": [{"type": "image_url"}]}],
+            "messages[1].content[0]",
+        ),
         (["x"], "messages[0]"),
     ],
 )
@@ -275,7 +280,9 @@ def test_bodies_that_are_no_json_are_refused(url: str, engine: Engine, body: byt
     assert engine.stats().prompt_tokens == before
 
 
-@pytest.mark.parametrize("prompt", [[], [[]], [1, "a"], ["a", [1]], [-1], [10**9], 5, ["a"] * 9, None])
+@pytest.mark.parametrize(
+    "prompt", [[], [[]], [1, "a"], ["a", [1]], [-1], [10**9], 5, ["a"] * 9, None]
+)
 def test_bad_prompts_are_refused(url: str, engine: Engine, prompt: Any) -> None:
     answer = httpx.post(url + TEXT, json={"model": engine.model_name, "prompt": prompt})
     assert answer.status_code == 400
@@ -310,7 +317,7 @@ def test_other_paths_and_methods_have_the_same_shape(url: str) -> None:
         assert answer.json()["error"]["message"]
 
 
-# --- who may ---------------------------------------------------------------------------------------
+# --- who may --------------------------------------------------------------------------------------
 
 
 def test_without_a_key_only_loopback() -> None:
@@ -324,7 +331,13 @@ def test_every_route_but_health_wants_the_key(engine: Engine, tmp_path: Any) -> 
     keys.write_text("first-key\n\nsecond-key\n")
     config = ServeConfig(port=0, api_key_file=str(keys))
     paths = [route.path for route in create_app(engine, config).routes]  # type: ignore[attr-defined]
-    hostile = ["//v1/models", "/v1/models?/health", "/%2fhealth/../v1/models", "/V1/models", "/health/x"]
+    hostile = [
+        "//v1/models",
+        "/v1/models?/health",
+        "/%2fhealth/../v1/models",
+        "/V1/models",
+        "/health/x",
+    ]
     with served(engine, api_key_file=str(keys)) as url, httpx.Client(base_url=url) as http:
         for path in [*paths, *hostile]:
             open_ = path.startswith("/health") and path != "/health/x"
@@ -345,7 +358,9 @@ def test_every_route_but_health_wants_the_key(engine: Engine, tmp_path: Any) -> 
 
 
 @pytest.mark.parametrize("text", [None, "", "\n\n"])
-def test_a_key_file_without_keys_is_refused(engine: Engine, tmp_path: Any, text: str | None) -> None:
+def test_a_key_file_without_keys_is_refused(
+    engine: Engine, tmp_path: Any, text: str | None
+) -> None:
     path = tmp_path / "keys"
     if text is not None:
         path.write_text(text)
@@ -353,7 +368,7 @@ def test_a_key_file_without_keys_is_refused(engine: Engine, tmp_path: Any, text:
         create_app(engine, ServeConfig(api_key_file=str(path)))
 
 
-# --- who leaves ------------------------------------------------------------------------------------
+# --- who leaves -----------------------------------------------------------------------------------
 
 
 def connect(url: str) -> socket.socket:
@@ -404,7 +419,7 @@ def test_a_client_that_leaves_frees_its_slot_at_once(url: str, engine: Engine) -
     assert time.monotonic() - started_s < 5
 
 
-# --- health, metrics, the end ----------------------------------------------------------------------
+# --- health, metrics, the end ---------------------------------------------------------------------
 
 
 def test_health_and_metrics_tell_the_truth(url: str, client: openai.OpenAI, engine: Engine) -> None:

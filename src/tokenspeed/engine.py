@@ -30,7 +30,7 @@ from attrs import define, field
 from numpy.typing import NDArray
 
 from tokenspeed import models
-from tokenspeed._core import Scheduler
+from tokenspeed._core import QueueFull, Scheduler
 from tokenspeed.config import DEFAULT_MODEL, EngineConfig
 from tokenspeed.errors import EngineStopped, OverloadedError, RequestError, StepError
 from tokenspeed.plan import Joined, StepPlan, StepResult
@@ -118,7 +118,7 @@ class Engine:
             page_size=config.page_size,
             pages=self.pages,
             slots=config.slots,
-            waiting_max=config.waiting_max,
+            waiting_max=config.slots + config.waiting_max,  # the door counts both; see submit
             step_tokens=config.prefill_chunk,
             context_max=self.context_max,
             overlap=config.overlap,
@@ -231,11 +231,7 @@ class Engine:
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None
     ) -> list[Completion]:
-        """Generate for each prompt, batched together; the results are in the prompts' order.
-
-        Raises:
-            StepError: a step failed for one of them.
-        """
+        """Generate for each prompt, batched together, in their order. Raises StepError."""
         streams = [self.submit(self._request(p, params)) for p in _prompts(prompts)]
         try:
             return [_completion(join(list(stream))) for stream in streams]
@@ -489,7 +485,11 @@ class Engine:
         max_tokens = params.max_tokens
         assert max_tokens is not None, "settled by _resolve"
         prompt = np.asarray(request.prompt_ids, np.int32)
-        self._scheduler.submit(number, prompt, max_tokens, request.salt)
+        try:
+            self._scheduler.submit(number, prompt, max_tokens, request.salt)
+        except (ValueError, QueueFull) as error:  # what the door let through by mistake
+            log.exception("request %d was refused by the scheduler", number)
+            self._end(sequence, "error", error=str(error))
 
     def _cancel(self, number: int) -> None:
         sequence = self._sequences.get(number)

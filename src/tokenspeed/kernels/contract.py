@@ -1,4 +1,4 @@
-"""What an op promises: its signature, shapes and meaning. Rule: a backend keeps all of it or says why not.
+"""What an op promises: signature, shapes, meaning. Rule: a backend keeps all of it or says why not.
 
 Shapes: T tokens of all rows of a step one after the other, R rows, D hidden, H query heads, K
 key/value heads, d head dim. Pages are [pages, page_size, K, d]; position p of a row lies in page
@@ -62,7 +62,7 @@ class AttentionPlan:
     _derived: dict[Callable[[AttentionPlan], Any], Any] = field(factory=dict, init=False)
 
     def once(self, derive: Callable[[AttentionPlan], T]) -> T:
-        """What a backend derives from the plan: computed by its first layer, kept for the others."""
+        """What a backend derives from the plan: computed by the first layer, then kept."""
         if derive not in self._derived:
             self._derived[derive] = derive(self)
         return cast(T, self._derived[derive])

@@ -2,7 +2,7 @@
 
 Overrides, strongest first: the context manager `using`, then the environment variable
 `TOKENSPEED_KERNELS` ("paged_attention=reference,rope=cpu"). Third parties add backends by an entry
-point in the group `tokenspeed.kernels` that gives a `Backend`; one that fails is reported and left out.
+point in the group `tokenspeed.kernels` that gives a `Backend`; one that fails is logged, left out.
 """
 
 from __future__ import annotations

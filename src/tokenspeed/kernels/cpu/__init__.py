@@ -1,4 +1,4 @@
-"""The CPU backend: torch's own kernels, few of them. Rule: per-call overhead is what a decode step costs."""
+"""The CPU backend. Rule: few calls, for their overhead is what a decode step costs."""
 
 from tokenspeed.kernels.contract import Backend, Problem
 from tokenspeed.kernels.cpu.attention import kv_write, paged_attention, rope

@@ -1,16 +1,16 @@
 """Rotary positions, KV pages and attention on the CPU.
 
 Rule: rows of one query (decode) are attended together, over one padded gather of their pages; rows
-of many (prefill) one by one. The query heads that share a key head are folded into the query dim, so
-that keys are never repeated.
+of many (prefill) one by one. The query heads that share a key head are folded into the query dim,
+so that keys are never repeated.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from attrs import frozen
 from torch import Tensor
+from torch.nn import functional
 
 from tokenspeed.kernels.contract import AttentionPlan
 
@@ -98,7 +98,7 @@ def _decode(q: Tensor, keys: Tensor, values: Tensor, rows: _Decode, plan: Attent
     v = values.index_select(0, rows.where).view(batch, length, kv_heads, dim).transpose(1, 2)
     folded = q.reshape(batch, kv_heads, heads // kv_heads, dim)
     bias = plan.once(_DECODE_BIAS[q.dtype]) if batch > 1 else None
-    return F.scaled_dot_product_attention(folded, k, v, attn_mask=bias).reshape(q.shape)
+    return functional.scaled_dot_product_attention(folded, k, v, attn_mask=bias).reshape(q.shape)
 
 
 def _decode_bias(dtype: torch.dtype, plan: AttentionPlan) -> Tensor | None:
@@ -125,5 +125,5 @@ def _prefill(q: Tensor, keys: Tensor, values: Tensor, row: _Prefill) -> Tensor:
     groups = heads // kv_heads
     folded = q.view(count, kv_heads, groups, dim).permute(1, 2, 0, 3).reshape(1, kv_heads, -1, dim)
     bias = _bias(row.unseen, q.dtype).repeat(groups, 1)
-    mixed = F.scaled_dot_product_attention(folded, k, v, attn_mask=bias)
+    mixed = functional.scaled_dot_product_attention(folded, k, v, attn_mask=bias)
     return mixed.view(kv_heads, groups, count, dim).permute(2, 0, 1, 3).reshape(q.shape)
