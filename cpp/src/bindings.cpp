@@ -6,7 +6,7 @@
 
 #include <mutex>
 
-#include "tokenspeed/scheduler.hpp"
+#include "scheduler.hpp"
 
 namespace py = pybind11;
 using namespace tokenspeed;

@@ -1,4 +1,4 @@
-#include "tokenspeed/prefix_index.hpp"
+#include "prefix_index.hpp"
 
 #include <algorithm>
 

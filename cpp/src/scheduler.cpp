@@ -1,4 +1,4 @@
-#include "tokenspeed/scheduler.hpp"
+#include "scheduler.hpp"
 
 #include <algorithm>
 #include <limits>

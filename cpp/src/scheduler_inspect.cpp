@@ -1,5 +1,5 @@
 // Looking into the scheduler: gauges, and who holds what recomputed from scratch.
-#include "tokenspeed/scheduler.hpp"
+#include "scheduler.hpp"
 
 namespace tokenspeed {
 

@@ -31,7 +31,7 @@ from tokenspeed.engine import Engine
 from tokenspeed.errors import TokenSpeedError
 from tokenspeed.fsm import codegen as fsm_codegen
 from tokenspeed.request import SamplingParams
-from tokenspeed.serve import run
+from tokenspeed.serve import check, run
 
 __all__ = ["main"]
 
@@ -120,7 +120,9 @@ def serve(
     server = ServeConfig(
         host=host, port=port, api_key_file=api_key_file, no_auth=no_auth, drain_s=drain_s
     )
-    engine = _load(model, EngineConfig(**settings))
+    config = EngineConfig(**settings)
+    check(server)
+    engine = _load(model, config)
     try:
         sys.exit(run(engine, server, on_ready=lambda url: _ready(engine, url)))
     finally:
@@ -203,10 +205,10 @@ def _cuda() -> str:
 
 
 @cli.command()
-@click.option("--check", is_flag=True, help="write nothing; fail if a file is stale")
-def codegen(check: bool) -> None:
+@click.option("--check", "only_check", is_flag=True, help="write nothing; fail if a file is stale")
+def codegen(only_check: bool) -> None:
     """Print the C++ lifecycle and the Python mirror from specs/Lifecycle.tla (in a checkout)."""
-    sys.exit(fsm_codegen.main(check=check))
+    sys.exit(fsm_codegen.main(check=only_check))
 
 
 @cli.group()

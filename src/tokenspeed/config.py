@@ -5,6 +5,7 @@ Rule: a bad value is refused here, by field, value and bound, before any memory 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,11 @@ def _choice(*choices: str) -> _Validator:
     return check
 
 
+def _device(_instance: Any, attribute: Any, value: Any) -> None:
+    if not isinstance(value, str) or re.fullmatch(r"cpu|cuda(:\d{1,2})?", value) is None:
+        raise ConfigError(attribute.name, value, "cpu, cuda, or cuda:N")
+
+
 def _seconds(low: float, high: float) -> _Validator:
     def check(_instance: Any, attribute: Any, value: Any) -> None:
         if (
@@ -74,7 +80,7 @@ class EngineConfig:
     """
 
     dtype: str = field(default="bfloat16", validator=_choice(*DTYPES))
-    device: str = "cpu"
+    device: str = field(default="cpu", validator=_device)
     page_size: int = field(default=16, validator=_integer(1, 1024))
     pages: int | None = field(default=None, validator=_integer(1, 2**30, optional=True))
     slots: int = field(default=64, validator=_integer(1, 4096))

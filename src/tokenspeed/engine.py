@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from tokenspeed import models
 from tokenspeed._core import QueueFull, Scheduler
 from tokenspeed.config import DEFAULT_MODEL, EngineConfig
-from tokenspeed.errors import EngineStopped, OverloadedError, RequestError, StepError
+from tokenspeed.errors import ConfigError, EngineStopped, OverloadedError, RequestError, StepError
 from tokenspeed.plan import Joined, StepPlan, StepResult
 from tokenspeed.request import (
     Completion,
@@ -172,6 +172,8 @@ class Engine:
         """
         report = progress or _silent
         config = attrs.evolve(config or EngineConfig(), **settings)
+        if config.device != "cpu" and not torch.cuda.is_available():
+            raise ConfigError("device", config.device, "cpu: torch finds no CUDA device here")
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         path = models.resolve_model(str(model), progress=report)

@@ -5,5 +5,6 @@ request fails alone; whoever leaves takes their work along.
 """
 
 from tokenspeed.serve.app import create_app as create_app
+from tokenspeed.serve.server import check as check
 from tokenspeed.serve.server import run as run
 from tokenspeed.serve.server import serving as serving

@@ -22,9 +22,9 @@ import hypercorn.logging
 from tokenspeed.config import ServeConfig
 from tokenspeed.engine import Engine
 from tokenspeed.errors import ConfigError
-from tokenspeed.serve.app import create_app
+from tokenspeed.serve.app import create_app, read_keys
 
-__all__ = ["run", "serving"]
+__all__ = ["check", "run", "serving"]
 
 log = logging.getLogger("tokenspeed.serve")
 
@@ -60,6 +60,16 @@ async def _run(engine: Engine, config: ServeConfig, on_ready: Callable[[str], No
             log.warning("%s; ending what is left", engine.health().reason)
         await asyncio.to_thread(engine.close)
     return 0
+
+
+def check(config: ServeConfig) -> None:
+    """Find out before a model is loaded whether it could be served.
+
+    Raises:
+        ConfigError: the address cannot be bound, or the key file cannot be read.
+    """
+    read_keys(config)
+    _bind(config).close()
 
 
 @asynccontextmanager

@@ -31,6 +31,9 @@ Logprobs = tuple[float, tuple[int, ...], tuple[float, ...]]
 
 _U64 = 2**64 - 1
 
+HEAD = 1024
+"""Tokens, most probable first, among which top-k, top-p and min-p look before they sort all."""
+
 
 @final
 @frozen(eq=False)
@@ -156,7 +159,8 @@ def sample(state: SamplerState, logits: Tensor, slots: Slots) -> Sampled:
     """
     edited, greedy = state.edited[slots], state.greedy[slots]
     scores = _edit(state, logits, slots, edited) if edited.any() else logits
-    token_ids = scores.argmax(dim=-1) if greedy.any() else _empty(logits)
+    # On a CPU, argmax of bfloat16 is slower than conversion and argmax together.
+    token_ids = scores.float().argmax(dim=-1) if greedy.any() else _empty(logits)
     if not greedy.all():
         draws = uniforms(state.seed[slots], state.position[slots])
         for filtered, draw in ((False, _draw_any), (True, _draw_filtered)):
@@ -206,15 +210,15 @@ def _column(values: Sequence[float], like: Tensor) -> Tensor:
 
 
 def _tempered(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Probabilities float64 [rows, vocab]; the largest logit is taken off before the division."""
-    wide = scores.to(torch.float64)
+    """Probabilities float32 [rows, vocab]; the largest logit is taken off before the division."""
+    wide = scores.to(torch.float32)
     wide = wide - wide.amax(dim=-1, keepdim=True)
     return (wide / _column([p.temperature for p in params], wide)).softmax(dim=-1)
 
 
 def _invert(probs: Tensor, u: Tensor) -> Tensor:
     """The first index whose cumulative mass exceeds u of the total; never one of mass 0."""
-    mass = probs.cumsum(dim=-1)
+    mass = probs.cumsum(dim=-1, dtype=torch.float64)
     return torch.searchsorted(mass, u[:, None] * mass[:, -1:], right=True).squeeze(1)
 
 
@@ -223,15 +227,28 @@ def _draw_any(probs: Tensor, u: Tensor, _params: Sequence[SamplingParams]) -> Te
 
 
 def _draw_filtered(probs: Tensor, u: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Top-k, top-p (Holtzman et al., 2020) and min-p keep a prefix of the tokens by probability."""
-    vocab = probs.shape[-1]
-    ordered, ids = probs.sort(dim=-1, descending=True, stable=True)
-    before = ordered.cumsum(dim=-1) - ordered
-    rank = torch.arange(vocab, device=probs.device)
-    keep = rank < _column([p.top_k or vocab for p in params], probs)
-    keep &= before < _column([p.top_p if p.top_p < 1 else float("inf") for p in params], probs)
-    keep &= ordered >= ordered[:, :1] * _column([p.min_p for p in params], probs)
-    return ids.gather(1, _invert(ordered * keep, u)[:, None]).squeeze(1)
+    """Top-k, top-p (Holtzman et al., 2020) and min-p keep a prefix of the tokens by probability.
+
+    It mostly ends within the first HEAD tokens; rows where it does not are sorted whole.
+    """
+    head = probs.topk(min(HEAD, probs.shape[-1]), dim=-1)
+    keep = _kept(head.values, params)
+    token_ids = head.indices.gather(1, _invert(head.values * keep, u)[:, None]).squeeze(1)
+    if head.values.shape[-1] < probs.shape[-1] and bool(keep[:, -1].any()):
+        rows = keep[:, -1].nonzero().flatten()
+        ordered, ids = probs[rows].sort(dim=-1, descending=True, stable=True)
+        keep = _kept(ordered, [params[row] for row in rows.tolist()])
+        token_ids[rows] = ids.gather(1, _invert(ordered * keep, u[rows])[:, None]).squeeze(1)
+    return token_ids
+
+
+def _kept(ordered: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Which of the most probable tokens, best first, pass every filter of their row."""
+    before = ordered.cumsum(dim=-1, dtype=torch.float64) - ordered
+    rank = torch.arange(ordered.shape[-1], device=ordered.device)
+    keep = rank < _column([p.top_k or 2**31 for p in params], before)
+    keep &= before < _column([p.top_p if p.top_p < 1 else float("inf") for p in params], before)
+    return keep & (ordered >= ordered[:, :1] * _column([p.min_p for p in params], ordered))
 
 
 def _logprobs(

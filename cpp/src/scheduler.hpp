@@ -17,9 +17,9 @@
 #include <utility>
 #include <vector>
 
+#include "prefix_index.hpp"
 #include "tokenspeed/lifecycle.hpp"
 #include "tokenspeed/pages.hpp"
-#include "tokenspeed/prefix_index.hpp"
 
 namespace tokenspeed {
 
