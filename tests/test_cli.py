@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from models_here import needs_smollm2
 
 import tokenspeed
+from models_here import needs_smollm2
 
 
 def run(*words: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:

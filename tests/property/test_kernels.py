@@ -1,0 +1,118 @@
+"""Every backend keeps the contract: it equals the reference on whatever a step can look like."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tokenspeed import kernels
+from tokenspeed.kernels import AttentionPlan, registry
+
+BACKENDS = [name for name in registry.names if name != "reference"]
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
+
+
+def tensor(seed: int, *shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def agree(op: str, backend: str, *args: object) -> None:
+    dtype = next(a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point())
+    results = []
+    for name in ("reference", backend):
+        with registry.using(**{op: name}):
+            out = getattr(kernels, op)(*args)
+        results.append(out if isinstance(out, tuple) else (out,))
+    for expected, got in zip(*results, strict=True):
+        assert got.dtype == expected.dtype == dtype
+        torch.testing.assert_close(
+            got.float(), expected.float(), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype]
+        )
+
+
+dtypes = st.sampled_from(sorted(TOLERANCE, key=str))
+seeds = st.integers(0, 2**31)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(dtypes, seeds, st.integers(1, 7), st.sampled_from([1, 2, 8, 33]))
+def test_dense_ops(backend: str, dtype: torch.dtype, seed: int, tokens: int, width: int) -> None:
+    x = tensor(seed, tokens, 2 * width, dtype=dtype)
+    residual = tensor(seed + 1, tokens, 2 * width, dtype=dtype)
+    weight = tensor(seed + 2, 2 * width, dtype=dtype)
+    agree("rms_norm", backend, x, weight, 1e-5)
+    agree("add_rms_norm", backend, x, residual, weight, 1e-5)
+    agree("silu_mul", backend, x)
+    matrix = tensor(seed + 3, 5, 2 * width, dtype=dtype) / (2 * width) ** 0.5
+    agree("linear", backend, x, matrix, None)
+    agree("linear", backend, x, matrix, tensor(seed + 4, 5, dtype=dtype))
+    ids = torch.randint(tokens, (6,), generator=torch.Generator().manual_seed(seed))
+    agree("embedding", backend, ids, x)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(dtypes, seeds, st.integers(1, 6), st.sampled_from([(1, 1), (3, 1), (9, 3), (4, 4)]))
+def test_rope(
+    backend: str, dtype: torch.dtype, seed: int, tokens: int, heads: tuple[int, int]
+) -> None:
+    dim = 8
+    q = tensor(seed, tokens, heads[0], dim, dtype=dtype)
+    k = tensor(seed + 1, tokens, heads[1], dim, dtype=dtype)
+    angles = torch.outer(torch.arange(32.0), 1.0 / 100.0 ** (torch.arange(0, dim, 2) / dim))
+    cos_sin = torch.cat((angles.cos(), angles.sin()), dim=1)
+    positions = torch.randint(32, (tokens,), generator=torch.Generator().manual_seed(seed))
+    agree("rope", backend, q, k, positions, cos_sin)
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> tuple[AttentionPlan, int, int]:
+    """A plan of prefill and decode rows on shuffled pages; its page and token counts."""
+    size = draw(st.sampled_from([1, 2, 4, 16]))
+    rows = draw(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 40)), min_size=1, max_size=5))
+    lengths = [queries + context for queries, context in rows]
+    wide = max(-(-length // size) for length in lengths)
+    pages = wide * len(rows) + 2
+    order = draw(st.permutations(range(pages)))
+    table = torch.tensor(order[: wide * len(rows)], dtype=torch.int32).view(len(rows), wide)
+    starts = torch.tensor([0, *(queries for queries, _ in rows)]).cumsum(0).to(torch.int32)
+    plan = AttentionPlan(
+        query_start=starts,
+        context_lens=torch.tensor([context for _, context in rows], dtype=torch.int32),
+        page_table=table,
+        page_size=size,
+    )
+    return plan, pages, int(starts[-1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(dtypes, seeds, steps(), st.sampled_from([(1, 1), (3, 1), (9, 3), (4, 4)]))
+def test_paged_attention(
+    backend: str,
+    dtype: torch.dtype,
+    seed: int,
+    step: tuple[AttentionPlan, int, int],
+    heads: tuple[int, int],
+) -> None:
+    plan, pages, tokens = step
+    q = tensor(seed, tokens, heads[0], 8, dtype=dtype)
+    k = tensor(seed + 1, pages, plan.page_size, heads[1], 8, dtype=dtype)
+    v = tensor(seed + 2, pages, plan.page_size, heads[1], 8, dtype=dtype)
+    agree("paged_attention", backend, q, k, v, plan)
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@given(dtypes, seeds, st.integers(1, 8))
+def test_kv_write_puts_each_token_in_its_place(
+    backend: str, dtype: torch.dtype, seed: int, tokens: int
+) -> None:
+    k_pages, v_pages = (torch.zeros(4, 4, 2, 8, dtype=dtype) for _ in range(2))
+    k, v = (tensor(seed + i, tokens, 2, 8, dtype=dtype) for i in range(2))
+    where = torch.randperm(16, generator=torch.Generator().manual_seed(seed))[:tokens]
+    with registry.using(kv_write=backend):
+        kernels.kv_write(k_pages, v_pages, k, v, where)
+    assert torch.equal(k_pages.flatten(0, 1)[where], k)
+    assert torch.equal(v_pages.flatten(0, 1)[where], v)
+    assert int((k_pages != 0).any(-1).any(-1).sum()) <= tokens
