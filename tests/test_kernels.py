@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
+import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -93,6 +96,21 @@ def test_strangers_are_added_and_a_broken_one_is_left_out(monkeypatch: pytest.Mo
     registry.discover()
     assert registry.names == ("good", "cpu", "reference")
     assert registry.of("rope", torch.zeros(1))() == "good"
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed: '.[test]' has it"
+)
+def test_triton_keeps_the_contract_under_its_interpreter() -> None:
+    """The laws of property/test_kernels.py, in a process where Triton interprets."""
+    laws = Path(__file__).parent / "property" / "test_kernels.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "triton", "-p", "no:cacheprovider"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "EXAMPLES": "12"}
+    done = subprocess.run(
+        [*command, str(laws)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "4 passed" in done.stdout
 
 
 def test_a_cpu_process_never_imports_triton() -> None:

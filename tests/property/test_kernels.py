@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from tokenspeed import kernels
 from tokenspeed.kernels import AttentionPlan, registry
+
+# Triton's interpreter takes a second for what others do in a millisecond.
+settings.register_profile(
+    "few", parent=settings.default, max_examples=int(os.environ.get("EXAMPLES", "100"))
+)
+settings.load_profile("few")
 
 BACKENDS = [name for name in registry.names if name != "reference"]
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}

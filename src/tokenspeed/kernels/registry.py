@@ -22,6 +22,7 @@ from tokenspeed.errors import ConfigError, KernelError
 from tokenspeed.kernels.contract import OPS, Backend, Problem
 from tokenspeed.kernels.cpu import BACKEND as CPU
 from tokenspeed.kernels.reference import BACKEND as REFERENCE
+from tokenspeed.kernels.triton import BACKENDS as TRITON
 
 __all__ = ["Choice", "Registry", "registry"]
 
@@ -137,6 +138,6 @@ class Registry:
             )
 
 
-registry = Registry((REFERENCE, CPU))
+registry = Registry((REFERENCE, CPU, *TRITON))
 """The process's registry."""
 registry.discover()

@@ -1,0 +1,38 @@
+"""The functions of the Triton backend, and what they can run."""
+
+from __future__ import annotations
+
+import os
+
+from tokenspeed.kernels.contract import Backend, Problem
+from tokenspeed.kernels.triton.attention import kv_write, paged_attention, rope
+from tokenspeed.kernels.triton.dense import add_rms_norm, embedding, linear, rms_norm, silu_mul
+
+__all__ = ["BACKEND"]
+
+DEVICES = ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
+
+
+def _supports(problem: Problem) -> str | None:
+    if problem.device not in DEVICES:
+        return f"runs on {' and '.join(DEVICES)}, not on {problem.device}"
+    if problem.dtype not in ("float32", "bfloat16", "float16"):
+        return f"computes in float32, bfloat16 or float16, not {problem.dtype}"
+    return None
+
+
+BACKEND = Backend(
+    name="triton",
+    priority=5,
+    functions={
+        "embedding": embedding,
+        "linear": linear,
+        "rms_norm": rms_norm,
+        "add_rms_norm": add_rms_norm,
+        "rope": rope,
+        "silu_mul": silu_mul,
+        "kv_write": kv_write,
+        "paged_attention": paged_attention,
+    },
+    supports=_supports,
+)
