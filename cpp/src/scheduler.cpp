@@ -41,19 +41,22 @@ Scheduler::Scheduler(const SchedulerConfig& config)
 }
 
 Scheduler::~Scheduler() {
-  const auto empty = [this](auto& requests) {
-    for (auto& request : requests) {
-      while (!request.pages().empty()) {
-        auto entry = request.pages().pop();
-        if (auto* own = std::get_if<ExclusivePage>(&entry)) pool_.give_back(std::move(*own));
-        if (auto* shared = std::get_if<SharedPage>(&entry)) index_.release(std::move(*shared));
-      }
+  const auto abandon = [this]<class R>(std::vector<R>& requests) {
+    for (R& request : requests) {
+      if constexpr (lifecycle::owns_pages(R::kState)) empty(request.pages());
+      request.abandon();
     }
   };
-  empty(shelf<State::Prefilling>());
-  empty(shelf<State::Decoding>());
-  empty(shelf<State::Finishing>());
-  empty(shelf<State::Aborting>());
+  std::apply([&](auto&... shelf) { (abandon(shelf.requests), ...); }, shelves_);
+}
+
+// The last page first, so that the index can let leaves go.
+void Scheduler::empty(PageTable& pages) {
+  while (!pages.empty()) {
+    auto entry = pages.pop();
+    if (auto* own = std::get_if<ExclusivePage>(&entry)) pool_.give_back(std::move(*own));
+    if (auto* shared = std::get_if<SharedPage>(&entry)) index_.release(std::move(*shared));
+  }
 }
 
 // --- containers by state
@@ -517,11 +520,7 @@ bool Scheduler::release(std::uint32_t index) {
 }
 
 void Scheduler::give_back(PageTable&& pages, Slot&& slot) {
-  while (!pages.empty()) {  // the last first, so that the index can let leaves go
-    auto entry = pages.pop();
-    if (auto* own = std::get_if<ExclusivePage>(&entry)) pool_.give_back(std::move(*own));
-    if (auto* shared = std::get_if<SharedPage>(&entry)) index_.release(std::move(*shared));
-  }
+  empty(pages);
   free_slots_.push_back(slot.index());
 }
 

@@ -219,6 +219,7 @@ class Scheduler final {
   void complete(const Row& row, std::int32_t token, bool stop, Committed& out);
   void publish(std::uint32_t index);
   bool release(std::uint32_t index);
+  void empty(PageTable& pages);
   void give_back(PageTable&& pages, Slot&& slot);
 
   SchedulerConfig config_;
