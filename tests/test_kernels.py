@@ -98,6 +98,7 @@ def test_strangers_are_added_and_a_broken_one_is_left_out(monkeypatch: pytest.Mo
     assert registry.of("rope", torch.zeros(1))() == "good"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the laws run on the GPU itself")
 @pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed: '.[test]' has it"
 )
@@ -113,6 +114,7 @@ def test_triton_keeps_the_contract_under_its_interpreter() -> None:
     assert "4 passed" in done.stdout
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this is no CPU-only machine")
 def test_a_cpu_process_never_imports_triton() -> None:
     code = "import sys, tokenspeed.engine; print('triton' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

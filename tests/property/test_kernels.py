@@ -23,12 +23,31 @@ BACKENDS = [name for name in registry.names if name != "reference"]
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
 
+# Triton runs on a GPU where there is one, and under its interpreter elsewhere.
+ON_GPU = {"triton"} if torch.cuda.is_available() else set()
+
+
 def tensor(seed: int, *shape: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+def moved(value: object, backend: str) -> object:
+    """A tensor, or a plan, where the backend wants it."""
+    if backend not in ON_GPU:
+        return value
+    if isinstance(value, AttentionPlan):
+        return AttentionPlan(
+            query_start=value.query_start.cuda(),
+            context_lens=value.context_lens.cuda(),
+            page_table=value.page_table.cuda(),
+            page_size=value.page_size,
+        )
+    return value.cuda() if isinstance(value, Tensor) else value
+
+
 def agree(op: str, backend: str, *args: object) -> None:
     dtype = next(a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point())
+    args = tuple(moved(arg, backend) for arg in args)
     results = []
     for name in ("reference", backend):
         with registry.using(**{op: name}):
@@ -116,9 +135,10 @@ def test_paged_attention(
 def test_kv_write_puts_each_token_in_its_place(
     backend: str, dtype: torch.dtype, seed: int, tokens: int
 ) -> None:
-    k_pages, v_pages = (torch.zeros(4, 4, 2, 8, dtype=dtype) for _ in range(2))
-    k, v = (tensor(seed + i, tokens, 2, 8, dtype=dtype) for i in range(2))
-    where = torch.randperm(16, generator=torch.Generator().manual_seed(seed))[:tokens]
+    device = "cuda" if backend in ON_GPU else "cpu"
+    k_pages, v_pages = (torch.zeros(4, 4, 2, 8, dtype=dtype, device=device) for _ in range(2))
+    k, v = (tensor(seed + i, tokens, 2, 8, dtype=dtype).to(device) for i in range(2))
+    where = torch.randperm(16, generator=torch.Generator().manual_seed(seed))[:tokens].to(device)
     with registry.using(kv_write=backend):
         kernels.kv_write(k_pages, v_pages, k, v, where)
     assert torch.equal(k_pages.flatten(0, 1)[where], k)
