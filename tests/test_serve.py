@@ -23,7 +23,7 @@ from models_here import needs_smollm2
 from tokenspeed.config import EngineConfig, ServeConfig
 from tokenspeed.engine import Engine
 from tokenspeed.errors import ConfigError
-from tokenspeed.serve import create_app, serving
+from tokenspeed.serve import create_app, server, serving
 
 pytestmark = needs_smollm2
 
@@ -186,7 +186,7 @@ def test_logprobs_have_openais_shapes(client: openai.OpenAI, engine: Engine) -> 
 
 # --- what is refused ------------------------------------------------------------------------------
 
-WRONG: list[Any] = ["5", True, [], {}]
+WRONG: list[Any] = ["5", True, [], {}, 10**400, 10**4200]
 NUMBERS = {
     "temperature": (-1, 3),
     "top_p": (-0.5, 1.5),
@@ -245,6 +245,10 @@ def test_each_bad_field_is_named(url: str, engine: Engine, field: str, value: An
             "messages[1].content[0]",
         ),
         (["x"], "messages[0]"),
+        ([{"role": "user", "content": "x", "contnet": "y"}], "messages[0]"),
+        ([{"role": "assistant", "tool_calls": [{"id": "1"}]}], "messages[0]"),
+        ([1] * 100_000, "messages"),
+        ([{}] * 4000, "messages[0].role"),
     ],
 )
 def test_bad_messages_are_named_by_their_path(
@@ -294,6 +298,42 @@ def test_a_prompt_that_is_too_long_is_refused(client: openai.OpenAI, engine: Eng
         client.completions.create(model=engine.model_name, prompt=[5] * 3000, max_tokens=1)
     assert caught.value.code == "context_length_exceeded"
     assert caught.value.param == "prompt"
+
+
+def test_a_text_that_cannot_fit_is_refused_before_it_is_read(url: str, engine: Engine) -> None:
+    text = "word " * 190_000
+    for path, body in (
+        (TEXT, {"prompt": text}),
+        (CHAT, {"messages": [{"role": "user", "content": text}]}),
+    ):
+        started_s = time.monotonic()
+        answer = httpx.post(url + path, json={"model": engine.model_name, **body})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["code"] == "context_length_exceeded"
+        assert time.monotonic() - started_s < 0.5
+
+
+def test_offsets_count_characters_not_bytes(client: openai.OpenAI, engine: Engine) -> None:
+    smiley = engine.tokenizer.encode("🙂", special=False)
+    asked: Any = {
+        "model": engine.model_name, "prompt": "Three smileys: 🙂🙃🙂", "logprobs": 5,
+        "max_tokens": 12, "temperature": 0, "logit_bias": {str(smiley[0]): 30},
+    }  # fmt: skip
+    whole = client.completions.create(**asked).choices[0]
+    assert whole.logprobs is not None
+    assert whole.logprobs.text_offset is not None
+    assert whole.logprobs.text_offset[-1] <= len(whole.text)
+    assert all(len(top) == 5 for top in whole.logprobs.top_logprobs or [])
+    chunks = client.completions.create(**asked, stream=True)
+    parts = [c.choices[0].logprobs for c in chunks if c.choices[0].logprobs is not None]
+    streamed = [offset for part in parts for offset in part.text_offset or []]
+    assert streamed == whole.logprobs.text_offset
+
+
+def test_a_trailing_slash_does_not_redirect_to_the_clients_host(url: str) -> None:
+    for path in ("/health/", CHAT + "/"):
+        answer = httpx.get(url + path, headers={"host": "elsewhere.example"})
+        assert answer.status_code == 404
 
 
 def test_bodies_are_bounded_in_size_and_time(url: str) -> None:
@@ -371,15 +411,21 @@ def test_a_key_file_without_keys_is_refused(
 # --- who leaves -----------------------------------------------------------------------------------
 
 
-def connect(url: str) -> socket.socket:
+def connect(url: str, receive_buffer: int | None = None) -> socket.socket:
     host, _, port = url.removeprefix("http://").partition(":")
-    return socket.create_connection((host, int(port)))
+    made = socket.socket()
+    if receive_buffer is not None:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    made.connect((host, int(port)))
+    return made
 
 
-def send(url: str, path: str, body: dict[str, Any]) -> socket.socket:
+def send(
+    url: str, path: str, body: dict[str, Any], receive_buffer: int | None = None
+) -> socket.socket:
     content = json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(content)}\r\n\r\n"
-    sent = connect(url)
+    sent = connect(url, receive_buffer)
     sent.sendall(head.encode() + content)
     return sent
 
@@ -407,6 +453,27 @@ def test_two_hundred_killed_clients_return_every_page(url: str, engine: Engine) 
             victim.close()
     assert everything_back(engine)
     assert engine.health().ready
+
+
+def test_a_client_that_never_reads_is_let_go(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def small(config: ServeConfig) -> socket.socket:
+        listener = bind(config)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # connections inherit it
+        return listener
+
+    bind = server._bind
+    monkeypatch.setattr(server, "_bind", small)
+    body = {
+        "model": engine.model_name, "prompt": "A", "max_tokens": 1500, "ignore_eos": True, "n": 4,
+        "logprobs": 20, "stream": True,
+    }  # fmt: skip
+    with served(engine, write_timeout_s=0.5) as url, send(url, TEXT, body, receive_buffer=4096):
+        while engine.stats().requests_running == 0:
+            time.sleep(0.01)
+        assert everything_back(engine)
+        assert engine.stats().requests_finished["abort"] >= 4
 
 
 def test_a_client_that_leaves_frees_its_slot_at_once(url: str, engine: Engine) -> None:

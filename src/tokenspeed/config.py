@@ -111,6 +111,7 @@ class ServeConfig:
         no_auth: serve other addresses without a key, on purpose.
         body_max_bytes: larger request bodies get 413.
         body_timeout_s: longest wait for the next part of a body; then 408.
+        write_timeout_s: longest wait for a client to read a part of its stream; then it is let go.
         drain_s: how long SIGTERM lets running requests finish.
     """
 
@@ -120,6 +121,7 @@ class ServeConfig:
     no_auth: bool = False
     body_max_bytes: int = field(default=4 << 20, validator=_integer(1024, 1 << 30))
     body_timeout_s: float = field(default=10.0, validator=_seconds(0.01, 3600))
+    write_timeout_s: float = field(default=30.0, validator=_seconds(0.01, 3600))
     drain_s: float = field(default=30.0, validator=_seconds(0, 3600))
 
     def __attrs_post_init__(self) -> None:

@@ -263,7 +263,7 @@ class Engine:
         """
         if self.chat_encoder is None:
             raise RequestError("messages", f"{self.model_name} has no chat template; send a prompt")
-        return self.chat_encoder.encode_chat(list(messages))
+        return self.chat_encoder.encode_chat(messages, tokens_max=self.context_max)
 
     def _request(self, prompt: Prompt, params: SamplingParams | None) -> Request:
         ids = self.tokenizer.encode(prompt, special=True) if isinstance(prompt, str) else prompt

@@ -5,7 +5,6 @@ Rule: nothing here knows text, tensors or time; ids are vocabulary indices, coun
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
@@ -23,6 +22,7 @@ __all__ = [
     "SamplingParams",
     "TokenLogprob",
     "Usage",
+    "shown",
 ]
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -42,6 +42,13 @@ def _ids(values: Iterable[int]) -> tuple[int, ...]:
     return tuple(values)
 
 
+def shown(value: object) -> str:
+    """A value for a message: huge integers cannot even be printed."""
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"an integer of {value.bit_length()} bits"
+    return repr(value)[:64]
+
+
 def _number(
     low: float, high: float, *, integer: bool = False, optional: bool = False
 ) -> _Validator:
@@ -52,10 +59,11 @@ def _number(
         if optional and value is None:
             return
         number = isinstance(value, int if integer else (int, float)) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or not low <= value <= high:
+        # Comparing is exact for integers of any size and false for NaN; math.isfinite overflows.
+        if not number or not low <= value <= high:
             raise RequestError(
                 attribute.name,
-                f"{attribute.name}: got {value!r}; expected {kind} from {low:g} to {high:g}",
+                f"{attribute.name}: got {shown(value)}; expected {kind} from {low:g} to {high:g}",
             )
 
     return check
@@ -113,9 +121,9 @@ class SamplingParams:
         if len(value) > 1024:
             raise RequestError("logit_bias", f"logit_bias: got {len(value)} entries; at most 1024")
         for token, bias in value.items():
-            if not (math.isfinite(bias) and -100 <= bias <= 100):
+            if not -100 <= bias <= 100:
                 raise RequestError(
-                    "logit_bias", f"logit_bias[{token}]: got {bias!r}; expected -100 to 100"
+                    "logit_bias", f"logit_bias[{token}]: got {shown(bias)}; expected -100 to 100"
                 )
 
     @stop.validator

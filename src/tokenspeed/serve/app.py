@@ -44,7 +44,7 @@ def create_app(engine: Engine, config: ServeConfig) -> Starlette:
 
     async def health(request: Request) -> Response:
         state = engine.health()
-        good = state.live if request.url.path.endswith("/live") else state.ready
+        good = state.live if request.scope["path"] == "/health/live" else state.ready
         body = {"live": state.live, "ready": state.ready, "reason": state.reason}
         return json_response(body, 200 if good else 503)
 
@@ -52,19 +52,21 @@ def create_app(engine: Engine, config: ServeConfig) -> Starlette:
         return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     routes = [
-        *(Route(path, health) for path in sorted(OPEN_PATHS)),
-        Route("/metrics", scrape),
+        *(Route(path, _guarded(health)) for path in sorted(OPEN_PATHS)),
+        Route("/metrics", _guarded(scrape)),
         Route("/v1/models", _guarded(openai.models)),
         Route("/v1/models/{model:path}", _guarded(openai.models)),
         Route("/v1/chat/completions", _guarded(openai.chat), methods=["POST"]),
         Route("/v1/completions", _guarded(openai.completions), methods=["POST"]),
     ]
     keys = read_keys(config)
-    return Starlette(
+    app = Starlette(
         routes=routes,
         middleware=[Middleware(_Auth, keys=keys)] if keys else [],
         exception_handlers={HTTPException: _http_exception},
     )
+    app.router.redirect_slashes = False  # a redirect would name the host of the client's header
+    return app
 
 
 def read_keys(config: ServeConfig) -> tuple[bytes, ...]:
@@ -125,7 +127,7 @@ class _Auth:
     def _accepts(self, headers: Headers) -> bool:
         scheme, _, token = headers.get("authorization", "").partition(" ")
         given = token if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-        candidate = given.strip().encode()
+        candidate = given.strip().encode("latin-1")  # as ASGI decoded it: the bytes that came
         # Every key is compared, so that time does not tell which one was close.
         matches = [hmac.compare_digest(candidate, key) for key in self._keys]
         return any(matches)

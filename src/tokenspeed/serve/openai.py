@@ -7,9 +7,11 @@ are aborted on every way out of this file.
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import Any, Protocol, final
 
 import attrs
@@ -17,7 +19,7 @@ import msgspec
 from attrs import frozen
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from tokenspeed import request as engine_request
 from tokenspeed.config import ServeConfig
@@ -37,6 +39,8 @@ from tokenspeed.stream import Stream, join
 
 __all__ = ["OpenAI"]
 
+log = logging.getLogger("tokenspeed.serve")
+
 Json = dict[str, Any]
 
 
@@ -52,7 +56,11 @@ class _Shape(Protocol):
         ...
 
     def part(self, index: int, delta: Delta, seen: int) -> Json:
-        """A choice of a chunk; `seen` characters went before."""
+        """A choice of a chunk; tokens of `seen` characters went before."""
+        ...
+
+    def length(self, delta: Delta) -> int:
+        """Characters of the delta's tokens, where `part` wants them counted."""
         ...
 
     def choice(self, index: int, whole: Delta) -> Json:
@@ -79,6 +87,10 @@ class _Chat:
             "logprobs": self._logprobs(delta),
             "finish_reason": delta.finish_reason,
         }
+
+    def length(self, delta: Delta) -> int:
+        del delta
+        return 0
 
     def choice(self, index: int, whole: Delta) -> Json:
         return {
@@ -127,23 +139,32 @@ class _Text:
     def _logprobs(self, delta: Delta, seen: int) -> Json | None:
         if not delta.logprobs:
             return None
-        texts = [self._piece(entry.token_id) for entry in delta.logprobs]
-        offsets = []
-        for text in texts:
-            offsets.append(seen)
-            seen += len(text)
+        ids = [entry.token_id for entry in delta.logprobs]
         return {
-            "tokens": texts,
+            "tokens": [self._piece(token) for token in ids],
             "token_logprobs": [entry.logprob for entry in delta.logprobs],
             "top_logprobs": [
                 {self._piece(token): logprob for token, logprob in entry.top}
                 for entry in delta.logprobs
             ],
-            "text_offset": offsets,
+            "text_offset": [seen + self._length(ids[:at]) for at in range(len(ids))],
         }
 
+    def length(self, delta: Delta) -> int:
+        return self._length([entry.token_id for entry in delta.logprobs])
+
+    def _length(self, ids: Sequence[int]) -> int:
+        """Whole characters of some tokens."""
+        piece = self._engine.tokenizer.piece
+        return len(b"".join(map(piece, ids)).decode("utf-8", "ignore"))
+
     def _piece(self, token_id: int) -> str:
-        return self._engine.tokenizer.piece(token_id).decode("utf-8", "replace")
+        """A token's text, or OpenAI's spelling of bytes that are no whole characters."""
+        data = self._engine.tokenizer.piece(token_id)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
 @final
@@ -184,16 +205,26 @@ class _Answer:
 class _EventStream(StreamingResponse):
     """Server-sent events whose sequences end with the connection, read or not."""
 
-    def __init__(self, events: AsyncIterator[bytes], answer: _Answer) -> None:
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], answer: _Answer, write_timeout_s: float
+    ) -> None:
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
         super().__init__(events, headers=headers, media_type="text/event-stream")
+        self._events = events
         self._answer = answer
+        self._write_timeout_s = write_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_in_time(message: Message) -> None:
+            await asyncio.wait_for(send(message), self._write_timeout_s)
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, send_in_time)
+        except* TimeoutError:
+            log.info("%s: the client stopped reading", self._answer.id)
         finally:
             self._answer.abort()
+            await self._events.aclose()
 
 
 def _event(value: Json) -> bytes:
@@ -243,8 +274,10 @@ class OpenAI:
         return await self._respond(request, asked, _Text(self._engine), prompts, params)
 
     def _encode(self, prompts: list[str] | list[list[int]]) -> list[list[int]]:
-        encode = self._engine.tokenizer.encode
-        return [encode(p, special=True) if isinstance(p, str) else p for p in prompts]
+        encode, most = self._engine.tokenizer.encode, self._engine.context_max
+        return [
+            encode(p, special=True, tokens_max=most) if isinstance(p, str) else p for p in prompts
+        ]
 
     def _check_model(self, name: str) -> None:
         if name != self._engine.model_name:
@@ -265,7 +298,8 @@ class OpenAI:
     ) -> Response:
         answer = self._submit(asked, shape, prompts, params)
         if asked.stream:
-            return _EventStream(self._events(answer, usage=asked.include_usage), answer)
+            events = self._events(answer, usage=asked.include_usage)
+            return _EventStream(events, answer, self._config.write_timeout_s)
         try:
             return await while_here(request, self._whole(answer))
         finally:
@@ -326,7 +360,7 @@ class OpenAI:
             {**answer.head(answer.shape.whole), "choices": choices, "usage": usage}
         )
 
-    async def _events(self, answer: _Answer, *, usage: bool) -> AsyncIterator[bytes]:
+    async def _events(self, answer: _Answer, *, usage: bool) -> AsyncGenerator[bytes, None]:
         shape, head = answer.shape, answer.head(answer.shape.chunk)
         if usage:
             head["usage"] = None
@@ -336,14 +370,15 @@ class OpenAI:
                 yield _event({**head, "choices": [opening]})
         seen = [0] * len(answer.streams)
         usages: list[Usage | None] = [None] * len(answer.streams)
-        async for at, delta in _merged(answer.streams):
-            answer.watches[at].observe(delta)
-            if (failure := _failure(delta)) is not None:
-                yield _event(error_body(failure))
-                return
-            yield _event({**head, "choices": [shape.part(at, delta, seen[at])]})
-            seen[at] += len(delta.text)
-            usages[at] = delta.usage
+        async with aclosing(_merged(answer.streams)) as arriving:
+            async for at, delta in arriving:
+                answer.watches[at].observe(delta)
+                if (failure := _failure(delta)) is not None:
+                    yield _event(error_body(failure))
+                    return
+                yield _event({**head, "choices": [shape.part(at, delta, seen[at])]})
+                seen[at] += shape.length(delta)
+                usages[at] = delta.usage
         if usage:
             yield _event({**head, "choices": [], "usage": answer.usage(usages)})
         yield b"data: [DONE]\n\n"
@@ -360,7 +395,7 @@ def _failure(delta: Delta) -> HttpError | None:
     return None
 
 
-async def _merged(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, Delta]]:
+async def _merged(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, Delta], None]:
     """The deltas of several streams as they come, each with its stream's index."""
     if len(streams) == 1:
         async for delta in streams[0]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 import attrs
 import cattrs
@@ -18,12 +18,14 @@ from attrs import frozen
 from cattrs import AttributeValidationNote, IterableValidationNote
 
 from tokenspeed.errors import RequestError
-from tokenspeed.request import LOGPROBS_MAX, STOP_MAX, SamplingParams
+from tokenspeed.request import LOGPROBS_MAX, STOP_MAX, SamplingParams, shown
 
 __all__ = ["CHOICES_MAX", "ChatRequest", "CompletionRequest", "Message", "decode"]
 
 CHOICES_MAX = 8
 MESSAGES_MAX = 4096
+ITEMS_MAX, KEYS_MAX = 4096, 1024
+"""Entries of an array, and of an object; checked before any of them is looked at."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 T = TypeVar("T", bound=attrs.AttrsInstance)
@@ -222,7 +224,7 @@ def decode(body: bytes, kind: type[T]) -> T:
     known = {attribute.name for attribute in attrs.fields(kind)}
     for name, value in raw.items():
         if name in UNSUPPORTED and name not in known:
-            if value not in UNSUPPORTED[name]:
+            if not any(type(value) is type(v) and value == v for v in UNSUPPORTED[name]):
                 raise RequestError(name, f"{name}: not supported by this server; leave it out")
         elif name not in known and name not in TOLERATED:
             raise RequestError(name[:64], f"{name[:64]}: unknown field; leave it out")
@@ -262,12 +264,28 @@ def _strict(expected: str, accepts: tuple[type, ...], *, boolean: bool = False) 
 def _array(value: Any, kind: Any) -> Any:
     if not isinstance(value, list):
         raise TypeError(f"expected an array; got {_json_type(value)}")
-    return _lists.structure(value, kind)
+    if len(value) > ITEMS_MAX:
+        raise TypeError(f"got {len(value)} entries; expected at most {ITEMS_MAX}")
+    (element,) = get_args(kind)
+    entries = []
+    for at, item in enumerate(value):  # not cattrs' own loop, which gathers an error an entry
+        try:
+            entries.append(_lists.structure(item, element))
+        except Exception as error:
+            error.add_note(IterableValidationNote(f"entry {at}", at, element))
+            raise cattrs.IterableValidationError("", [error], kind) from error
+    return entries
 
 
 def _object(value: Any, kind: Any) -> Any:
     if not isinstance(value, dict):
         raise TypeError(f"expected an object; got {_json_type(value)}")
+    if len(value) > KEYS_MAX:
+        raise TypeError(f"got {len(value)} entries; expected at most {KEYS_MAX}")
+    known = {attribute.name for attribute in attrs.fields(kind)} if attrs.has(kind) else value
+    strange = [k for k, v in value.items() if k not in known and v not in (None, [], "", False)]
+    if strange:
+        raise TypeError(f"{strange[0][:64]!r} is not supported; leave it out")
     return _plain.structure(value, kind)
 
 
@@ -321,7 +339,7 @@ def _step(error: BaseException, path: str) -> str:
 
 def _within(name: str, value: int, low: int, high: int) -> None:
     if not low <= value <= high:
-        raise RequestError(name, f"{name}: got {value}; expected {low} to {high}")
+        raise RequestError(name, f"{name}: got {shown(value)}; expected {low} to {high}")
 
 
 def _stop(value: Any) -> tuple[str, ...]:

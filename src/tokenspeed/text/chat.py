@@ -139,7 +139,11 @@ class ChatEncoder:
         return cls(ChatTemplate(source.chat_template, bos, eos), tokenizer)
 
     def encode_chat(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        tokens_max: int | None = None,
     ) -> list[int]:
         """Prompt ids of a conversation. Content may be a string or a list of text parts.
 
@@ -150,7 +154,7 @@ class ChatEncoder:
         masked = [self._mask(_plain(m, at), masks) for at, m in enumerate(messages)]
         text = self._template.render(masked, add_generation_prompt=add_generation_prompt)
         if not masks:
-            return self._tokenizer.encode(text, special=True)
+            return self._tokenizer.encode(text, special=True, tokens_max=tokens_max)
         return self._encode_masked(text, masks)
 
     def _mask(self, message: dict[str, Any], masks: dict[str, str]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, models, pre_tokenizers
 
 from tokenspeed.config import TokenizerSource
-from tokenspeed.errors import CheckpointError
+from tokenspeed.errors import CheckpointError, RequestError
 
 __all__ = ["PRE_TOKENIZERS", "Tokenizer"]
 
@@ -68,12 +68,13 @@ _ALPHABET = _bytes_of_alphabet()
 
 @final
 class Tokenizer:
-    """Byte-level BPE. Make one with `from_source`.
+    """Byte-level BPE without a normaliser. Make one with `from_source`.
 
     Attributes:
         vocab_size: ids are 0 to vocab_size - 1.
         bos_id, eos_ids: as the checkpoint says.
         special: id -> text of the special tokens.
+        piece_bytes_max: bytes of the longest token.
     """
 
     def __init__(self, inner: Any, source: TokenizerSource) -> None:
@@ -87,6 +88,7 @@ class Tokenizer:
         self.special = {i: token.content for i, token in added.items() if token.special}
         self._added: dict[int, str] = {i: token.content for i, token in added.items()}
         self._pieces: dict[int, bytes] = {}
+        self.piece_bytes_max = max(len(self.piece(i)) for i in range(self.vocab_size))
 
     @classmethod
     def from_source(cls, source: TokenizerSource) -> Tokenizer:
@@ -110,14 +112,24 @@ class Tokenizer:
         inner.no_padding()
         return cls(inner, source)
 
-    def encode(self, text: str, *, special: bool) -> list[int]:
+    def encode(self, text: str, *, special: bool, tokens_max: int | None = None) -> list[int]:
         """Ids of a text; nothing is added at its ends.
 
         Args:
             text: any Unicode.
             special: whether a special token's text in it means that token. False for text from
                 outside, which must not be able to end a turn.
+            tokens_max: refuse, before the work, a text that cannot have so few.
+
+        Raises:
+            RequestError: the text has more than `tokens_max` tokens even if all are of the longest.
         """
+        if tokens_max is not None and len(text.encode()) > tokens_max * self.piece_bytes_max:
+            raise RequestError(
+                "prompt",
+                f"the prompt has {len(text)} characters; at most {tokens_max} tokens fit",
+                code="context_length_exceeded",
+            )
         inner: Any = self._inner if special else self._plain
         ids: list[int] = inner.encode(text, add_special_tokens=False).ids
         return ids
