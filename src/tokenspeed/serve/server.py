@@ -28,6 +28,7 @@ __all__ = ["check", "run", "serving"]
 
 log = logging.getLogger("tokenspeed.serve")
 
+BACKLOG = 1024
 CLOSE_S = 5.0
 """What hypercorn gets to write out the last bytes after the engine has stopped."""
 
@@ -119,6 +120,7 @@ def _bind(config: ServeConfig) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((config.host, config.port))
+        listener.listen(BACKLOG)  # from now on connections wait, however long hypercorn takes
     except OSError as error:
         listener.close()
         busy = error.errno == errno.EADDRINUSE
