@@ -30,7 +30,7 @@ from tokenspeed.spmd.placement import REPLICATED
 __all__ = ["Model", "build", "compile_config", "default_pages"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_IGNORED = ("rotary_emb.inv_freq", "rope_freqs.weight")
+_IGNORED = ("rotary_emb.inv_freq",)
 _AVERAGE_REQUEST_TOKENS = 1024
 _MEMORY_SHARE = 0.25
 
