@@ -306,11 +306,10 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_read(url: str, engine: E
         (TEXT, {"prompt": text}),
         (CHAT, {"messages": [{"role": "user", "content": text}]}),
     ):
-        started_s = time.monotonic()
         answer = httpx.post(url + path, json={"model": engine.model_name, **body})
         assert answer.status_code == 400
         assert answer.json()["error"]["code"] == "context_length_exceeded"
-        assert time.monotonic() - started_s < 0.5
+        assert "characters" in answer.json()["error"]["message"], "its tokens were not counted"
 
 
 def test_offsets_count_characters_not_bytes(client: openai.OpenAI, engine: Engine) -> None:
