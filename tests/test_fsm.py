@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from models_here import DATA
 from tokenspeed.errors import SpecError
 from tokenspeed.fsm import check, read_lifecycle
 from tokenspeed.fsm.check import explore
@@ -17,7 +16,6 @@ from tokenspeed.fsm.model import load_model
 ROOT = Path(__file__).resolve().parents[1]
 SPEC = ROOT / "specs" / "Lifecycle.tla"
 MODELS = json.loads((ROOT / "specs" / "manifest.json").read_text())["models"]
-DRAFT = DATA.parent / "design" / "spec_draft"
 
 
 def counts(spec: Path, config: Path) -> tuple[str, int, int, int]:
@@ -31,23 +29,6 @@ def counts(spec: Path, config: Path) -> tuple[str, int, int, int]:
 def test_manifest_records_what_the_checker_finds(model: dict[str, object]) -> None:
     found = counts(ROOT / "specs" / str(model["spec"]), ROOT / "specs" / str(model["config"]))
     assert found == (model["result"], model["generated"], model["distinct"], model["depth"])
-
-
-def test_two_phase_commit_has_its_published_counts(tmp_path: Path) -> None:
-    config = tmp_path / "TwoPhase.cfg"
-    config.write_text(
-        "CONSTANT RM = {a, b, c}\nINIT TPInit NEXT TPNext\n"
-        "INVARIANT Consistent\nCHECK_DEADLOCK FALSE\n"
-    )
-    spec = Path(__file__).parent / "specs" / "TwoPhase.tla"
-    assert counts(spec, config) == ("ok", 1146, 288, 11)
-
-
-@pytest.mark.skipif(
-    not DRAFT.is_dir(), reason="the draft spec (shared/design/spec_draft) is not here"
-)
-def test_the_draft_has_its_recorded_counts() -> None:
-    assert counts(DRAFT / "MCRequestKV.tla", DRAFT / "small.cfg") == ("ok", 60163, 18781, 25)
 
 
 def test_the_table_is_exactly_what_can_happen() -> None:
@@ -80,7 +61,7 @@ def test_a_broken_invariant_gives_a_shortest_trace(tmp_path: Path) -> None:
     spec.write_text(text.replace(guarded, guarded.split("\n", maxsplit=1)[0]))
     report = check(tmp_path / "MCLifecycle.tla", tmp_path / "tiny.cfg")
     assert report.result == "invariant"
-    assert report.trace[-1].startswith("Release")
+    assert report.trace[-1].action == "Release"
 
 
 @pytest.mark.parametrize(
@@ -106,7 +87,7 @@ def test_what_is_not_understood_is_refused_with_its_place(
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ("INIT Init NEXT Next\nCONSTRAINT Small\n", "CONSTRAINT"),
+        ("INIT Init NEXT Next\nVIEW Small\n", "VIEW"),
         ("INIT Init NEXT Next\nINVARIANT Absent\n", "Absent is not defined"),
         ("INIT Init NEXT Half\n", "does not say what y' is"),
     ],

@@ -30,8 +30,10 @@ from tokenspeed.config import DEFAULT_MODEL, DTYPES, EngineConfig, ServeConfig
 from tokenspeed.engine import Engine
 from tokenspeed.errors import TokenSpeedError
 from tokenspeed.fsm import codegen as fsm_codegen
+from tokenspeed.fsm import commands as fsm_commands
 from tokenspeed.request import SamplingParams
-from tokenspeed.serve import check, run
+from tokenspeed.serve import check as check_server
+from tokenspeed.serve import run
 
 __all__ = ["main"]
 
@@ -121,7 +123,7 @@ def serve(
         host=host, port=port, api_key_file=api_key_file, no_auth=no_auth, drain_s=drain_s
     )
     config = EngineConfig(**settings)
-    check(server)
+    check_server(server)
     engine = _load(model, config)
     try:
         sys.exit(run(engine, server, on_ready=lambda url: _ready(engine, url)))
@@ -209,6 +211,9 @@ def _cuda() -> str:
 def codegen(only_check: bool) -> None:
     """Print the C++ lifecycle and the Python mirror from specs/Lifecycle.tla (in a checkout)."""
     sys.exit(fsm_codegen.main(check=only_check))
+
+
+cli.add_command(fsm_commands.check)
 
 
 @cli.group()

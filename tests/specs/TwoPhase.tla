@@ -1,6 +1,7 @@
 ------------------------------ MODULE TwoPhase ------------------------------
 (* Two-phase commit: resource managers RM, one transaction manager, messages  *)
 (* as a set that only grows (Gray & Lamport, Consensus on Transaction Commit). *)
+EXTENDS TLC
 CONSTANT RM
 VARIABLES rmState, tmState, tmPrepared, msgs
 vars == <<rmState, tmState, tmPrepared, msgs>>
@@ -57,5 +58,7 @@ TPNext ==
   \/ TMCommit \/ TMAbort
   \/ \E r \in RM : RcvPrepared(r) \/ Prepare(r) \/ ChooseToAbort(r) \/ RcvCommit(r) \/ RcvAbort(r)
 
+Undecided == tmState = "init"
+Symmetric == Permutations(RM)
 Consistent == \A a, b \in RM : ~(rmState[a] = "aborted" /\ rmState[b] = "committed")
 =============================================================================

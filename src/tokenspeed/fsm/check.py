@@ -1,76 +1,222 @@
-"""Breadth-first search over the interpreter: counts, invariants, shortest counterexamples.
+"""Model checking: a spec and a configuration to a verdict, counts, and a shortest counterexample.
 
-Rule: exact states, a fixed order, the same counts as the standard tools. This is the oracle's own
-search, for small bounds; symmetry and liveness are refused rather than approximated.
+Rule: the compiled model searches (cpp/checker); the interpreter is its oracle, and stands in where
+there is no C++ compiler, and says so. Both give the same counts, whatever the number of workers.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import attrs
 from attrs import field, frozen
 
 from tokenspeed.errors import SpecError
+from tokenspeed.fsm import compiled
+from tokenspeed.fsm.core import Node
+from tokenspeed.fsm.emit_model import read_model, walk
 from tokenspeed.fsm.evaluate import Label, State
 from tokenspeed.fsm.model import Model, load_model
-from tokenspeed.fsm.values import show
+from tokenspeed.fsm.steps import Step
 
-__all__ = ["Report", "check", "explore"]
+__all__ = ["Report", "Settings", "check", "explore", "simulate", "state_graph"]
+
+Result = Literal["ok", "invariant", "deadlock", "liveness", "error"]
+Progress = Callable[[dict[str, int]], None]
 
 
 @frozen
 class Report:
-    """The outcome of a search.
+    """The outcome of a check.
 
     Attributes:
-        result: `ok`, or what failed.
+        result: `ok`, or what failed; `error` if the check itself did, and the counts are partial.
         generated: successors computed, initial states included, repetitions counted.
-        distinct: different states.
+        distinct: different states; of the classes, under symmetry.
         depth: states on the longest shortest path.
-        actions: successors by action name.
-        violated: the invariant that does not hold, or None.
-        trace: labels of a shortest way to the violation.
+        seconds: of CPU time, compilation excluded.
+        actions: successors by action name; one that never happens counts 0.
+        violated: the property that does not hold, or what went wrong; None if all is well.
+        trace: a shortest behaviour that shows it, the initial state first.
+        loop: of a liveness counterexample: the step to which the last one leads back.
+        engine: who searched.
+        notes: what a reader should know of the result.
     """
 
-    result: Literal["ok", "invariant", "deadlock"]
+    result: Result
     generated: int
     distinct: int
     depth: int
+    seconds: float
     actions: dict[str, int]
     violated: str | None = None
-    trace: tuple[str, ...] = field(default=())
+    trace: tuple[Step, ...] = field(default=())
+    loop: int | None = None
+    engine: Literal["compiled", "interpreter"] = "compiled"
+    notes: tuple[str, ...] = ()
+
+    @property
+    def dead(self) -> tuple[str, ...]:
+        """Actions that never happened: what is said of them holds vacuously."""
+        return tuple(name for name, count in self.actions.items() if count == 0)
+
+    def json(self) -> dict[str, Any]:
+        """For programs."""
+        plain = attrs.asdict(self, recurse=False)
+        return {**plain, "trace": [step.json() for step in self.trace], "dead": list(self.dead)}
 
 
-def check(spec: Path, config: Path) -> Report:
-    """Check the invariants of a configuration in every reachable state.
+@frozen
+class Settings:
+    """How to search.
+
+    Attributes:
+        workers: threads of the compiled model; the counts do not depend on them.
+        memory_mb: what the states may take; beyond it the check ends with partial counts.
+        states_max: how many states to enter at most, or None.
+        engine: `auto` compiles where there is a compiler.
+    """
+
+    workers: int = 1
+    memory_mb: int = 4096
+    states_max: int | None = None
+    engine: Literal["auto", "compiled", "interpreter"] = "auto"
+
+
+def _quiet(_: dict[str, int]) -> None:
+    """Progress that nobody watches."""
+
+
+def check(
+    spec: Path, config: Path, settings: Settings | None = None, progress: Progress = _quiet
+) -> Report:
+    """Check all that a configuration asks for.
+
+    Args:
+        progress: is told `generated`, `distinct`, `depth` and `queue`, a few times a second.
 
     Raises:
         SpecError: the spec or the configuration is outside the subset.
+        TokenSpeedError: the model could not be compiled or run.
     """
+    settings = settings or Settings()
     model = load_model(spec, config)
-    if model.config.symmetry is not None:
-        raise SpecError(config, 1, 1, "SYMMETRY is not supported by the interpreter; leave it out")
-    if model.config.properties:
-        raise SpecError(config, 1, 1, "PROPERTY is not supported by the interpreter; leave it out")
-    report, _ = explore(model)
+    if settings.engine == "interpreter" or (
+        settings.engine == "auto" and compiled.compiler() is None
+    ):
+        return _interpreted(model, settings)
+    core = read_model(model)
+    if core.symmetric and core.properties.debts:
+        raise SpecError(config, 1, 1, "SYMMETRY with a liveness property is unsound; leave one out")
+    options: dict[str, object] = {"workers": settings.workers, "memory_mb": settings.memory_mb}
+    if settings.states_max is not None:
+        options["states_max"] = settings.states_max
+    found = compiled.run(core, options, progress)
+    notes = _symmetry_notes(walk(tuple(a.body for a in core.actions)), core.symmetric)
+    return _report(found, notes)
+
+
+def simulate(
+    spec: Path, config: Path, *, walks: int, depth: int, seed: int, progress: Progress = _quiet
+) -> Report:
+    """Random behaviours of a model that is too large to enumerate; the same for the same seed.
+
+    Args:
+        walks: how many behaviours.
+        depth: steps of each, at most.
+
+    Returns:
+        `distinct` and `depth` are 0: nothing is counted but steps.
+    """
+    core = read_model(load_model(spec, config))
+    found = compiled.run(core, {"walks": walks, "walk_depth": depth, "seed": seed}, progress)
+    note = f"{found['walks']} random behaviours of at most {depth} steps, seed {seed}"
+    return _report({"distinct": 0, "depth": 0, "cpu_seconds": found["seconds"], **found}, (note,))
+
+
+def _report(found: dict[str, Any], notes: tuple[str, ...]) -> Report:
+    trace = tuple(
+        Step(
+            step["action"],
+            tuple(map(compiled.decode, step["args"])),
+            {name: compiled.decode(value) for name, value in step["state"].items()},
+        )
+        for step in found["trace"]
+    )
+    return Report(
+        found["result"], found["generated"], found["distinct"], found["depth"],
+        found["cpu_seconds"], found["actions"], found["violated"], trace, found.get("loop"),
+        notes=notes,
+    )  # fmt: skip
+
+
+def _symmetry_notes(nodes: list[Node], symmetric: tuple[frozenset[str], ...]) -> tuple[str, ...]:
+    """A CHOOSE among interchangeable names is only sound where the choice is unique."""
+    names = frozenset().union(*symmetric)
+    found = {
+        f"{n.span.path.name}:{n.span.line}:{n.span.column}"
+        for n in nodes
+        if n.op == "choose" and names & n.type.root().names
+    }
+    if not found:
+        return ()
+    places = ", ".join(sorted(found))
+    return (f"CHOOSE among symmetric names is sound only if the choice is unique: {places}",)
+
+
+def state_graph(spec: Path, config: Path, path: Path, settings: Settings | None = None) -> Report:
+    """Check, and write every reachable state with its steps to `path`, a line of JSON each.
+
+    A line is `{"state": {...}, "steps": [[action, args, number], ...]}`; the number is the line of
+    the state that the step leads to, from 0.
+    """
+    settings = settings or Settings()
+    core = read_model(load_model(spec, config))
+    return _report(compiled.run(core, {"workers": settings.workers, "graph": path}, _quiet), ())
+
+
+# --- the interpreter ----------------------------------------------------------------------------
+
+
+def _interpreted(model: Model, settings: Settings) -> Report:
+    """The same by the interpreter: invariants and deadlock, for small models."""
+    config = model.config
+    wants = {"SYMMETRY": config.symmetry, "PROPERTY": config.properties}
+    wants |= {"CONSTRAINT": config.constraints or config.action_constraints}
+    for keyword, asked in wants.items():
+        if asked:
+            why = f"{keyword} wants the compiled checker: install g++ or clang++, or set CXX"
+            raise SpecError(config.path, 1, 1, why)
+    report, _ = explore(model, settings.states_max)
+    if settings.engine == "auto":
+        report = attrs.evolve(report, notes=("no C++ compiler was found: interpreted, slowly",))
     return report
 
 
-def explore(model: Model) -> tuple[Report, dict[State, tuple[State, Label] | None]]:
+def explore(
+    model: Model, states_max: int | None = None
+) -> tuple[Report, dict[State, tuple[State, Label] | None]]:
     """Search breadth first; also returns each state with how it was first reached."""
+    begin = time.process_time()
     config, evaluator = model.config, model.evaluator
     invariants = [(name, evaluator.predicate(name)) for name in config.invariants]
     successors = evaluator.successors(config.next)
     reached: dict[State, tuple[State, Label] | None] = {}
     frontier: list[State] = []
-    generated, depth, actions = 0, 0, Counter[str]()
+    generated, depth = 0, 0
+    actions = dict.fromkeys(evaluator.action_names(evaluator.definition(config.next).body), 0)
 
-    def report(result: Literal["ok", "invariant", "deadlock"], at: State | None = None) -> Report:
-        bad = next((n for n, holds in invariants if at is not None and not holds(at)), None)
-        trace = () if at is None else _trace(reached, at)
-        return Report(result, generated, len(reached), depth, dict(actions), bad, trace)
+    def report(result: Result, at: State | None = None, why: str | None = None) -> Report:
+        bad = why or next((n for n, holds in invariants if at is not None and not holds(at)), None)
+        trace = () if at is None else _trace(reached, at, evaluator.variables)
+        seconds = time.process_time() - begin
+        return Report(
+            result, generated, len(reached), depth, seconds, dict(actions), bad, trace,
+            engine="interpreter",
+        )  # fmt: skip
 
     for state in evaluator.initial(config.init):
         generated += 1
@@ -90,21 +236,29 @@ def explore(model: Model) -> tuple[Report, dict[State, tuple[State, Label] | Non
                 actions[label[0]] += 1
                 if after in reached:
                     continue
+                if states_max is not None and len(reached) >= states_max:
+                    return report("error", None, "the limit of states was reached"), reached
                 reached[after] = (state, label)
                 following.append(after)
                 if not all(holds(after) for _, holds in invariants):
                     return report("invariant", after), reached
             if config.check_deadlock and generated == before:
-                return report("deadlock", state), reached
+                return report("deadlock", state, "deadlock"), reached
         frontier = following
     return report("ok"), reached
 
 
-def _trace(reached: dict[State, tuple[State, Label] | None], state: State) -> tuple[str, ...]:
-    steps: list[str] = []
-    origin = reached[state]
-    while origin is not None:
-        before, (name, args) = origin
-        steps.append(f"{name}({', '.join(map(show, args))})" if args else name)
-        origin = reached[before]
+def _trace(
+    reached: dict[State, tuple[State, Label] | None], state: State, variables: tuple[str, ...]
+) -> tuple[Step, ...]:
+    steps: list[Step] = []
+    at: State | None = state
+    while at is not None:
+        origin = reached[at]
+        values = dict(zip(variables, at, strict=True))
+        if origin is None:
+            steps.append(Step("", (), values))
+            break
+        at, (name, args) = origin
+        steps.append(Step(name, args, values))
     return tuple(reversed(steps))

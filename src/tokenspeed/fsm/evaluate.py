@@ -19,14 +19,17 @@ from tokenspeed.fsm.values import (
     BOOLEANS,
     BUILTIN,
     INFIX,
+    INTEGERS,
+    NATURALS,
     PREFIX,
     Function,
     Value,
     apply,
-    domain,
+    elements,
     function,
-    member,
-    show,
+    functions_space,
+    ordered,
+    records_space,
     updated,
 )
 
@@ -38,6 +41,9 @@ Code = Callable[[State, State, Env], Value]
 Steps = Callable[[State, State, Env], Iterator[State]]
 Label = tuple[str, tuple[Value, ...]]
 Names = tuple[str, ...]
+
+
+_STANDARD: dict[str, Value] = {"Nat": NATURALS, "Int": INTEGERS, "BOOLEAN": BOOLEANS}
 
 
 class _Unset:
@@ -55,23 +61,22 @@ class Evaluator:
     Args:
         module: as parsed; what it EXTENDS must be Naturals, Sequences or FiniteSets.
         constants: a value for each CONSTANT.
-        extra: further definitions, which come before the module's own.
     """
 
-    def __init__(
-        self,
-        module: Module,
-        constants: Mapping[str, Value],
-        extra: Mapping[str, Definition] | None = None,
-    ) -> None:
+    def __init__(self, module: Module, constants: Mapping[str, Value]) -> None:
         self._module = module
         self.variables = module.variables
         self._constants = dict(constants)
-        self._definitions = {**(extra or {}), **{d.name: d for d in module.definitions}}
+        self._definitions = {d.name: d for d in module.definitions}
         self._index = {name: i for i, name in enumerate(self.variables)}
         self._bodies: dict[str, Code] = {}
         self._steps: dict[tuple[str, bool], Steps] = {}
         self._start: State = (UNSET,) * len(self.variables)
+
+    @property
+    def definitions(self) -> Mapping[str, Definition]:
+        """Every operator in scope, by name; constants that are given by name are among them."""
+        return self._definitions
 
     # --- values ---------------------------------------------------------------------------------
 
@@ -93,6 +98,15 @@ class Evaluator:
         """Any state-level expression as a function of the state."""
         code = self._code(expr, ())
         return lambda state: code(state, self._start, ())
+
+    def constant(self, expr: Expr, bound: Mapping[str, Value]) -> Value:
+        """The value of an expression that mentions no variable, with some names bound."""
+        return self._code(expr, tuple(bound))(self._start, self._start, tuple(bound.values()))
+
+    def steps(self, expr: Expr, bound: Mapping[str, Value]) -> Callable[[State], Iterator[State]]:
+        """Every way to satisfy an action, with some names bound; unlabelled."""
+        found, values = self._action(expr, tuple(bound)), tuple(bound.values())
+        return lambda state: found(state, self._start, values)
 
     def definition(self, name: str) -> Definition:
         """A definition by name.
@@ -128,6 +142,18 @@ class Evaluator:
 
         return run
 
+    def action_names(self, expr: Expr) -> tuple[str, ...]:
+        """The operators that label the successors of an action, each once."""
+        name = str(expr.args[0]) if expr.op in ("name", "call") else ""
+        if expr.op == "name" and name in self._definitions:
+            body = self._definitions[name].body
+            if body.op in ("or", "exists"):
+                return self.action_names(body)
+        if name:
+            return (name,)
+        parts = expr.exprs() if expr.op == "or" else expr.exprs()[-1:]
+        return tuple(dict.fromkeys(n for part in parts for n in self.action_names(part)))
+
     def _labelled(
         self, expr: Expr, names: Names
     ) -> Callable[[State, State, Env], Iterator[tuple[Label, State]]]:
@@ -142,6 +168,10 @@ class Evaluator:
             )
         if expr.op in ("name", "call"):
             name = str(expr.args[0])
+            if expr.op == "name" and name in self._definitions:
+                inner_body = self._definitions[name].body
+                if inner_body.op in ("or", "exists"):
+                    return self._labelled(inner_body, ())
             args = [self._code(arg, names) for arg in expr.exprs()]
             steps = self._action(expr, names)
             return lambda s, t, env: (
@@ -153,9 +183,7 @@ class Evaluator:
 
     # --- actions --------------------------------------------------------------------------------
 
-    def _action(  # noqa: PLR0911  one return a construct
-        self, expr: Expr, names: Names, *, prime: bool = True
-    ) -> Steps:
+    def _action(self, expr: Expr, names: Names, *, prime: bool = True) -> Steps:
         """Compile to the successors that satisfy it; `prime` false reads `x = v` as the assignment.
 
         A disjunction or an existential gives a successor for each branch that holds, guards
@@ -179,12 +207,29 @@ class Evaluator:
                 return _unchanged(self._changed_variables(expr.expr(0)))
             case "name" | "call" if expr.args[0] in self._definitions and expr.args[0] not in names:
                 return self._operator_steps(expr, names, prime)
+            case "if" | "case":
+                return self._alternatives(expr, names, prime)
             case "let":
                 inner, values = self._locals(expr, names)
                 body = self._action(expr.expr(-1), inner, prime=prime)
                 return lambda s, t, env: body(s, t, values(s, t, env))
         test = self._code(expr, names)
         return lambda s, t, env: iter((t,)) if test(s, t, env) else iter(())
+
+    def _alternatives(self, expr: Expr, names: Names, prime: bool) -> Steps:
+        parts = expr.exprs()
+        if expr.op == "if":
+            parts = (parts[0], parts[1], Expr("bool", (True,), expr.span), parts[2])
+        tests = [self._code(test, names) for test in parts[::2]]
+        ways = [self._action(way, names, prime=prime) for way in parts[1::2]]
+
+        def steps(s: State, t: State, env: Env) -> Iterator[State]:
+            for test, way in zip(tests, ways, strict=True):
+                if test(s, t, env):
+                    return way(s, t, env)
+            return iter(())
+
+        return steps
 
     def _target(self, expr: Expr, prime: bool) -> int | None:
         """The variable that an equation assigns, if it does."""
@@ -200,7 +245,7 @@ class Evaluator:
 
         def steps(s: State, t: State, env: Env) -> Iterator[State]:
             value = code(s, t, env)
-            options = sorted(value, key=show) if choose else (value,)
+            options = ordered(elements(value)) if choose else (value,)
             if t[index] is UNSET:
                 for option in options:
                     yield (*t[:index], option, *t[index + 1 :])
@@ -270,15 +315,17 @@ class Evaluator:
             return lambda s, t, env: value
         if name in self._definitions:
             return self._call(expr, names)
-        if name == "Nat":
-            return lambda s, t, env: lambda v: type(v) is int and v >= 0
-        if name == "BOOLEAN":
-            return lambda s, t, env: BOOLEANS
+        if name in _STANDARD:
+            standard = _STANDARD[name]
+            return lambda s, t, env: standard
         raise expr.span.error(f"unknown name {name}; define it, or give the constant a value")
 
     def _call(self, expr: Expr, names: Names) -> Code:
         name = str(expr.args[0])
         args = self._codes(expr, names)
+        if name in names:
+            at = len(names) - 1 - names[::-1].index(name) - len(names)
+            return lambda s, t, env: env[at](*(arg(s, t, env) for arg in args))
         if name not in self._definitions:
             builtin = BUILTIN.get(name)
             if builtin is None:
@@ -295,12 +342,23 @@ class Evaluator:
         code = self._code(expr.expr(0), names)
         return lambda s, t, env: code(t, t, env)
 
+    def _enabled(self, expr: Expr, names: Names) -> Code:
+        steps = self._action(expr.expr(0), names)
+        return lambda s, t, env: any(True for _ in steps(s, self._start, env))
+
+    def _angle_action(self, expr: Expr, names: Names) -> Code:
+        step, indexes = self._code(expr.expr(0), names), self._changed_variables(expr.expr(1))
+        return lambda s, t, env: step(s, t, env) and any(s[i] != t[i] for i in indexes)
+
     def _unchanged(self, expr: Expr, names: Names) -> Code:
         indexes = self._changed_variables(expr.expr(0))
         return lambda s, t, env: all(s[i] == t[i] for i in indexes)
 
     def _naturals(self, _expr: Expr, _names: Names) -> Code:
-        return lambda s, t, env: lambda v: type(v) is int and v >= 0
+        return lambda s, t, env: NATURALS
+
+    def _integers(self, _expr: Expr, _names: Names) -> Code:
+        return lambda s, t, env: INTEGERS
 
     def _booleans(self, _expr: Expr, _names: Names) -> Code:
         return lambda s, t, env: BOOLEANS
@@ -355,24 +413,13 @@ class Evaluator:
     def _records(self, expr: Expr, names: Names) -> Code:
         keys, codes = expr.args[::2], self._codes(expr, names)
 
-        def run(s: State, t: State, env: Env) -> Value:
-            sets = dict(zip(keys, (code(s, t, env) for code in codes), strict=True))
-            return lambda v: (
-                type(v) is Function
-                and v.items.keys() == sets.keys()
-                and all(member(v.items[k], each) for k, each in sets.items())
-            )
-
-        return run
+        return lambda s, t, env: records_space(
+            dict(zip(keys, (code(s, t, env) for code in codes), strict=True))
+        )
 
     def _functions(self, expr: Expr, names: Names) -> Code:
         source, target = self._codes(expr, names)
-
-        def run(s: State, t: State, env: Env) -> Value:
-            keys, values = source(s, t, env), target(s, t, env)
-            return lambda v: domain(v) == keys and all(member(apply(v, k), values) for k in keys)
-
-        return run
+        return lambda s, t, env: functions_space(source(s, t, env), target(s, t, env))
 
     def _apply(self, expr: Expr, names: Names) -> Code:
         fn, arg = self._codes(expr, names)
@@ -470,17 +517,21 @@ class Evaluator:
         inner, codes = names, []
         for definition in expr.args:
             if isinstance(definition, Definition):
-                if definition.params:
-                    raise definition.span.error("a LET with parameters is outside the subset")
-                codes.append(self._code(definition.body, inner))
+                body = self._code(definition.body, (*inner, *definition.params))
+                codes.append((body, bool(definition.params)))
                 inner = (*inner, definition.name)
 
         def values(s: State, t: State, env: Env) -> Env:
-            for code in codes:
-                env = (*env, code(s, t, env))
+            for code, has_params in codes:
+                env = (*env, _closure(code, s, t, env) if has_params else code(s, t, env))
             return env
 
         return inner, values
+
+
+def _closure(code: Code, s: State, t: State, env: Env) -> Callable[..., Value]:
+    """An operator that a LET defines, as a function of its arguments."""
+    return lambda *args: code(s, t, (*env, *args))
 
 
 def _choices(
@@ -488,9 +539,9 @@ def _choices(
 ) -> Iterator[Env]:
     """Every extension of `env` by one element of each set; in a fixed order where it shows."""
     if len(sets) == 1:
-        values = sets[0](s, t, env)
-        return ((*env, v) for v in (sorted(values, key=show) if order else values))
-    every = [sorted(code(s, t, env), key=show) for code in sets]
+        values = elements(sets[0](s, t, env))
+        return ((*env, v) for v in (ordered(values) if order else values))
+    every = [ordered(elements(code(s, t, env))) for code in sets]
     return ((*env, *combination) for combination in itertools.product(*every))
 
 

@@ -15,17 +15,19 @@ from attrs import field, frozen
 
 from tokenspeed.errors import SpecError
 from tokenspeed.fsm.evaluate import Evaluator
-from tokenspeed.fsm.syntax import Definition, Expr, Module, parse_module
+from tokenspeed.fsm.syntax import Bound, Definition, Expr, Instance, Module, parse_module
 
 __all__ = ["Config", "Model", "load_model", "load_module", "parse_config"]
 
 STANDARD = ("Naturals", "Integers", "Sequences", "FiniteSets", "TLC")
+"""Modules whose operators are built in."""
 
 
 @frozen
 class Config:
     """What a `.cfg` says."""
 
+    path: Path
     constants: dict[str, Any] = field(factory=dict)
     overrides: dict[str, str] = field(factory=dict)
     init: str = "Init"
@@ -34,6 +36,9 @@ class Config:
     properties: tuple[str, ...] = ()
     symmetry: str | None = None
     check_deadlock: bool = True
+    constraints: tuple[str, ...] = ()
+    action_constraints: tuple[str, ...] = ()
+    fairness: tuple[Expr, ...] = ()
 
 
 @frozen
@@ -45,41 +50,97 @@ class Model:
 
 
 def load_module(path: Path) -> Module:
-    """A module with the definitions of the modules that it extends put before its own.
+    """A module with what it EXTENDS and INSTANCEs put before its own definitions.
 
     Raises:
         SpecError: a module is malformed, or extends one that is neither standard nor beside it.
     """
+    return _merged(path, set())
+
+
+def _merged(path: Path, seen: set[str]) -> Module:
     module = parse_module(path)
-    for name in module.extends:
-        if name in STANDARD:
-            continue
-        beside = path.with_name(f"{name}.tla")
-        if not beside.exists():
-            known = ", ".join(STANDARD)
-            raise SpecError(
-                path, 1, 1, f"EXTENDS {name}: expected {beside.name} beside it, or {known}"
-            )
-        base = load_module(beside)
-        module = attrs.evolve(
-            module,
-            constants=base.constants + module.constants,
-            variables=base.variables + module.variables,
-            assumptions=base.assumptions + module.assumptions,
-            definitions=base.definitions + module.definitions,
-        )
-    return module
+    seen.add(module.name)
+    bases = [
+        _merged(_beside(path, name), seen)
+        for name in module.extends
+        if name not in STANDARD and name not in seen
+    ]
+    copies = [d for each in module.instances for d in _instantiated(path, module, each)]
+    return attrs.evolve(
+        module,
+        constants=tuple(c for b in bases for c in b.constants) + module.constants,
+        variables=tuple(v for b in bases for v in b.variables) + module.variables,
+        assumptions=tuple(a for b in bases for a in b.assumptions) + module.assumptions,
+        definitions=tuple(d for b in bases for d in b.definitions)
+        + tuple(copies)
+        + module.definitions,
+    )
+
+
+def _beside(path: Path, name: str) -> Path:
+    found = path.with_name(f"{name}.tla")
+    if not found.exists():
+        known = ", ".join(STANDARD)
+        raise SpecError(path, 1, 1, f"{name}: expected {found.name} beside it, or {known}")
+    return found
+
+
+def _instantiated(path: Path, outer: Module, instance: Instance) -> list[Definition]:
+    """The definitions of another module, its parameters replaced, under `name!`."""
+    if instance.module in STANDARD:
+        return []
+    inner = _merged(_beside(path, instance.module), set())
+    prefix = f"{instance.name}!" if instance.name else ""
+    unknown = sorted(set(instance.substitutions) - {*inner.constants, *inner.variables})
+    if unknown:
+        raise instance.span.error(f"{inner.name} declares no {', '.join(unknown)} to substitute")
+    renamed = {d.name: prefix + d.name for d in inner.definitions}
+    out = []
+    for parameter in (*inner.constants, *inner.variables):
+        given = instance.substitutions.get(parameter)
+        if given is None:
+            continue  # the name means what it means outside
+        renamed[parameter] = f"{prefix}{parameter}" if prefix else f"{inner.name}!{parameter}"
+        out.append(Definition(renamed[parameter], (), given, instance.span))
+    for d in inner.definitions:
+        hidden = {n: to for n, to in renamed.items() if n not in d.params}
+        out.append(Definition(renamed[d.name], d.params, _rename(d.body, hidden), d.span))
+    return out
+
+
+def _rename(expr: Expr, names: dict[str, str]) -> Expr:
+    """An expression with some free names replaced by others."""
+    if expr.op in ("name", "call"):
+        own = names.get(str(expr.args[0]), expr.args[0])
+        rest = (_rename(a, names) if isinstance(a, Expr) else a for a in expr.args[1:])
+        return attrs.evolve(expr, args=(own, *rest))
+    bound = {n for a in expr.args if isinstance(a, Bound) for n in a.names}
+    bound |= {a.name for a in expr.args if isinstance(a, Definition)}
+    inner = {n: to for n, to in names.items() if n not in bound}
+    return attrs.evolve(expr, args=tuple(_renamed_part(a, names, inner) for a in expr.args))
+
+
+def _renamed_part(part: object, names: dict[str, str], inner: dict[str, str]) -> object:
+    match part:
+        case Bound():
+            return Bound(part.names, _rename(part.domain, names))
+        case Definition():
+            own = {n: to for n, to in inner.items() if n not in part.params}
+            return attrs.evolve(part, body=_rename(part.body, own))
+        case Expr():
+            return _rename(part, inner)
+    return part
 
 
 def load_model(spec: Path, config: Path) -> Model:
     """Bind the constants of `config`, resolve Init and Next, and check the ASSUMEs."""
     module, settings = load_module(spec), parse_config(config)
     names = {d.name: d for d in module.definitions}
-    extra: dict[str, Definition] = {}
     if "SPECIFICATION" in settings.overrides:
         settings = _behaviour(settings, names)
     constants = {**settings.constants}
-    plain = Evaluator(module, constants, extra)
+    plain = Evaluator(module, constants)
     for name, source in settings.overrides.items():
         if name not in module.constants:
             raise SpecError(
@@ -89,7 +150,7 @@ def load_model(spec: Path, config: Path) -> Model:
     missing = [name for name in module.constants if name not in constants]
     if missing:
         raise SpecError(config, 1, 1, f"CONSTANTS without a value: {', '.join(missing)}")
-    evaluator = Evaluator(module, constants, extra)
+    evaluator = Evaluator(module, constants)
     for assumption in module.assumptions:
         if not evaluator.expression(assumption)(()):
             raise assumption.span.error(
@@ -99,15 +160,22 @@ def load_model(spec: Path, config: Path) -> Model:
 
 
 def _behaviour(settings: Config, names: dict[str, Definition]) -> Config:
-    """Init and Next out of `Spec == Init /\\ [][Next]_vars /\\ ...`."""
-    spec = names[settings.overrides["SPECIFICATION"]]
+    """Init, Next and fairness out of `Spec == Init /\\ [][Next]_vars /\\ ...`."""
+    source = settings.overrides["SPECIFICATION"]
+    if source not in names:
+        raise SpecError(settings.path, 1, 1, f"SPECIFICATION {source} is not defined")
+    spec = names[source]
     parts = _conjuncts(spec.body)
     boxes = [p for p in parts if p.op == "always" and p.expr(0).op == "box_action"]
-    if len(boxes) != 1 or parts[0].op != "name":
+    if len(boxes) != 1 or parts[0].op != "name" or boxes[0].expr(0).expr(0).op != "name":
         raise spec.span.error("expected Spec == Init /\\ [][Next]_vars /\\ Fairness")
-    rest = {k: v for k, v in settings.overrides.items() if k != "SPECIFICATION"}
-    following = str(boxes[0].expr(0).expr(0).args[0])
-    return attrs.evolve(settings, init=str(parts[0].args[0]), next=following, overrides=rest)
+    return attrs.evolve(
+        settings,
+        init=str(parts[0].args[0]),
+        next=str(boxes[0].expr(0).expr(0).args[0]),
+        overrides={k: v for k, v in settings.overrides.items() if k != "SPECIFICATION"},
+        fairness=tuple(p for p in parts[1:] if p is not boxes[0]),
+    )
 
 
 def _conjuncts(expr: Expr) -> list[Expr]:
@@ -119,12 +187,10 @@ def _conjuncts(expr: Expr) -> list[Expr]:
 _WORD = re.compile(r'"[^"]*"|<-|[{}=,]|[^\s{}=,<]+')
 _KEYWORDS = {
     "CONSTANT", "CONSTANTS", "INIT", "NEXT", "SPECIFICATION", "INVARIANT", "INVARIANTS", "PROPERTY",
-    "PROPERTIES", "SYMMETRY", "CHECK_DEADLOCK",
+    "PROPERTIES", "SYMMETRY", "CHECK_DEADLOCK", "CONSTRAINT", "CONSTRAINTS", "ACTION_CONSTRAINT",
+    "ACTION_CONSTRAINTS",
 }  # fmt: skip
-_REFUSED = {
-    "CONSTRAINT", "CONSTRAINTS", "ACTION_CONSTRAINT", "ACTION_CONSTRAINTS", "VIEW", "ALIAS",
-    "POSTCONDITION",
-}  # fmt: skip
+_REFUSED = {"VIEW", "ALIAS", "POSTCONDITION"}
 
 
 def parse_config(path: Path) -> Config:
@@ -146,6 +212,7 @@ def parse_config(path: Path) -> Config:
     if "SPECIFICATION" in sections:
         overrides["SPECIFICATION"] = sections["SPECIFICATION"][0]
     return Config(
+        path=path,
         constants=constants,
         overrides=overrides,
         init=sections.get("INIT", ["Init"])[0],
@@ -154,6 +221,8 @@ def parse_config(path: Path) -> Config:
         properties=tuple(sections.get("PROPERTY", [])),
         symmetry=next(iter(sections.get("SYMMETRY", [])), None),
         check_deadlock=sections.get("CHECK_DEADLOCK", ["TRUE"])[0] == "TRUE",
+        constraints=tuple(sections.get("CONSTRAINT", [])),
+        action_constraints=tuple(sections.get("ACTION_CONSTRAINT", [])),
     )
 
 
@@ -180,6 +249,6 @@ def _constants(path: Path, words: list[str]) -> tuple[dict[str, Any], dict[str, 
 
 
 def _constant(word: str) -> Any:
-    if word.isdigit():
+    if word.lstrip("-").isdigit():
         return int(word)
     return {"TRUE": True, "FALSE": False}.get(word, word.strip('"'))

@@ -18,7 +18,7 @@ from attrs import field, frozen
 
 from tokenspeed.errors import SpecError
 
-__all__ = ["Bound", "Definition", "Expr", "Module", "Span", "parse_module"]
+__all__ = ["Bound", "Definition", "Expr", "Instance", "Module", "Span", "parse_module"]
 
 
 @frozen
@@ -72,6 +72,16 @@ class Definition:
 
 
 @frozen
+class Instance:
+    """`name == INSTANCE module WITH a <- e`; the name may be absent."""
+
+    name: str
+    module: str
+    substitutions: dict[str, Expr]
+    span: Span
+
+
+@frozen
 class Module:
     """One module as written: nothing resolved yet."""
 
@@ -83,6 +93,7 @@ class Module:
     variables: tuple[str, ...]
     assumptions: tuple[Expr, ...]
     definitions: tuple[Definition, ...]
+    instances: tuple[Instance, ...] = ()
 
 
 Node = tree_sitter.Node
@@ -103,7 +114,7 @@ _INFIX = {
     "neq": "ne", "in": "in", "notin": "notin", "subseteq": "subseteq", "cup": "union",
     "cap": "intersect", "setminus": "minus_set", "plus": "add", "minus": "sub", "mul": "mul",
     "lt": "lt", "gt": "gt", "leq": "le", "geq": "ge", "dots_2": "range", "leads_to": "leads_to",
-    "compose": "compose", "circ": "concat", "map_to": "single", "func_merge": "merge",
+    "circ": "concat", "div": "div", "mod": "mod", "pow": "pow", "times": "times",
 }  # fmt: skip
 _PREFIX = {
     "lnot": "not", "negative": "neg", "unchanged": "unchanged", "domain": "domain",
@@ -155,7 +166,12 @@ class _Reader:
         variables: list[str] = []
         assumptions: list[Expr] = []
         definitions: list[Definition] = []
-        for child in node.named_children:
+        instances: list[Instance] = []
+        children = [
+            _code(child)[0] if child.type == "local_definition" else child
+            for child in node.named_children
+        ]
+        for child in children:
             match child.type:
                 case "extends":
                     extends += [_text(n) for n in child.named_children]
@@ -167,6 +183,10 @@ class _Reader:
                     assumptions.append(self.expr(_code(child)[-1]))
                 case "operator_definition":
                     definitions.append(self.definition(child))
+                case "instance":
+                    instances.append(self.instance("", child))
+                case "module_definition":
+                    instances.append(self.named_instance(child))
                 case "identifier":
                     pass  # the module's own name
                 case kind if kind in _IGNORED:
@@ -184,7 +204,21 @@ class _Reader:
             variables=tuple(variables),
             assumptions=tuple(assumptions),
             definitions=tuple(definitions),
+            instances=tuple(instances),
         )
+
+    def named_instance(self, node: Node) -> Instance:
+        if [n for n in node.children_by_field_name("parameter") if n.is_named]:
+            raise self.refuse(node, "an INSTANCE with parameters is outside the subset of fsm/")
+        return self.instance(_text(_field(node, "name")), _field(node, "definition"))
+
+    def instance(self, name: str, node: Node) -> Instance:
+        module, *substitutions = _code(node)
+        found: dict[str, Expr] = {}
+        for each in substitutions:
+            parts = [part for part in _code(each) if part.type != "gets"]
+            found[_text(parts[0])] = self.expr(parts[1])
+        return Instance(name, _text(module), found, self.span(node))
 
     def definition(self, node: Node) -> Definition:
         name, body = node.child_by_field_name("name"), node.child_by_field_name("definition")
@@ -275,6 +309,16 @@ def _call(reader: _Reader, node: Node) -> Built:
     return "call", [_text(_field(node, "name")), *(reader.expr(arg) for arg in args)]
 
 
+def _prefixed(reader: _Reader, node: Node) -> Built:
+    """`Name!Op(args)`: the definition `Name!Op`."""
+    components = [_code(component)[0] for component in _code(_field(node, "prefix"))]
+    if any(component.type != "identifier_ref" for component in components):
+        raise reader.refuse(node, "an INSTANCE with parameters is outside the subset of fsm/")
+    inner = reader.expr(_field(node, "op"))
+    path = "!".join([*map(_text, components), str(inner.args[0])])
+    return inner.op, [path, *inner.args[1:]]
+
+
 def _quantified(reader: _Reader, node: Node) -> Built:
     op = _field(node, "quantifier").type
     return op, [*reader.bounds(node, "bound"), reader.expr(_field(node, "expression"))]
@@ -362,6 +406,12 @@ def _several(op: str) -> Callable[[_Reader, Node], Built]:
     return lambda reader, node: (op, [reader.expr(n) for n in _code(node) if n.type not in skip])
 
 
+def _angle(reader: _Reader, node: Node) -> Built:
+    """`<<A>>_v`."""
+    skip = ("langle_bracket", "rangle_bracket_sub")
+    return "angle_action", [reader.expr(n) for n in _code(node) if n.type not in skip]
+
+
 def _record_value(reader: _Reader, node: Node) -> Built:
     value, name = _code(node)
     return "field", [reader.expr(value), _text(name)]
@@ -383,6 +433,7 @@ _BUILD: dict[str, Callable[[_Reader, Node], Built]] = {
     "bound_prefix_op": _prefix,
     "bound_postfix_op": _postfix,
     "bound_op": _call,
+    "prefixed_op": _prefixed,
     "bounded_quantification": _quantified,
     "choose": _choose,
     "set_filter": _set_filter,
@@ -403,10 +454,12 @@ _BUILD: dict[str, Callable[[_Reader, Node], Built]] = {
     "parentheses": _parentheses,
     "fairness": _fairness,
     "step_expr_or_stutter": _several("box_action"),
+    "step_expr_no_stutter": _angle,
     "identifier_ref": lambda _reader, node: ("name", (_text(node),)),
     "nat_number": lambda _reader, node: ("nat", (int(_text(node)),)),
     "boolean": lambda _reader, node: ("bool", (_text(node) == "TRUE",)),
     "string": lambda _reader, node: ("string", (_text(node)[1:-1],)),
     "nat_number_set": lambda _reader, _node: ("naturals", ()),
+    "int_number_set": lambda _reader, _node: ("integers", ()),
     "boolean_set": lambda _reader, _node: ("booleans", ()),
 }

@@ -3,7 +3,7 @@
 Rule: equal values are equal in Python, so that a state can be a key.
 
     number, string, boolean   int, str, bool
-    set                       frozenset; one too large to list is a function that tests membership
+    set                       frozenset, or a Space: one that is tested and listed only if need be
     sequence, tuple           tuple (a function whose domain is 1..n is the same value)
     function, record          Function
 """
@@ -12,20 +12,32 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from typing import Any, final
+
+from attrs import frozen
 
 __all__ = [
     "BOOLEANS",
     "BUILTIN",
     "INFIX",
+    "INTEGERS",
+    "NATURALS",
     "PREFIX",
     "Function",
+    "Space",
+    "Unlisted",
     "Value",
     "apply",
     "domain",
+    "elements",
     "function",
+    "functions_space",
     "member",
+    "order_key",
+    "ordered",
+    "records_space",
     "show",
     "updated",
 ]
@@ -55,6 +67,108 @@ class Function:
 
     def __repr__(self) -> str:
         return show(self)
+
+
+class Unlisted(Exception):
+    """A set that has no end, or too many members, was to be listed."""
+
+
+@final
+@frozen(eq=False)
+class Space:
+    """A set known by a test; `members` lists it, where it has an end."""
+
+    text: str
+    test: Callable[[Value], bool]
+    members: Callable[[], Iterable[Value]] | None = None
+
+
+LISTED_MAX = 1 << 17
+
+
+def elements(container: Value) -> frozenset[Value]:
+    """The members of a set.
+
+    Raises:
+        Unlisted: it is infinite, or has more than `LISTED_MAX` members.
+    """
+    if not isinstance(container, Space):
+        return container  # type: ignore[no-any-return]
+    if container.members is None:
+        raise Unlisted(f"{container.text} is infinite and cannot be listed")
+    found = list(itertools.islice(container.members(), LISTED_MAX + 1))
+    if len(found) > LISTED_MAX:
+        raise Unlisted(f"{container.text} has more than {LISTED_MAX} members")
+    return frozenset(found)
+
+
+NATURALS = Space("Nat", lambda v: type(v) is int and v >= 0)
+INTEGERS = Space("Int", lambda v: type(v) is int)
+
+
+def records_space(sets: Mapping[Value, Value]) -> Space:
+    """`[f : S, g : T]`."""
+    names = list(sets)
+
+    def test(v: Value) -> bool:
+        return (
+            type(v) is Function
+            and v.items.keys() == sets.keys()
+            and all(member(v.items[k], each) for k, each in sets.items())
+        )
+
+    def members() -> Iterable[Value]:
+        for combination in itertools.product(*(elements(sets[k]) for k in names)):
+            yield Function(dict(zip(names, combination, strict=True)))
+
+    return Space("a set of records", test, members)
+
+
+def functions_space(keys: Value, values: Value) -> Space:
+    """`[S -> T]`."""
+
+    def test(v: Value) -> bool:
+        return (
+            isinstance(v, (tuple, Function))
+            and domain(v) == elements(keys)
+            and all(member(apply(v, k), values) for k in elements(keys))
+        )
+
+    def members() -> Iterable[Value]:
+        names = ordered(elements(keys))
+        for combination in itertools.product(ordered(elements(values)), repeat=len(names)):
+            yield function(dict(zip(names, combination, strict=True)))
+
+    return Space("a set of functions", test, members)
+
+
+def order_key(value: Value) -> tuple[Any, ...]:
+    """The order in which members of a set are tried; the compiled model has the same one.
+
+    Sets compare by their greatest members first, sequences by length first.
+    """
+    match value:
+        case bool():
+            return (0, value)
+        case int():
+            return (1, value)
+        case str():
+            return (2, value)
+        case frozenset():
+            return (3, tuple(sorted(map(order_key, value), reverse=True)))
+        case tuple():
+            return (4, len(value), tuple(map(order_key, value)))
+        case Function():
+            keys = sorted(value.items, key=order_key)
+            names = tuple(map(order_key, keys))
+            return (5, names, tuple(order_key(value.items[k]) for k in keys))
+    raise TypeError(f"{value!r} is no TLA+ value")
+
+
+@lru_cache(maxsize=1 << 16)
+def ordered(values: frozenset[Value]) -> tuple[Value, ...]:
+    """The members of a set in their order."""
+    return tuple(sorted(values, key=order_key))
 
 
 def function(items: dict[Value, Value]) -> Value:
@@ -110,7 +224,7 @@ def updated(fn: Value, path: tuple[Value, ...], change: Callable[[Value], Value]
 
 def member(value: Value, container: Value) -> bool:
     """`value \\in container`, where the container may be a set that is not enumerated."""
-    return bool(container(value)) if callable(container) else value in container
+    return container.test(value) if isinstance(container, Space) else value in container
 
 
 def _same(a: Value, b: Value) -> bool:
@@ -118,17 +232,52 @@ def _same(a: Value, b: Value) -> bool:
 
 
 def _subset(a: Value, b: Value) -> bool:
-    return all(member(x, b) for x in a) if callable(b) else a <= b
+    return all(member(x, b) for x in elements(a))
+
+
+def _union(a: Value, b: Value) -> Value:
+    if isinstance(a, frozenset) and isinstance(b, frozenset):
+        return a | b
+    members = lambda: itertools.chain(elements(a), elements(b))  # noqa: E731
+    return Space("a union", lambda v: member(v, a) or member(v, b), members)
+
+
+def _intersection(a: Value, b: Value) -> Value:
+    if isinstance(a, Space):
+        a, b = b, a
+    if isinstance(a, Space):
+        return Space("an intersection", lambda v: member(v, a) and member(v, b))
+    return frozenset(x for x in a if member(x, b))
 
 
 def _without(a: Value, b: Value) -> Value:
-    return (lambda v: member(v, a) and not member(v, b)) if callable(a) else a - b
+    if isinstance(a, Space):
+        return Space("a difference", lambda v: member(v, a) and not member(v, b))
+    return frozenset(x for x in a if not member(x, b))
 
 
-def _subsets(values: frozenset[Value]) -> frozenset[Value]:
-    items = sorted(values, key=show)
-    sizes = range(len(items) + 1)
-    return frozenset(frozenset(c) for n in sizes for c in itertools.combinations(items, n))
+def _subsets(values: Value) -> Value:
+    def members() -> Iterable[Value]:
+        items = ordered(elements(values))
+        for n in range(len(items) + 1):
+            yield from map(frozenset, itertools.combinations(items, n))
+
+    def test(v: Value) -> bool:
+        return isinstance(v, frozenset) and _subset(v, values)
+
+    return Space("a SUBSET", test, members)
+
+
+def _times(a: Value, b: Value) -> Value:
+    return Space(
+        "a product",
+        lambda v: type(v) is tuple and len(v) == 2 and member(v[0], a) and member(v[1], b),
+        lambda: itertools.product(ordered(elements(a)), ordered(elements(b))),
+    )
+
+
+def _sequences(items: Value) -> Space:
+    return Space("Seq", lambda v: type(v) is tuple and all(member(x, items) for x in v))
 
 
 INFIX: dict[str, Callable[[Value, Value], Value]] = {
@@ -137,12 +286,16 @@ INFIX: dict[str, Callable[[Value, Value], Value]] = {
     "in": member,
     "notin": lambda x, s: not member(x, s),
     "subseteq": _subset,
-    "union": operator.or_,
-    "intersect": operator.and_,
+    "union": _union,
+    "intersect": _intersection,
     "minus_set": _without,
     "add": operator.add,
     "sub": operator.sub,
     "mul": operator.mul,
+    "div": operator.floordiv,
+    "mod": operator.mod,
+    "pow": operator.pow,
+    "times": _times,
     "lt": operator.lt,
     "gt": operator.gt,
     "le": operator.le,
@@ -156,7 +309,7 @@ PREFIX: dict[str, Callable[[Value], Value]] = {
     "neg": operator.neg,
     "domain": domain,
     "powerset": _subsets,
-    "big_union": lambda sets: frozenset().union(*sets),
+    "big_union": lambda sets: frozenset().union(*elements(sets)),
 }
 BUILTIN: dict[str, Callable[..., Value]] = {
     "Len": len,
@@ -164,6 +317,6 @@ BUILTIN: dict[str, Callable[..., Value]] = {
     "Tail": lambda s: s[1:],
     "Append": lambda s, x: (*s, x),
     "SubSeq": lambda s, a, b: s[a - 1 : b],
-    "Seq": lambda s: lambda v: type(v) is tuple and all(member(x, s) for x in v),
-    "Cardinality": len,
+    "Seq": _sequences,
+    "Cardinality": lambda s: len(elements(s)),
 }

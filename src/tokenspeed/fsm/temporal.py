@@ -1,0 +1,229 @@
+"""Temporal formulas as what a checker can check: invariants, steps, debts and fairness.
+
+Rule: a formula is reduced only where the reduction is exact; any other is refused by name.
+
+    P, Init                 holds initially
+    []P                     an invariant
+    [][A]_v                 a property of steps
+    P ~> Q, [](P => <>Q)    a debt: from P on, Q is owed
+    []<>Q, <>Q, <>[]Q       debts too (owed always; from the start; and broken by visits to ~Q)
+"""
+
+from __future__ import annotations
+
+from typing import final
+
+from attrs import define, frozen
+
+from tokenspeed.fsm.core import Elaborator, Node, Scope
+from tokenspeed.fsm.syntax import Bound, Definition, Expr
+from tokenspeed.fsm.values import ordered, show
+
+__all__ = ["Debt", "Fairness", "Properties", "Temporal"]
+
+
+@frozen(eq=False)
+class Debt:
+    """Refuted by a fair behaviour that starts, owes, and meets `visited` for ever."""
+
+    name: str
+    starts: Node
+    owing: Node
+    visited: Node
+    from_start: bool = False
+
+
+@frozen(eq=False)
+class Fairness:
+    """WF or SF of an action, with the values of the names around it."""
+
+    name: str
+    action: Expr
+    scope: Scope
+    subscript: tuple[int, ...]
+    strong: bool
+
+
+@define
+class Properties:
+    """What a configuration asks for, sorted by how it is checked."""
+
+    initially: list[tuple[str, Node]]
+    invariants: list[tuple[str, Node]]
+    steps: list[tuple[str, Node]]
+    debts: list[Debt]
+
+
+@final
+class Temporal:
+    """Reads temporal formulas of one model."""
+
+    def __init__(self, core: Elaborator, definitions: dict[str, Definition]) -> None:
+        self._core = core
+        self._definitions = definitions
+
+    # --- properties -----------------------------------------------------------------------------
+
+    def properties(self, names: tuple[str, ...]) -> Properties:
+        """Reduce the named formulas.
+
+        Raises:
+            SpecError: one is not defined, or has a form that is not supported.
+        """
+        out = Properties([], [], [], [])
+        for name in names:
+            self._property(name, self._definitions[name].body, {}, out)
+        return out
+
+    def _property(self, name: str, expr: Expr, scope: Scope, out: Properties) -> None:
+        match expr.op:
+            case "and":
+                for part in expr.exprs():
+                    self._property(name, part, scope, out)
+                return
+            case "forall" if _temporal(expr.expr(-1), self._definitions):
+                for inner in self._instances(expr, scope):
+                    self._property(name, expr.expr(-1), inner, out)
+                return
+            case "name" | "call" if self._is_temporal_operator(expr):
+                body, inner = self._opened(expr, scope)
+                self._property(name, body, inner, out)
+                return
+            case "always":
+                self._always(name, expr.expr(0), scope, out)
+                return
+            case "eventually":
+                self._eventually(name, expr.expr(0), scope, out)
+                return
+            case "leads_to":
+                first, second = (self._state(e, scope) for e in expr.exprs())
+                out.debts.append(self._leads_to(name, first, second))
+                return
+        if _temporal(expr, self._definitions):
+            raise expr.span.error(
+                f"{expr.op} of temporal formulas as a property; expected [], <>, ~>, [][A]_v, "
+                "conjunctions and \\A of them"
+            )
+        out.initially.append((name, self._core.expr(expr, scope)))
+
+    def _always(self, name: str, inner: Expr, scope: Scope, out: Properties) -> None:
+        if inner.op == "box_action":
+            step = self._core.expr(inner.expr(0), scope)
+            same = Node("unchanged", self._core.variables(inner.expr(1)), inner.span)
+            out.steps.append((name, Node("or", (step, same), inner.span)))
+        elif inner.op == "eventually":
+            body = inner.expr(0)
+            if body.op == "always":  # []<>[]Q is <>[]Q
+                self._eventually(name, body, scope, out)
+                return
+            goal = self._state(body, scope)
+            out.debts.append(self._leads_to(name, _true(goal), goal))
+        elif inner.op == "implies" and inner.expr(1).op == "eventually":
+            first = self._state(inner.expr(0), scope)
+            goal = self._state(inner.expr(1).expr(0), scope)
+            out.debts.append(self._leads_to(name, first, goal))
+        else:
+            out.invariants.append((name, self._state(inner, scope)))
+
+    def _eventually(self, name: str, inner: Expr, scope: Scope, out: Properties) -> None:
+        if inner.op == "always":
+            goal = self._state(inner.expr(0), scope)
+            out.debts.append(Debt(name, _true(goal), _true(goal), _not(goal)))
+            return
+        goal = self._state(inner, scope)
+        debt = Debt(name, _true(goal), _not(goal), _true(goal), from_start=True)
+        out.debts.append(debt)
+
+    def _state(self, expr: Expr, scope: Scope) -> Node:
+        if _temporal(expr, self._definitions):
+            raise expr.span.error(
+                f"{expr.op}: temporal operators nested like this are not supported; "
+                "expected a predicate of states"
+            )
+        return self._core.expr(expr, scope)
+
+    @staticmethod
+    def _leads_to(name: str, first: Node, goal: Node) -> Debt:
+        return Debt(name, first, _not(goal), _true(goal))
+
+    # --- fairness -------------------------------------------------------------------------------
+
+    def fairness(self, expr: Expr, scope: Scope | None = None) -> list[Fairness]:
+        """The fairness conditions in a conjunct of a specification.
+
+        Raises:
+            SpecError: the conjunct says something else.
+        """
+        scope = scope or {}
+        match expr.op:
+            case "and":
+                return [f for part in expr.exprs() for f in self.fairness(part, scope)]
+            case "forall":
+                inner = self._instances(expr, scope)
+                return [f for each in inner for f in self.fairness(expr.expr(-1), each)]
+            case "weak_fairness" | "strong_fairness":
+                subscript = self._core.variables(expr.expr(0))
+                name = _described(expr, scope)
+                strong = expr.op == "strong_fairness"
+                return [Fairness(name, expr.expr(1), scope, subscript, strong)]
+            case "name" | "call" if expr.args[0] in self._definitions:
+                body, around = self._opened(expr, scope)
+                return self.fairness(body, around)
+        raise expr.span.error(
+            f"{expr.op} beside Init and [][Next]_vars; expected WF_v(A), SF_v(A), /\\, \\A"
+        )
+
+    # --- names ----------------------------------------------------------------------------------
+
+    def _instances(self, expr: Expr, scope: Scope) -> list[Scope]:
+        """The scopes of a \\A over constant sets, one for each choice of values."""
+        scopes: list[Scope] = [scope]
+        for bound in expr.args:
+            if not isinstance(bound, Bound):
+                continue
+            domain = self._core.fold(bound.domain, scope)
+            if domain is None:
+                raise bound.domain.span.error("\\A around a temporal formula: its set is constant")
+            for name in bound.names:
+                scopes = [
+                    {**each, name: Node("const", (value,), expr.span)}
+                    for each in scopes
+                    for value in ordered(domain.args[0])
+                ]
+        return scopes
+
+    def _is_temporal_operator(self, expr: Expr) -> bool:
+        definition = self._definitions.get(str(expr.args[0]))
+        return definition is not None and _temporal(definition.body, self._definitions)
+
+    def _opened(self, expr: Expr, scope: Scope) -> tuple[Expr, Scope]:
+        definition = self._definitions[str(expr.args[0])]
+        args = [self._core.expr(arg, scope) for arg in expr.exprs()]
+        return definition.body, dict(zip(definition.params, args, strict=True))
+
+
+def _described(expr: Expr, scope: Scope) -> str:
+    kind = "SF" if expr.op == "strong_fairness" else "WF"
+    action = expr.expr(1)
+    while action.op in ("and", "exists"):
+        action = action.expr(0) if action.op == "and" else action.expr(-1)
+    name = str(action.args[0]) if action.op in ("name", "call") else action.op
+    values = [n.args[0] for n in scope.values() if isinstance(n, Node) and n.op == "const"]
+    return f"{kind}({name}{'(' + ', '.join(map(show, values)) + ')' if values else ''})"
+
+
+def _temporal(expr: Expr, definitions: dict[str, Definition]) -> bool:
+    if expr.op in ("always", "eventually", "leads_to", "weak_fairness", "strong_fairness"):
+        return True
+    if expr.op in ("name", "call") and expr.args[0] in definitions:
+        return _temporal(definitions[str(expr.args[0])].body, definitions)
+    parts = [a.body if isinstance(a, Definition) else a for a in expr.args]
+    return any(_temporal(part, definitions) for part in parts if isinstance(part, Expr))
+
+
+def _true(like: Node) -> Node:
+    return Node("const", (True,), like.span)
+
+
+def _not(node: Node) -> Node:
+    return Node("not", (node,), node.span)
