@@ -8,41 +8,45 @@
 (*                                                                         *)
 (* Reading guide: `Edges` is the table of a request's legal moves, `Owns`   *)
 (* says what it holds in each state; each action below is a guard, a move   *)
-(* through that table, and what happens to pages.  One page is the unit of  *)
-(* KV, and one step fills one page for each request in it.  Planning,       *)
-(* launching and completing a step are separate actions with up to          *)
-(* MaxInFlight steps launched, because nearly every fatal KV bug on record  *)
-(* is a free that races with somebody else's access.                        *)
+(* through that table, and what happens to pages.  Tokens are counted: a    *)
+(* request has so many known, planned and computed, and a page holds        *)
+(* PageSize of them.  Planning, launching and completing a step are         *)
+(* separate actions with up to MaxInFlight steps launched, because nearly   *)
+(* every fatal KV bug on record is a free that races with somebody else's   *)
+(* access.                                                                  *)
 (***************************************************************************)
 EXTENDS Naturals, Sequences, FiniteSets
 
 CONSTANTS
   Req,          \* request identities; one identity lives once
   Page,         \* device pages
-  Key,          \* content keys: a key stands for a page's tokens and all tokens before it
-  Null,         \* "no key"
-  Content,      \* [Req -> Seq(Key)]  the keys of every page a request may fill, prompt first
-  PromptLen,    \* [Req -> Nat]       how many of these are prompt
+  Token,        \* what contents are made of
+  Content,      \* [Req -> Seq(Token)]  all tokens that a request may have, prompt first
+  PromptLen,    \* [Req -> Nat]         how many of these are prompt
+  PageSize,     \* tokens in a page
+  Chunk,        \* tokens of one request in one step, at most
   Slots,        \* requests that may hold pages at once
   MaxInFlight   \* steps launched and not completed; overlap + 1
 
-ASSUME /\ \A r \in Req : /\ Content[r] \in Seq(Key)
-                         /\ PromptLen[r] \in 1..Len(Content[r])
-                         /\ Len(Content[r]) <= Cardinality(Page)
-       /\ Slots \in Nat \ {0}
-       /\ MaxInFlight \in Nat \ {0}
+PagesFor(n) == (n + PageSize - 1) \div PageSize
+
+ASSUME /\ \A r \in Req : /\ Content[r] \in Seq(Token)
+                         /\ PromptLen[r] \in 1..(Len(Content[r]) - 1)
+       /\ {PageSize, Chunk, Slots, MaxInFlight} \subseteq Nat \ {0}
 
 VARIABLES
   st,        \* [Req -> State]
   age,       \* Seq(Req): order of submission, oldest first
   tab,       \* [Req -> Seq(Page)]: page table
-  done,      \* [Req -> Nat]: pages whose KV has been computed
-  known,     \* [Req -> Nat]: pages whose tokens are known; survives preemption
+  known,     \* [Req -> Nat]: tokens that are known; survives preemption
+  planned,   \* [Req -> Nat]: tokens that a step has been planned for
+  done,      \* [Req -> Nat]: tokens whose KV has been computed
   page,      \* [Page -> PageRec]
-  plan,      \* set of Work being assembled into the next step
-  inflight   \* Seq(SUBSET Work): launched steps, oldest first
+  content,   \* [Page -> Seq(Token)]: whose KV the page really holds (nobody can look at it)
+  plan,      \* [Req -> Work]: the step being assembled
+  inflight   \* Seq([Req -> Work]): launched steps, oldest first
 
-vars == <<st, age, tab, done, known, page, plan, inflight>>
+vars == <<st, age, tab, known, planned, done, page, content, plan, inflight>>
 
 ----------------------------------------------------------------------------
 (* The table                                                                *)
@@ -53,6 +57,7 @@ State == {"New", "Waiting", "Prefilling", "Decoding", "Preempted",
 Edges ==
   [ Submit   |-> {<<"New", "Waiting">>},
     Admit    |-> {<<"Waiting", "Prefilling">>, <<"Preempted", "Prefilling">>},
+    Acquire  |-> {<<"Prefilling", "Prefilling">>, <<"Decoding", "Decoding">>},
     Schedule |-> {<<"Prefilling", "Prefilling">>, <<"Decoding", "Decoding">>},
     Complete |-> {<<"Prefilling", "Prefilling">>, <<"Prefilling", "Decoding">>,
                   <<"Prefilling", "Finishing">>, <<"Decoding", "Decoding">>,
@@ -81,11 +86,15 @@ Queued    == {"Waiting", "Preempted"}
 Draining  == {"Finishing", "Aborting"}
 Terminal  == {"Finished", "Aborted"}
 PageKind  == {"Free", "Exclusive", "Shared"}
-PageRec   == [kind : PageKind, ref : 0..Cardinality(Req), key : Key \cup {Null}]
-Work      == [req : Req, page : Page, reads : SUBSET Page]
+PageRec   == [kind : PageKind, ref : 0..Cardinality(Req), key : Seq(Token)]
+Work      == [n : 0..Chunk, samples : BOOLEAN, writes : SUBSET Page, reads : SUBSET Page]
 
+Null      == <<>>
 FreePage  == [kind |-> "Free", ref |-> 0, key |-> Null]
+NoWork    == [n |-> 0, samples |-> FALSE, writes |-> {}, reads |-> {}]
+Empty     == [r \in Req |-> NoWork]
 Range(s)  == {s[i] : i \in DOMAIN s}
+Min(a, b) == IF a < b THEN a ELSE b
 
 Move(a, r, to) ==
   /\ <<st[r], to>> \in Edges[a]
@@ -95,61 +104,77 @@ Move(a, r, to) ==
 (* Guards                                                                   *)
 
 Running        == {r \in Req : st[r] \in Live}
-Pos(r)         == CHOOSE i \in DOMAIN age : age[i] = r
-Older(a, b)    == Pos(a) < Pos(b)
-PlannedFor(r)  == \E w \in plan : w.req = r
-InFlight(r)    == \E i \in DOMAIN inflight : \E w \in inflight[i] : w.req = r
+Older(a, b)    == \E i, j \in DOMAIN age : i < j /\ age[i] = a /\ age[j] = b
+PlannedFor(r)  == plan[r].n > 0
+InFlight(r)    == \E i \in DOMAIN inflight : inflight[i][r].n > 0
 Pinned(r)      == PlannedFor(r) \/ InFlight(r)
 FreePages      == {p \in Page : page[p].kind = "Free"}
-Evictable      == {p \in Page : page[p].kind = "Shared" /\ page[p].ref = 0}
+Parent(p, q)   == Len(page[p].key) < Len(page[q].key)
+                  /\ SubSeq(page[q].key, 1, Len(page[p].key)) = page[p].key
+Leaf(p)        == \A q \in Page : page[q].kind = "Shared" => ~Parent(p, q)
+Evictable      == {p \in Page : page[p].kind = "Shared" /\ page[p].ref = 0 /\ Leaf(p)}
 NoneEvictable  == Evictable = {}
-Wants(r)       == r \in Running /\ ~PlannedFor(r) /\ Len(tab[r]) < Len(Content[r])
-Starved        == FreePages = {} /\ \E r \in Req : Wants(r)
+
+Fits(r)        == PagesFor(Len(Content[r]) - 1) <= Cardinality(Page)  \* the last is not fed back
+Wanted(r)      == \* known tokens; or the one that a launched step is about to sample
+  CASE known[r] > planned[r]                                     -> known[r] - planned[r]
+    [] InFlight(r) /\ planned[r] < Len(Content[r]) - 1           -> 1
+    [] OTHER                                                     -> 0
+Wants(r)       == r \in Running /\ ~PlannedFor(r) /\ Wanted(r) > 0
+Room(r)        == Len(tab[r]) * PageSize - planned[r]   \* tokens that its pages can still hold
+Lacks(r)       == Wants(r) /\ Room(r) < Min(Wanted(r), Chunk)
+NoneLacks      == \A r \in Req : ~Lacks(r)
+Starved        == FreePages = {} /\ ~NoneLacks
 SlotFree       == Cardinality({r \in Req : "Slot" \in Owns[st[r]]}) < Slots
 FirstQueued(r) == \A q \in Req \ {r} : st[q] \in Queued => Older(r, q)
-FirstWants(r)  == \A q \in Req \ {r} : Wants(q) => Older(r, q)
 Youngest(r)    == \A q \in Running \ {r} : Older(q, r)
 Alone(r)       == Running = {r}
 Full           == Len(inflight) >= MaxInFlight
 
+KeyOf(r, i)    == SubSeq(Content[r], 1, i * PageSize)  \* page i of r, and all before it
 Hit(k)         == {p \in Page : page[p].kind = "Shared" /\ page[p].key = k}
-Match(r)       == \* longest shared prefix; the last known page is always computed again
-  LET n == CHOOSE n \in 0..(known[r] - 1) :
-             /\ \A i \in 1..n : Hit(Content[r][i]) # {}
-             /\ n < known[r] - 1 => Hit(Content[r][n + 1]) = {}
-  IN  [i \in 1..n |-> CHOOSE p \in Hit(Content[r][i]) : TRUE]
+Match(r)       == \* longest shared prefix; the last known token is always computed again
+  LET most == (known[r] - 1) \div PageSize
+      n == CHOOSE n \in 0..most : /\ \A i \in 1..n : Hit(KeyOf(r, i)) # {}
+                                  /\ n < most => Hit(KeyOf(r, n + 1)) = {}
+  IN  [i \in 1..n |-> CHOOSE p \in Hit(KeyOf(r, i)) : TRUE]
 
 ----------------------------------------------------------------------------
 (* Requests                                                                 *)
 
-Submit(r) ==
+Submit(r) ==     \* what can never fit is refused at the door
   /\ Move("Submit", r, "Waiting")
+  /\ Fits(r)
   /\ age' = Append(age, r)
-  /\ UNCHANGED <<tab, done, known, page, plan, inflight>>
+  /\ UNCHANGED <<tab, known, planned, done, page, content, plan, inflight>>
 
 Admit(r) ==      \* looking a prefix up and pinning it is one action
   /\ Move("Admit", r, "Prefilling")
-  /\ ~Starved
+  /\ NoneLacks
   /\ SlotFree
   /\ FirstQueued(r)
   /\ LET m == Match(r) IN
-       /\ tab'  = [tab EXCEPT ![r] = m]
-       /\ done' = [done EXCEPT ![r] = Len(m)]
-       /\ page' = [p \in Page |-> IF p \in Range(m)
-                                  THEN [page[p] EXCEPT !.ref = @ + 1] ELSE page[p]]
-  /\ UNCHANGED <<age, known, plan, inflight>>
+       /\ tab'     = [tab EXCEPT ![r] = m]
+       /\ planned' = [planned EXCEPT ![r] = Len(m) * PageSize]
+       /\ done'    = [done EXCEPT ![r] = Len(m) * PageSize]
+       /\ page'    = [p \in Page |-> IF p \in Range(m)
+                                     THEN [page[p] EXCEPT !.ref = @ + 1] ELSE page[p]]
+  /\ UNCHANGED <<age, known, content, plan, inflight>>
 
 Abort(r) ==
   /\ \E to \in State : Move("Abort", r, to)
-  /\ UNCHANGED <<age, tab, done, known, page, plan, inflight>>
+  /\ UNCHANGED <<age, tab, known, planned, done, page, content, plan, inflight>>
 
 GiveBack(r) ==   \* shared pages lose a reference, exclusive pages become free
-  /\ page' = [p \in Page |->
-                IF p \notin Range(tab[r]) THEN page[p]
-                ELSE IF page[p].kind = "Shared" THEN [page[p] EXCEPT !.ref = @ - 1]
-                ELSE FreePage]
-  /\ tab'  = [tab EXCEPT ![r] = <<>>]
-  /\ done' = [done EXCEPT ![r] = 0]
+  LET freed == {p \in Range(tab[r]) : page[p].kind = "Exclusive"} IN
+  /\ page'    = [p \in Page |->
+                   IF p \in freed THEN FreePage
+                   ELSE IF p \in Range(tab[r]) THEN [page[p] EXCEPT !.ref = @ - 1]
+                   ELSE page[p]]
+  /\ content' = [p \in Page |-> IF p \in freed THEN Null ELSE content[p]]
+  /\ tab'     = [tab EXCEPT ![r] = <<>>]
+  /\ planned' = [planned EXCEPT ![r] = 0]
+  /\ done'    = [done EXCEPT ![r] = 0]
 
 Release(r) ==    \* no page returns while a launched step may touch it
   /\ \E to \in State : Move("Release", r, to)
@@ -170,86 +195,111 @@ Preempt(r) ==    \* the youngest gives way; the oldest can always go on
 ----------------------------------------------------------------------------
 (* Steps                                                                    *)
 
-Schedule(r, p) ==
-  /\ Move("Schedule", r, st[r])
-  /\ Wants(r)
-  /\ FirstWants(r)
+Acquire(r, p) == \* a page for the tokens of its next step
+  /\ Move("Acquire", r, st[r])
+  /\ Lacks(r)
   /\ p \in FreePages
   /\ tab'  = [tab EXCEPT ![r] = Append(@, p)]
-  /\ page' = [page EXCEPT ![p] = [kind |-> "Exclusive", ref |-> 0, key |-> Null]]
-  /\ plan' = plan \cup {[req |-> r, page |-> p, reads |-> Range(tab[r])]}
-  /\ UNCHANGED <<age, done, known, inflight>>
+  /\ page' = [page EXCEPT ![p].kind = "Exclusive"]
+  /\ UNCHANGED <<age, known, planned, done, content, plan, inflight>>
+
+Covers(r, from, n) == \* the pages of tokens from+1 .. from+n
+  {tab[r][i] : i \in {i \in DOMAIN tab[r] : i * PageSize > from /\ (i - 1) * PageSize < from + n}}
+
+Schedule(r, n) ==
+  /\ Move("Schedule", r, st[r])
+  /\ Wants(r)
+  /\ n <= Wanted(r)
+  /\ n <= Room(r)
+  /\ plan'    = [plan EXCEPT ![r] = [n       |-> n,
+                                     samples |-> planned[r] + n >= known[r],
+                                     writes  |-> Covers(r, planned[r], n),
+                                     reads   |-> Covers(r, 0, planned[r] + n)]]
+  /\ planned' = [planned EXCEPT ![r] = @ + n]
+  /\ UNCHANGED <<age, tab, known, done, page, content, inflight>>
 
 Launch ==
-  /\ plan # {}
+  /\ plan # Empty
   /\ ~Full
   /\ inflight' = Append(inflight, plan)
-  /\ plan' = {}
-  /\ UNCHANGED <<st, age, tab, done, known, page>>
+  /\ plan' = Empty
+  /\ UNCHANGED <<st, age, tab, known, planned, done, page, content>>
 
-Last(r) == done[r] + 1 = Len(Content[r])
-
-AfterComplete(r, stop) ==
-  CASE st[r] = "Prefilling" /\ done[r] + 1 < known[r] -> "Prefilling"
-    [] st[r] \in Live /\ (Last(r) \/ r \in stop)      -> "Finishing"
-    [] st[r] \in Live                                 -> "Decoding"
-    [] OTHER                                          -> st[r]
+AfterComplete(r, w, stop) ==
+  CASE st[r] \in Live /\ ~w.samples                              -> st[r]
+    [] st[r] \in Live /\ (r \in stop \/ known[r] + 1 = Len(Content[r])) -> "Finishing"
+    [] st[r] \in Live                                            -> "Decoding"
+    [] OTHER                                                     -> st[r]
 
 Complete ==      \* results of draining requests are dropped
   /\ inflight # <<>>
-  /\ LET batch == {w.req : w \in Head(inflight)} IN
-     \E stop \in SUBSET {r \in batch : st[r] \in Live /\ done[r] + 1 >= known[r]} :
-       /\ \A r \in batch : <<st[r], AfterComplete(r, stop)>> \in Edges["Complete"]
-       /\ st'    = [r \in Req |-> IF r \in batch THEN AfterComplete(r, stop) ELSE st[r]]
-       /\ done'  = [r \in Req |-> IF r \in batch THEN done[r] + 1 ELSE done[r]]
-       /\ known' = [r \in Req |-> IF /\ r \in batch
-                                     /\ AfterComplete(r, stop) = "Decoding"
-                                  THEN done[r] + 2 ELSE known[r]]
+  /\ LET step  == Head(inflight)
+         batch == {r \in Req : step[r].n > 0}
+     IN
+     \E stop \in SUBSET {r \in batch : st[r] \in Live /\ step[r].samples} :
+       /\ \A r \in batch : <<st[r], AfterComplete(r, step[r], stop)>> \in Edges["Complete"]
+       /\ st'      = [r \in Req |-> IF r \in batch THEN AfterComplete(r, step[r], stop) ELSE st[r]]
+       /\ done'    = [r \in Req |-> done[r] + step[r].n]
+       /\ known'   = [r \in Req |-> IF r \in batch /\ st[r] \in Live /\ step[r].samples
+                                    THEN known[r] + 1 ELSE known[r]]
+       /\ content' = [p \in Page |->
+            IF \E r \in batch : p \in step[r].writes
+            THEN LET r == CHOOSE r \in batch : p \in step[r].writes
+                     i == CHOOSE i \in DOMAIN tab[r] : tab[r][i] = p
+                 IN  SubSeq(Content[r], 1, Min(i * PageSize, done[r] + step[r].n))
+            ELSE content[p]]
   /\ inflight' = Tail(inflight)
-  /\ UNCHANGED <<age, tab, page, plan>>
+  /\ UNCHANGED <<age, tab, planned, page, plan>>
 
 ----------------------------------------------------------------------------
 (* The prefix cache                                                         *)
 
-Computed(r, p)  == \E i \in 1..done[r] : i <= known[r] /\ tab[r][i] = p
-KeyOf(r, p)     == Content[r][CHOOSE i \in DOMAIN tab[r] : tab[r][i] = p]
-Cached(k)       == \E q \in Page : page[q].key = k
+Cached(k)      == \E q \in Page : page[q].kind = "Shared" /\ page[q].key = k
+Unpublished(r) == {i \in DOMAIN tab[r] : page[tab[r][i]].kind = "Exclusive"}
+FirstOwn(r)    == CHOOSE i \in Unpublished(r) : \A j \in Unpublished(r) : i <= j
 
-Publish(r, p) == \* after the KV is computed, and once a key
+Publish(r) ==    \* page by page, after the KV is computed, and once a key
   /\ Move("Publish", r, st[r])
-  /\ Computed(r, p)
-  /\ page[p].kind = "Exclusive"
-  /\ ~Cached(KeyOf(r, p))
-  /\ page' = [page EXCEPT ![p] = [kind |-> "Shared", ref |-> 1, key |-> KeyOf(r, p)]]
-  /\ UNCHANGED <<age, tab, done, known, plan, inflight>>
+  /\ Unpublished(r) # {}
+  /\ LET i == FirstOwn(r)
+         p == tab[r][i]
+     IN  /\ i * PageSize <= Min(done[r], known[r])
+         /\ ~Cached(KeyOf(r, i))
+         /\ page' = [page EXCEPT ![p] = [kind |-> "Shared", ref |-> 1, key |-> KeyOf(r, i)]]
+  /\ UNCHANGED <<age, tab, known, planned, done, content, plan, inflight>>
 
-Evict(p) ==
+Evict(p) ==      \* children before parents
   /\ p \in Evictable
   /\ page' = [page EXCEPT ![p] = FreePage]
-  /\ UNCHANGED <<st, age, tab, done, known, plan, inflight>>
+  /\ content' = [content EXCEPT ![p] = Null]
+  /\ UNCHANGED <<st, age, tab, known, planned, done, plan, inflight>>
 
 ----------------------------------------------------------------------------
 Init ==
   /\ st = [r \in Req |-> "New"]
   /\ age = <<>>
   /\ tab = [r \in Req |-> <<>>]
-  /\ done = [r \in Req |-> 0]
   /\ known = [r \in Req |-> PromptLen[r]]
+  /\ planned = [r \in Req |-> 0]
+  /\ done = [r \in Req |-> 0]
   /\ page = [p \in Page |-> FreePage]
-  /\ plan = {}
+  /\ content = [p \in Page |-> Null]
+  /\ plan = Empty
   /\ inflight = <<>>
 
 Next ==
-  \/ \E r \in Req : Submit(r) \/ Admit(r) \/ Abort(r) \/ Release(r) \/ Preempt(r)
-  \/ \E r \in Req, p \in Page : Schedule(r, p) \/ Publish(r, p)
+  \/ \E r \in Req : \/ Submit(r) \/ Admit(r) \/ Abort(r) \/ Release(r) \/ Preempt(r) \/ Publish(r)
+                    \/ \E p \in Page : Acquire(r, p)
+                    \/ \E n \in 1..Chunk : Schedule(r, n)
   \/ Launch \/ Complete
   \/ \E p \in Page : Evict(p)
 
 Fairness ==
   /\ \A r \in Req : WF_vars(Admit(r)) /\ WF_vars(Release(r)) /\ WF_vars(Preempt(r))
-                    /\ WF_vars(\E p \in Page : Schedule(r, p))
+                    /\ WF_vars(\E p \in Page : Acquire(r, p))
+                    /\ WF_vars(\E n \in 1..Chunk : Schedule(r, n))
   /\ WF_vars(Launch) /\ WF_vars(Complete)
-  /\ \A p \in Page : WF_vars(Evict(p) /\ Starved)
+  /\ WF_vars(Starved /\ \E p \in Page : Evict(p))
 
 Spec == Init /\ [][Next]_vars /\ Fairness
 
@@ -259,40 +309,59 @@ Spec == Init /\ [][Next]_vars /\ Fairness
 TypeOK ==
   /\ st \in [Req -> State]
   /\ age \in Seq(Req) /\ Len(age) <= Cardinality(Req)
-  /\ \A r \in Req : tab[r] \in Seq(Page) /\ Len(tab[r]) <= Len(Content[r])
-  /\ \A r \in Req : done[r] \in 0..Len(Content[r]) /\ known[r] \in 1..Len(Content[r])
+  /\ \A r \in Req : tab[r] \in Seq(Page) /\ Len(tab[r]) <= PagesFor(Len(Content[r]))
+  /\ \A r \in Req : {known[r], planned[r], done[r]} \subseteq 0..Len(Content[r])
   /\ page \in [Page -> PageRec]
-  /\ plan \subseteq Work
-  /\ \A i \in DOMAIN inflight : inflight[i] \subseteq Work
+  /\ content \in [Page -> Seq(Token)]
+  /\ plan \in [Req -> Work]
+  /\ \A i \in DOMAIN inflight : inflight[i] \in [Req -> Work]
 
 Holders(p) == {r \in Req : p \in Range(tab[r])}
-AllWork    == plan \cup UNION {inflight[i] : i \in DOMAIN inflight}
+Touches(r) == plan[r].reads \cup plan[r].writes
+              \cup UNION {inflight[i][r].reads \cup inflight[i][r].writes : i \in DOMAIN inflight}
 
-OwnsExactly ==           \* what a state does not own, a request in it does not hold
-  \A r \in Req : "Pages" \notin Owns[st[r]] => tab[r] = <<>> /\ ~Pinned(r)
-SlotsBounded == Cardinality({r \in Req : "Slot" \in Owns[st[r]]}) <= Slots
-NoDoubleMap == \A r \in Req : \A i, j \in DOMAIN tab[r] : tab[r][i] = tab[r][j] => i = j
-Conservation ==          \* each page is with exactly the holders that its record says
+FreeUnique ==            \* a free page is nobody's, and no page is twice in a table
+  /\ \A p \in FreePages : Holders(p) = {} /\ page[p] = FreePage
+  /\ \A r \in Req : \A i, j \in DOMAIN tab[r] : tab[r][i] = tab[r][j] => i = j
+RefExact ==              \* each page is with exactly the holders that its record says
   \A p \in Page :
-    CASE page[p].kind = "Free"      -> Holders(p) = {} /\ page[p].key = Null
-      [] page[p].kind = "Exclusive" -> Cardinality(Holders(p)) = 1 /\ page[p].key = Null
-      [] page[p].kind = "Shared"    -> Cardinality(Holders(p)) = page[p].ref
-                                       /\ page[p].key # Null
-OneCopyPerKey == \A p, q \in Page : page[p].key # Null /\ page[p].key = page[q].key => p = q
-OneWriter     == \A v, w \in AllWork : v.page = w.page => v = w
-WritesExclusive ==
-  \A w \in AllWork : page[w.page].kind = "Exclusive" /\ w.req \in Holders(w.page)
-ReadsHeld ==             \* nothing that a planned or launched step reads is given away
-  \A w \in AllWork : \A p \in w.reads : page[p].kind # "Free" /\ w.req \in Holders(p)
-ContentMatches ==        \* a shared page in a table holds the tokens of its place there
-  \A r \in Req : \A i \in DOMAIN tab[r] :
-    page[tab[r][i]].kind = "Shared" => page[tab[r][i]].key = Content[r][i]
+    CASE page[p].kind = "Exclusive" -> Cardinality(Holders(p)) = 1 /\ page[p].key = Null
+      [] page[p].kind = "Shared"    -> Cardinality(Holders(p)) = page[p].ref /\ page[p].key # Null
+      [] OTHER                      -> TRUE
+AccountingExact ==       \* free, evictable in time, and held: each page is one of them
+  Cardinality(FreePages) + Cardinality({p \in Page : page[p].kind = "Shared" /\ page[p].ref = 0})
+    + Cardinality(UNION {Range(tab[r]) : r \in Req}) = Cardinality(Page)
+NoReuseInFlight ==       \* what a planned or launched step touches has not been given away
+  \A r \in Req : \A p \in Touches(r) : page[p].kind # "Free"
+MatchPins ==             \* ... and is still held by the request that it is touched for
+  \A r \in Req : Touches(r) \subseteq Range(tab[r])
+OneWriter ==             \* a page is written for one request, while it alone holds it
+  \A r \in Req : \A i \in DOMAIN inflight : \A p \in inflight[i][r].writes : Holders(p) = {r}
+ContentMatches ==        \* whoever reads a page finds the KV of its own tokens there
+  /\ \A r \in Req : \A i \in DOMAIN tab[r] :
+       done[r] > (i - 1) * PageSize =>
+         content[tab[r][i]] = SubSeq(Content[r], 1, Min(i * PageSize, done[r]))
+  /\ \A p \in Page : page[p].kind = "Shared" => content[p] = page[p].key
+OneCopyPerKey ==
+  \A p, q \in Page :
+    page[p].kind = "Shared" /\ page[q].kind = "Shared" /\ page[p].key = page[q].key => p = q
+NoDangling ==            \* a shared page stands on its shared parents
+  \A p \in Page : page[p].kind = "Shared" =>
+    \A i \in 1..(Len(page[p].key) \div PageSize) : Cached(SubSeq(page[p].key, 1, i * PageSize))
+TerminalReleasesAll ==   \* what a state does not own, a request in it does not hold
+  \A r \in Req : "Pages" \notin Owns[st[r]] => tab[r] = <<>> /\ ~Pinned(r)
+AdmitSound ==            \* nobody is let in who could not finish alone, nor more than there is room for
+  /\ \A r \in Req : st[r] # "New" => Fits(r)
+  /\ Cardinality({r \in Req : "Slot" \in Owns[st[r]]}) <= Slots
 
-Safety == /\ TypeOK /\ OwnsExactly /\ SlotsBounded /\ NoDoubleMap /\ Conservation
-          /\ OneCopyPerKey /\ OneWriter /\ WritesExclusive /\ ReadsHeld /\ ContentMatches
+Safety == /\ TypeOK /\ FreeUnique /\ RefExact /\ AccountingExact /\ NoReuseInFlight /\ MatchPins
+          /\ OneWriter /\ ContentMatches /\ OneCopyPerKey /\ NoDangling /\ TerminalReleasesAll
+          /\ AdmitSound
 
-(* Liveness and action properties                                           *)
+(* Liveness, and properties of steps                                        *)
 
 EveryRequestEnds == \A r \in Req : (st[r] = "Waiting") ~> (st[r] \in Terminal)
+PreemptProgress  == \A r \in Req : (st[r] = "Preempted") ~> (st[r] \in Draining \cup Terminal)
+DrainEnds        == \A r \in Req : (st[r] \in Draining) ~> (st[r] \in Terminal)
 DrainOnly == [][\A r \in Req : st[r] \in Draining => st'[r] \in {st[r]} \cup Terminal]_vars
 ==============================================================================

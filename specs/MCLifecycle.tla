@@ -1,8 +1,34 @@
 ---------------------------- MODULE MCLifecycle ----------------------------
-(* Bounded models of Lifecycle: every request has the same prompt and would  *)
-(* generate the same, so that all of its pages can be shared.                *)
-EXTENDS Lifecycle
-CONSTANTS k1, k2, k3, k4, PLen, MLen
-MCContent == [r \in Req |-> SubSeq(<<k1, k2, k3, k4>>, 1, MLen)]
-MCPromptLen == [r \in Req |-> PLen]
+(* Bounded models of Lifecycle.  All requests have `Length` tokens, `Prompt`  *)
+(* of them prompt; the first `Common` are the same, then each has its own.    *)
+(* The request `TooLong`, if there is one, could never fit.                   *)
+EXTENDS Lifecycle, TLC
+CONSTANTS Prompt, Length, Common, TooLong
+
+MCToken     == Req \cup {"common"}
+MCLength(r) == IF r = TooLong THEN PageSize * Cardinality(Page) + 2 ELSE Length
+MCContent   == [r \in Req |-> [i \in 1..MCLength(r) |-> IF i <= Common THEN "common" ELSE r]]
+MCPromptLen == [r \in Req |-> Prompt]
+Symmetric   == Permutations(Req) \cup Permutations(Page)
+
+----------------------------------------------------------------------------
+(* What must be possible, one a configuration in reach/: each is an invariant *)
+(* that must fail, so that nothing above holds because nothing happens.       *)
+NeverWaiting    == \A r \in Req : st[r] # "Waiting"
+NeverPrefilling == \A r \in Req : st[r] # "Prefilling"
+NeverDecoding   == \A r \in Req : st[r] # "Decoding"
+NeverPreempted  == \A r \in Req : st[r] # "Preempted"
+NeverFinishing  == \A r \in Req : st[r] # "Finishing"
+NeverAborting   == \A r \in Req : st[r] # "Aborting"
+NeverFinished   == \A r \in Req : st[r] # "Finished"
+NeverAborted    == \A r \in Req : st[r] # "Aborted"
+NeverResumed    == [][\A r \in Req : st[r] = "Preempted" => st'[r] # "Prefilling"]_vars
+NeverTwoHolders == \A p \in Page : Cardinality(Holders(p)) < 2
+NeverHit        == \A r \in Req : ~(st[r] = "Prefilling" /\ done[r] > 0 /\ InFlight(r) = FALSE
+                                    /\ page[tab[r][1]].ref = 1 /\ planned[r] = done[r])
+NeverEvicted    == [][\A p \in Page : page[p].kind = "Shared" => page'[p].kind # "Free"]_vars
+NeverFull       == ~Full
+NeverAhead      == \A r \in Req : planned[r] <= known[r]
+NeverStarved    == ~Starved
+NeverDropped    == \A r \in Req : ~(st[r] = "Finishing" /\ InFlight(r))
 =============================================================================

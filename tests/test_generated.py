@@ -126,7 +126,7 @@ def test_the_matrix_refutes_with_a_sentence(tmp_path: Path) -> None:
     path.write_text(header.replace(f"static_assert(!{pair}", f"static_assert({pair}"))
     status, errors = compiler(path)
     assert status != 0
-    assert "Admit is not legal in Decoding. Legal here: Schedule, Complete" in errors
+    assert "Admit is not legal in Decoding. Legal here: Acquire, Schedule" in errors
 
 
 USER = (

@@ -119,6 +119,7 @@ class Liveness {
       const std::optional<States> rest = judge(component, label, mark, visit);
       ++mark;
       if (!rest) return component;
+      if (rest->empty()) continue;
       for (auto& smaller : components(*rest)) work.push_back(std::move(smaller));
     }
     return {};

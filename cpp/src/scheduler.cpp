@@ -121,9 +121,15 @@ bool Scheduler::Wants(RequestId id) const noexcept {
   return wanted(records_[id.index]) > 0;
 }
 
-// A shortage holds up only the younger ones that would take a page.
-bool Scheduler::FirstWants(RequestId id) const noexcept {
-  return !short_ || !taking_ || records_[id.index].arrival <= short_by_;
+bool Scheduler::Lacks(RequestId id) const noexcept {
+  const Record& record = records_[id.index];
+  const std::int32_t next = std::min(wanted(record), config_.step_tokens);
+  return next > 0 && record.pages * config_.page_size - record.planned < next;
+}
+
+bool Scheduler::Fits(RequestId id) const noexcept {
+  // The last token is never fed back, so it needs no KV.
+  return pages_for(records_[id.index].length_max - 1, config_.page_size) <= config_.pages;
 }
 
 bool Scheduler::Youngest(RequestId id) const noexcept {
@@ -161,12 +167,6 @@ Refusal Scheduler::submit(std::int64_t number, std::span<const Token> prompt,
     return {"max_tokens", "prompt and max_tokens together exceed context_max " +
                               std::to_string(config_.context_max)};
   }
-  // The last token is never fed back, so it needs no KV.
-  const auto pages = pages_for(static_cast<std::int32_t>(length) - 1, config_.page_size);
-  if (pages > config_.pages) {
-    return {"max_tokens", "needs " + std::to_string(pages) + " pages, the pool has " +
-                              std::to_string(config_.pages)};
-  }
   if (by_number_.contains(number)) return {"number", "this request is alive already"};
   if (std::ssize(queued_) >= config_.waiting_max) return {"", "the queue is full", true};
 
@@ -180,7 +180,15 @@ Refusal Scheduler::submit(std::int64_t number, std::span<const Token> prompt,
   record.tokens.assign(prompt.begin(), prompt.end());
   by_number_.emplace(number, index);
   auto created = lifecycle::create<Scheduler>(RequestId{index, record.incarnation});
-  put(lifecycle::Submit(*this, std::move(created)));
+  auto verdict = lifecycle::permit_Submit(*this, created);
+  if (!verdict) {
+    created.abandon();
+    retire(index);
+    const auto pages = pages_for(static_cast<std::int32_t>(length) - 1, config_.page_size);
+    return {"max_tokens", "needs " + std::to_string(pages) + " pages, the pool has " +
+                              std::to_string(config_.pages)};
+  }
+  put(lifecycle::Submit(*this, std::move(created), std::move(verdict).take()));
   queue(index);
   return {};
 }
@@ -274,18 +282,22 @@ std::int32_t Scheduler::acquire(std::uint32_t index, std::int32_t tokens, Plan& 
     if constexpr (lifecycle::can(Action::Schedule, S)) {
       const std::int32_t planned = records_[index].planned;
       const std::int32_t needed = pages_for(planned + tokens, config_.page_size);
-      std::int32_t have = static_cast<std::int32_t>(handle<S>(index).pages().size());
-      taking_ = false;
-      while (have < needed && !short_) {
+      while (records_[index].pages < needed && !short_) {
         auto page = find_page(index, plan);
         if (!page) break;
-        taking_ = true;
+        auto verdict = lifecycle::permit_Acquire(*this, handle<S>(index));
+        if (!verdict) {
+          pool_.give_back(std::move(*page));
+          break;
+        }
+        handle<S>(index) =
+            lifecycle::Acquire(*this, std::move(handle<S>(index)), std::move(verdict).take());
         const std::int32_t slot = handle<S>(index).slot().index();
-        plan.page_delta.insert(plan.page_delta.end(), {slot, have, page->id()});
+        plan.page_delta.insert(plan.page_delta.end(), {slot, records_[index].pages, page->id()});
         handle<S>(index).pages().append(std::move(*page));
-        ++have;
+        ++records_[index].pages;
       }
-      return std::min(tokens, have * config_.page_size - planned);
+      return std::min(tokens, records_[index].pages * config_.page_size - planned);
     } else {
       return 0;
     }
@@ -301,7 +313,6 @@ std::optional<ExclusivePage> Scheduler::find_page(std::uint32_t index, Plan& pla
       continue;
     }
     short_ = true;
-    short_by_ = records_[index].arrival;
     if (!preempt_youngest(index, plan)) return std::nullopt;
     short_ = false;
   }
@@ -319,7 +330,7 @@ bool Scheduler::preempt_youngest(std::uint32_t for_whom, Plan& plan) {
       put(std::move(out.request));
       give_back(std::move(out.pages), std::move(out.slot));
       Record& record = records_[index];
-      record.planned = record.computed = record.published = 0;
+      record.pages = record.planned = record.computed = record.published = 0;
       queue(index);
       plan.preempted.push_back(record.number);
       ++counts_.preemptions;
@@ -387,6 +398,7 @@ bool Scheduler::admit(std::uint32_t index, Plan& plan) {
         counts_.prefix_queries += record.known();
         counts_.prefix_hits += matched * config_.page_size;
       }
+      record.pages = matched;
       record.planned = record.computed = matched * config_.page_size;
       record.published = config_.prefix_cache ? matched : std::numeric_limits<std::int32_t>::max();
       record.cursor = cursor;

@@ -136,11 +136,13 @@ class Scheduler final {
   void moved(lifecycle::Action action, RequestId id, lifecycle::State from,
              lifecycle::State to) noexcept;
   bool Starved() const noexcept { return short_ && pool_.free() == 0; }
+  bool NoneLacks() const noexcept { return !short_; }
   bool NoneEvictable() const noexcept { return index_.none_evictable(); }
   bool SlotFree() const noexcept { return !free_slots_.empty(); }
   bool FirstQueued(RequestId id) const noexcept;
   bool Wants(RequestId id) const noexcept;
-  bool FirstWants(RequestId id) const noexcept;
+  bool Lacks(RequestId id) const noexcept;
+  bool Fits(RequestId id) const noexcept;
   bool Youngest(RequestId id) const noexcept;
   bool Alone(RequestId id) const noexcept;
   bool Pinned(RequestId id) const noexcept;
@@ -158,6 +160,7 @@ class Scheduler final {
     State state = State::New;
     std::int32_t place = 0;       // in the container of its state
     std::int32_t length_max = 0;  // prompt and output tokens
+    std::int32_t pages = 0;       // in its table
     std::int32_t planned = 0;     // positions that a step has been planned for
     std::int32_t computed = 0;    // positions whose KV is there
     std::int32_t published = 0;   // leading pages that have been offered to the prefix index
@@ -237,9 +240,7 @@ class Scheduler final {
   std::deque<Ticket> launched_;
   std::int64_t arrivals_ = 0;
   std::int64_t step_ = 0;
-  bool short_ = false;         // in the plan being made, a request lacked a page
-  std::int64_t short_by_ = 0;  // ... and this is when it arrived
-  bool taking_ = false;        // the row being scheduled took a page
+  bool short_ = false;  // in the plan being made, a request lacked a page
   bool recording_ = false;
   Stats counts_;
   std::vector<Event> events_;

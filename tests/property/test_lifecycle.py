@@ -1,7 +1,7 @@
 """Walks of the lifecycle at bounds too large to enumerate: safe at each step, the mirror beside it.
 
-Three requests of up to four pages share five device pages and two slots, with three steps in
-flight. The interpreter says what is enabled, Hypothesis chooses, and the mirror must follow.
+Three requests of up to four pages share five device pages of two tokens and two slots, with three
+steps in flight. The interpreter says what is enabled, Hypothesis chooses, the mirror must follow.
 """
 
 from __future__ import annotations
@@ -21,19 +21,21 @@ from tokenspeed.fsm.values import Function, function, show
 SPECS = Path(__file__).resolve().parents[2] / "specs"
 REQUESTS = ("r1", "r2", "r3")
 PAGES = ("p1", "p2", "p3", "p4", "p5")
-ALIKE, OTHER = ("k1", "k2", "k3", "k4"), ("k1", "k5", "k6", "k7")
+ALIKE = ("a", "b", "c", "d", "e", "f", "g", "h")
+OTHER = ("a", "b", "c", "x", "y", "z", "z", "z")
 
 
 @cache
 def specification(prompt: int) -> Evaluator:
-    """The spec with prompts of `prompt` pages: two requests alike, one that soon differs."""
+    """The spec with prompts of `prompt` tokens: two requests alike, one that soon differs."""
     constants = {
         "Req": frozenset(REQUESTS),
         "Page": frozenset(PAGES),
-        "Key": frozenset((*ALIKE, *OTHER)),
-        "Null": "none",
+        "Token": frozenset((*ALIKE, *OTHER)),
         "Content": function({"r1": ALIKE, "r2": ALIKE, "r3": OTHER}),
         "PromptLen": function(dict.fromkeys(REQUESTS, prompt)),
+        "PageSize": 2,
+        "Chunk": 3,
         "Slots": 2,
         "MaxInFlight": 3,
     }
@@ -51,7 +53,7 @@ def moving(label: Label, before: Function, after: Function) -> list[str]:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    prompt=st.integers(1, 3),
+    prompt=st.integers(1, 6),
     choices=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=10, max_size=70),
 )
 def test_every_walk_is_safe_and_the_mirror_follows(
@@ -83,7 +85,7 @@ def test_every_walk_is_safe_and_the_mirror_follows(
 
 def test_a_walk_can_reach_every_action() -> None:
     """The bounds are no fence: walking by rote, each action of the spec gets its turn."""
-    spec = specification(2)
+    spec = specification(4)
     successors, seen, state = spec.successors("Next"), dict[str, int](), spec.initial("Init")[0]
     for turn in range(400):
         options = list(successors(state))

@@ -19,7 +19,7 @@ namespace tokenspeed::lifecycle {
 
 inline constexpr std::string_view kSpec = "specs/Lifecycle.tla";
 inline constexpr std::string_view kSpecHash =
-    "7a4771e342183257a0a1933fbadc2fd60d3c4564f858f7b810822413f20fff4f";
+    "1e1f453035c002606f6db42ae464eaef97a353d93719a7afd3534717a4bfab1e";
 
 enum class State : std::uint8_t {
   New,
@@ -43,6 +43,7 @@ constexpr std::string_view name(State value) noexcept {
 enum class Action : std::uint8_t {
   Submit,
   Admit,
+  Acquire,
   Schedule,
   Complete,
   Publish,
@@ -50,8 +51,8 @@ enum class Action : std::uint8_t {
   Abort,
   Release,
 };
-inline constexpr std::array<std::string_view, 8> kActionNames{
-    "Submit", "Admit", "Schedule", "Complete", "Publish", "Preempt", "Abort", "Release",
+inline constexpr std::array<std::string_view, 9> kActionNames{
+    "Submit", "Admit", "Acquire", "Schedule", "Complete", "Publish", "Preempt", "Abort", "Release",
 };
 constexpr std::string_view name(Action value) noexcept {
   return kActionNames[static_cast<std::size_t>(value)];
@@ -79,6 +80,9 @@ constexpr bool edge(Action action, State from, State to) noexcept {
     case Action::Admit:
       return (from == State::Waiting && to == State::Prefilling) ||
              (from == State::Preempted && to == State::Prefilling);
+    case Action::Acquire:
+      return (from == State::Prefilling && to == State::Prefilling) ||
+             (from == State::Decoding && to == State::Decoding);
     case Action::Schedule:
       return (from == State::Prefilling && to == State::Prefilling) ||
              (from == State::Decoding && to == State::Decoding);
@@ -140,11 +144,11 @@ static_assert(can(Action::Submit, State::New));
 static_assert(!can(Action::Submit, State::Waiting),
               "Submit is not legal in Waiting. Legal here: Admit, Abort. See specs/Lifecycle.tla");
 static_assert(!can(Action::Submit, State::Prefilling),
-              "Submit is not legal in Prefilling. Legal here: Schedule, Complete, Publish, "
-              "Preempt, Abort. See specs/Lifecycle.tla");
+              "Submit is not legal in Prefilling. Legal here: Acquire, Schedule, Complete, "
+              "Publish, Preempt, Abort. See specs/Lifecycle.tla");
 static_assert(!can(Action::Submit, State::Decoding),
-              "Submit is not legal in Decoding. Legal here: Schedule, Complete, Publish, Preempt, "
-              "Abort. See specs/Lifecycle.tla");
+              "Submit is not legal in Decoding. Legal here: Acquire, Schedule, Complete, Publish, "
+              "Preempt, Abort. See specs/Lifecycle.tla");
 static_assert(
     !can(Action::Submit, State::Preempted),
     "Submit is not legal in Preempted. Legal here: Admit, Abort. See specs/Lifecycle.tla");
@@ -162,11 +166,11 @@ static_assert(!can(Action::Admit, State::New),
               "Admit is not legal in New. Legal here: Submit. See specs/Lifecycle.tla");
 static_assert(can(Action::Admit, State::Waiting));
 static_assert(!can(Action::Admit, State::Prefilling),
-              "Admit is not legal in Prefilling. Legal here: Schedule, Complete, Publish, Preempt, "
-              "Abort. See specs/Lifecycle.tla");
+              "Admit is not legal in Prefilling. Legal here: Acquire, Schedule, Complete, Publish, "
+              "Preempt, Abort. See specs/Lifecycle.tla");
 static_assert(!can(Action::Admit, State::Decoding),
-              "Admit is not legal in Decoding. Legal here: Schedule, Complete, Publish, Preempt, "
-              "Abort. See specs/Lifecycle.tla");
+              "Admit is not legal in Decoding. Legal here: Acquire, Schedule, Complete, Publish, "
+              "Preempt, Abort. See specs/Lifecycle.tla");
 static_assert(can(Action::Admit, State::Preempted));
 static_assert(!can(Action::Admit, State::Finishing),
               "Admit is not legal in Finishing. Legal here: Complete, Publish, Release. See "
@@ -178,6 +182,25 @@ static_assert(!can(Action::Admit, State::Finished),
               "Admit is not legal in Finished. Legal here: nothing. See specs/Lifecycle.tla");
 static_assert(!can(Action::Admit, State::Aborted),
               "Admit is not legal in Aborted. Legal here: nothing. See specs/Lifecycle.tla");
+static_assert(!can(Action::Acquire, State::New),
+              "Acquire is not legal in New. Legal here: Submit. See specs/Lifecycle.tla");
+static_assert(!can(Action::Acquire, State::Waiting),
+              "Acquire is not legal in Waiting. Legal here: Admit, Abort. See specs/Lifecycle.tla");
+static_assert(can(Action::Acquire, State::Prefilling));
+static_assert(can(Action::Acquire, State::Decoding));
+static_assert(
+    !can(Action::Acquire, State::Preempted),
+    "Acquire is not legal in Preempted. Legal here: Admit, Abort. See specs/Lifecycle.tla");
+static_assert(!can(Action::Acquire, State::Finishing),
+              "Acquire is not legal in Finishing. Legal here: Complete, Publish, Release. See "
+              "specs/Lifecycle.tla");
+static_assert(
+    !can(Action::Acquire, State::Aborting),
+    "Acquire is not legal in Aborting. Legal here: Complete, Release. See specs/Lifecycle.tla");
+static_assert(!can(Action::Acquire, State::Finished),
+              "Acquire is not legal in Finished. Legal here: nothing. See specs/Lifecycle.tla");
+static_assert(!can(Action::Acquire, State::Aborted),
+              "Acquire is not legal in Aborted. Legal here: nothing. See specs/Lifecycle.tla");
 static_assert(!can(Action::Schedule, State::New),
               "Schedule is not legal in New. Legal here: Submit. See specs/Lifecycle.tla");
 static_assert(
@@ -271,11 +294,11 @@ static_assert(!can(Action::Release, State::New),
 static_assert(!can(Action::Release, State::Waiting),
               "Release is not legal in Waiting. Legal here: Admit, Abort. See specs/Lifecycle.tla");
 static_assert(!can(Action::Release, State::Prefilling),
-              "Release is not legal in Prefilling. Legal here: Schedule, Complete, Publish, "
-              "Preempt, Abort. See specs/Lifecycle.tla");
+              "Release is not legal in Prefilling. Legal here: Acquire, Schedule, Complete, "
+              "Publish, Preempt, Abort. See specs/Lifecycle.tla");
 static_assert(!can(Action::Release, State::Decoding),
-              "Release is not legal in Decoding. Legal here: Schedule, Complete, Publish, Preempt, "
-              "Abort. See specs/Lifecycle.tla");
+              "Release is not legal in Decoding. Legal here: Acquire, Schedule, Complete, Publish, "
+              "Preempt, Abort. See specs/Lifecycle.tla");
 static_assert(
     !can(Action::Release, State::Preempted),
     "Release is not legal in Preempted. Legal here: Admit, Abort. See specs/Lifecycle.tla");
@@ -293,11 +316,13 @@ concept World = requires(W& world, const W& view, RequestId request) {
   typename W::Slot;
   typename W::Pages;
   { world.moved(Action{}, request, State{}, State{}) } noexcept;
-  { view.Starved() } -> std::same_as<bool>;
+  { view.Fits(request) } -> std::same_as<bool>;
+  { view.NoneLacks() } -> std::same_as<bool>;
   { view.SlotFree() } -> std::same_as<bool>;
   { view.FirstQueued(request) } -> std::same_as<bool>;
+  { view.Lacks(request) } -> std::same_as<bool>;
   { view.Wants(request) } -> std::same_as<bool>;
-  { view.FirstWants(request) } -> std::same_as<bool>;
+  { view.Starved() } -> std::same_as<bool>;
   { view.NoneEvictable() } -> std::same_as<bool>;
   { view.Youngest(request) } -> std::same_as<bool>;
   { view.Alone(request) } -> std::same_as<bool>;
@@ -399,13 +424,21 @@ Request<State::New, W> create(RequestId id) noexcept {
 }
 
 // Submit: New -> Waiting.
+template <State S, World W>
+  requires(can(Action::Submit, S))
+Verdict<Action::Submit> permit_Submit(const W& world, const Request<S, W>& request) noexcept {
+  if (!world.Fits(request.id())) return Moves::refuse<Action::Submit>(request.id(), "Fits(r)");
+  return Moves::allow<Action::Submit>(request.id());
+}
 constexpr State after_Submit([[maybe_unused]] State from) noexcept {
   return State::Waiting;
 }
 template <State S, World W>
   requires(can(Action::Submit, S))
-Request<after_Submit(S), W> Submit(W& world, Request<S, W>&& request) noexcept {
+Request<after_Submit(S), W> Submit(W& world, Request<S, W>&& request,
+                                   Permit<Action::Submit>&& permit) noexcept {
   const RequestId id = request.id();
+  Moves::use(std::move(permit), id);
   auto out = Moves::make<after_Submit(S), W>(Moves::take_id(request), Moves::take_slot(request),
                                              Moves::take_pages(request));
   world.moved(Action::Submit, id, S, after_Submit(S));
@@ -418,11 +451,11 @@ void Submit(W&, Request<S, W>&&, Rest&&...) noexcept {
       S != State::Waiting,
       "Submit is not legal in Waiting. Legal here: Admit, Abort. See specs/Lifecycle.tla");
   static_assert(S != State::Prefilling,
-                "Submit is not legal in Prefilling. Legal here: Schedule, Complete, Publish, "
-                "Preempt, Abort. See specs/Lifecycle.tla");
+                "Submit is not legal in Prefilling. Legal here: Acquire, Schedule, Complete, "
+                "Publish, Preempt, Abort. See specs/Lifecycle.tla");
   static_assert(S != State::Decoding,
-                "Submit is not legal in Decoding. Legal here: Schedule, Complete, Publish, "
-                "Preempt, Abort. See specs/Lifecycle.tla");
+                "Submit is not legal in Decoding. Legal here: Acquire, Schedule, Complete, "
+                "Publish, Preempt, Abort. See specs/Lifecycle.tla");
   static_assert(
       S != State::Preempted,
       "Submit is not legal in Preempted. Legal here: Admit, Abort. See specs/Lifecycle.tla");
@@ -442,7 +475,7 @@ void Submit(W&, Request<S, W>&&, Rest&&...) noexcept {
 template <State S, World W>
   requires(can(Action::Admit, S))
 Verdict<Action::Admit> permit_Admit(const W& world, const Request<S, W>& request) noexcept {
-  if (world.Starved()) return Moves::refuse<Action::Admit>(request.id(), "~Starved");
+  if (!world.NoneLacks()) return Moves::refuse<Action::Admit>(request.id(), "NoneLacks");
   if (!world.SlotFree()) return Moves::refuse<Action::Admit>(request.id(), "SlotFree");
   if (!world.FirstQueued(request.id()))
     return Moves::refuse<Action::Admit>(request.id(), "FirstQueued(r)");
@@ -469,11 +502,11 @@ void Admit(W&, Request<S, W>&&, Rest&&...) noexcept {
   static_assert(S != State::New,
                 "Admit is not legal in New. Legal here: Submit. See specs/Lifecycle.tla");
   static_assert(S != State::Prefilling,
-                "Admit is not legal in Prefilling. Legal here: Schedule, Complete, Publish, "
-                "Preempt, Abort. See specs/Lifecycle.tla");
+                "Admit is not legal in Prefilling. Legal here: Acquire, Schedule, Complete, "
+                "Publish, Preempt, Abort. See specs/Lifecycle.tla");
   static_assert(S != State::Decoding,
-                "Admit is not legal in Decoding. Legal here: Schedule, Complete, Publish, Preempt, "
-                "Abort. See specs/Lifecycle.tla");
+                "Admit is not legal in Decoding. Legal here: Acquire, Schedule, Complete, Publish, "
+                "Preempt, Abort. See specs/Lifecycle.tla");
   static_assert(S != State::Finishing,
                 "Admit is not legal in Finishing. Legal here: Complete, Publish, Release. See "
                 "specs/Lifecycle.tla");
@@ -486,13 +519,55 @@ void Admit(W&, Request<S, W>&&, Rest&&...) noexcept {
                 "Admit is not legal in Aborted. Legal here: nothing. See specs/Lifecycle.tla");
 }
 
+// Acquire: Prefilling -> Prefilling, Decoding -> Decoding.
+template <State S, World W>
+  requires(can(Action::Acquire, S))
+Verdict<Action::Acquire> permit_Acquire(const W& world, const Request<S, W>& request) noexcept {
+  if (!world.Lacks(request.id())) return Moves::refuse<Action::Acquire>(request.id(), "Lacks(r)");
+  return Moves::allow<Action::Acquire>(request.id());
+}
+constexpr State after_Acquire(State from) noexcept {
+  return from == State::Prefilling ? State::Prefilling : State::Decoding;
+}
+template <State S, World W>
+  requires(can(Action::Acquire, S))
+Request<after_Acquire(S), W> Acquire(W& world, Request<S, W>&& request,
+                                     Permit<Action::Acquire>&& permit) noexcept {
+  const RequestId id = request.id();
+  Moves::use(std::move(permit), id);
+  auto out = Moves::make<after_Acquire(S), W>(Moves::take_id(request), Moves::take_slot(request),
+                                              Moves::take_pages(request));
+  world.moved(Action::Acquire, id, S, after_Acquire(S));
+  return out;
+}
+template <State S, class W, class... Rest>
+  requires(!can(Action::Acquire, S))
+void Acquire(W&, Request<S, W>&&, Rest&&...) noexcept {
+  static_assert(S != State::New,
+                "Acquire is not legal in New. Legal here: Submit. See specs/Lifecycle.tla");
+  static_assert(
+      S != State::Waiting,
+      "Acquire is not legal in Waiting. Legal here: Admit, Abort. See specs/Lifecycle.tla");
+  static_assert(
+      S != State::Preempted,
+      "Acquire is not legal in Preempted. Legal here: Admit, Abort. See specs/Lifecycle.tla");
+  static_assert(S != State::Finishing,
+                "Acquire is not legal in Finishing. Legal here: Complete, Publish, Release. See "
+                "specs/Lifecycle.tla");
+  static_assert(
+      S != State::Aborting,
+      "Acquire is not legal in Aborting. Legal here: Complete, Release. See specs/Lifecycle.tla");
+  static_assert(S != State::Finished,
+                "Acquire is not legal in Finished. Legal here: nothing. See specs/Lifecycle.tla");
+  static_assert(S != State::Aborted,
+                "Acquire is not legal in Aborted. Legal here: nothing. See specs/Lifecycle.tla");
+}
+
 // Schedule: Prefilling -> Prefilling, Decoding -> Decoding.
 template <State S, World W>
   requires(can(Action::Schedule, S))
 Verdict<Action::Schedule> permit_Schedule(const W& world, const Request<S, W>& request) noexcept {
   if (!world.Wants(request.id())) return Moves::refuse<Action::Schedule>(request.id(), "Wants(r)");
-  if (!world.FirstWants(request.id()))
-    return Moves::refuse<Action::Schedule>(request.id(), "FirstWants(r)");
   return Moves::allow<Action::Schedule>(request.id());
 }
 constexpr State after_Schedule(State from) noexcept {
@@ -733,11 +808,11 @@ void Release(W&, Request<S, W>&&, Rest&&...) noexcept {
       S != State::Waiting,
       "Release is not legal in Waiting. Legal here: Admit, Abort. See specs/Lifecycle.tla");
   static_assert(S != State::Prefilling,
-                "Release is not legal in Prefilling. Legal here: Schedule, Complete, Publish, "
-                "Preempt, Abort. See specs/Lifecycle.tla");
+                "Release is not legal in Prefilling. Legal here: Acquire, Schedule, Complete, "
+                "Publish, Preempt, Abort. See specs/Lifecycle.tla");
   static_assert(S != State::Decoding,
-                "Release is not legal in Decoding. Legal here: Schedule, Complete, Publish, "
-                "Preempt, Abort. See specs/Lifecycle.tla");
+                "Release is not legal in Decoding. Legal here: Acquire, Schedule, Complete, "
+                "Publish, Preempt, Abort. See specs/Lifecycle.tla");
   static_assert(
       S != State::Preempted,
       "Release is not legal in Preempted. Legal here: Admit, Abort. See specs/Lifecycle.tla");

@@ -1,6 +1,6 @@
 // A request that has pages is not given more by admitting it again.
-// expect: Admit is not legal in Decoding. Legal here: Schedule, Complete, Publish, Preempt, Abort.
-// See specs/Lifecycle.tla
+// expect: Admit is not legal in Decoding. Legal here: Acquire, Schedule, Complete, Publish,
+// Preempt, Abort. See specs/Lifecycle.tla
 #include "world.hpp"
 
 #ifdef LEGAL

@@ -1,5 +1,5 @@
 // A request that runs keeps its pages.
-// expect: Release is not legal in Decoding. Legal here: Schedule, Complete, Publish, Preempt,
+// expect: Release is not legal in Decoding. Legal here: Acquire, Schedule, Complete, Publish, Preempt,
 // Abort. See specs/Lifecycle.tla
 #include "world.hpp"
 

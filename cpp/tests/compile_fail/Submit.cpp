@@ -8,7 +8,7 @@ constexpr State kFrom = State::New;
 constexpr State kFrom = State::Waiting;
 #endif
 
-void move(Always& world, In<kFrom>&& request) {
-  auto moved = [&] { return Submit(world, std::move(request)); };
+void move(Always& world, In<kFrom>&& request, Permit<Action::Submit>&& permit) {
+  auto moved = [&] { return Submit(world, std::move(request), std::move(permit)); };
   static_cast<void>(moved);
 }

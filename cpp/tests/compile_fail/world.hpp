@@ -22,7 +22,9 @@ struct Always {
   bool NoneEvictable() const { return true; }
   bool FirstQueued(RequestId) const { return true; }
   bool Wants(RequestId) const { return true; }
-  bool FirstWants(RequestId) const { return true; }
+  bool Lacks(RequestId) const { return true; }
+  bool NoneLacks() const { return true; }
+  bool Fits(RequestId) const { return true; }
   bool Youngest(RequestId) const { return true; }
   bool Alone(RequestId) const { return false; }
   bool Pinned(RequestId) const { return false; }

@@ -21,7 +21,7 @@ from rich.table import Table
 from tokenspeed.errors import ConfigError, SpecError
 from tokenspeed.fsm.check import Report, Settings, simulate
 from tokenspeed.fsm.check import check as check_model
-from tokenspeed.fsm.manifest import Recorded, read_manifest, specs_directory
+from tokenspeed.fsm.manifest import Recorded, read_manifest, specs_directory, write_manifest
 
 __all__ = ["check"]
 
@@ -43,6 +43,7 @@ _path = click.Path(path_type=Path, exists=True, dir_okay=False)
 @click.option("--simulate", "walks", type=click.IntRange(1), help="random behaviours, not all")
 @click.option("--depth", type=click.IntRange(1), default=100, show_default=True, help="of a walk")
 @click.option("--seed", type=click.IntRange(0), default=1, show_default=True, help="of the walks")
+@click.option("--record", is_flag=True, help="write what is found into the manifest")
 @click.option("--slow/--no-slow", default=True, show_default=True, help="the large models too")
 def check(
     spec: Path | None,
@@ -52,12 +53,13 @@ def check(
     depth: int,
     seed: int,
     slow: bool,
+    record: bool,
     **settings: Any,
 ) -> None:
     """Model check SPEC; without one, every model of the manifest."""
     how = Settings(**settings)
     if spec is None:
-        sys.exit(_check_all(how, as_json, slow))
+        sys.exit(_check_all(how, as_json=as_json, slow=slow, record=record))
     config = config or spec.with_suffix(".cfg")
     if not config.exists():
         raise ConfigError("--config", str(config), "a configuration that exists; name one")
@@ -72,26 +74,33 @@ def check(
     sys.exit({"ok": 0, "error": 2}.get(report.result, 1))
 
 
-def _check_all(how: Settings, as_json: bool, slow: bool) -> int:
+def _check_all(how: Settings, *, as_json: bool, slow: bool, record: bool) -> int:
     directory = specs_directory()
+    kept: list[Recorded] = []
     table = Table("model", "result", "generated", "distinct", "depth", "CPU s", "", box=None)
     rows, bad = [], 0
     with _watch("") as progress:
         for model in read_manifest(directory):
             if model.slow and not slow:
+                kept.append(model)
                 continue
             report = _recorded(directory, model, how, progress)
+            kept.append(model.found(report))
             differs = model.differs(report)
             bad += bool(differs)
             rows.append({"name": model.name, **report.json(), "differs": differs or None})
             counts = [f"{n:,}" for n in (report.generated, report.distinct, report.depth)]
-            verdict = f"[red]{differs}[/]" if differs else "as recorded"
+            verdict = (
+                "as recorded" if not differs else "recorded" if record else f"[red]{differs}[/]"
+            )
             table.add_row(model.name, report.result, *counts, f"{report.seconds:.2f}", verdict)
+    if record:
+        write_manifest(directory, kept)
     _screen.print(table)
     _screen.print(f"{len(rows) - bad} of {len(rows)} models as recorded")
     if as_json:
         click.echo(json.dumps(rows, indent=2))
-    return 1 if bad else 0
+    return 1 if bad and not record else 0
 
 
 def _recorded(

@@ -8,7 +8,7 @@ from __future__ import annotations
 __all__ = ["ACTIONS", "EDGES", "GUARDS", "OWNS", "PAGE_KINDS", "SPEC", "SPEC_HASH", "STATES"]
 
 SPEC = "specs/Lifecycle.tla"
-SPEC_HASH = "7a4771e342183257a0a1933fbadc2fd60d3c4564f858f7b810822413f20fff4f"
+SPEC_HASH = "1e1f453035c002606f6db42ae464eaef97a353d93719a7afd3534717a4bfab1e"
 
 STATES = (
     "New",
@@ -21,7 +21,17 @@ STATES = (
     "Finished",
     "Aborted",
 )
-ACTIONS = ("Submit", "Admit", "Schedule", "Complete", "Publish", "Preempt", "Abort", "Release")
+ACTIONS = (
+    "Submit",
+    "Admit",
+    "Acquire",
+    "Schedule",
+    "Complete",
+    "Publish",
+    "Preempt",
+    "Abort",
+    "Release",
+)
 PAGE_KINDS = ("Free", "Exclusive", "Shared")
 
 EDGES: dict[str, tuple[tuple[str, str], ...]] = {
@@ -29,6 +39,10 @@ EDGES: dict[str, tuple[tuple[str, str], ...]] = {
     "Admit": (
         ("Waiting", "Prefilling"),
         ("Preempted", "Prefilling"),
+    ),
+    "Acquire": (
+        ("Prefilling", "Prefilling"),
+        ("Decoding", "Decoding"),
     ),
     "Schedule": (
         ("Prefilling", "Prefilling"),
@@ -79,9 +93,10 @@ OWNS: dict[str, tuple[str, ...]] = {
 """State -> what a request in it holds."""
 
 GUARDS: dict[str, tuple[str, ...]] = {
-    "Submit": (),
-    "Admit": ("~Starved", "SlotFree", "FirstQueued(r)"),
-    "Schedule": ("Wants(r)", "FirstWants(r)"),
+    "Submit": ("Fits(r)",),
+    "Admit": ("NoneLacks", "SlotFree", "FirstQueued(r)"),
+    "Acquire": ("Lacks(r)",),
+    "Schedule": ("Wants(r)",),
     "Complete": (),
     "Publish": (),
     "Preempt": ("Starved", "NoneEvictable", "Youngest(r)", "~Alone(r)", "~Pinned(r)"),

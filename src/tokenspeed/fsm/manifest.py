@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import attrs
 import cattrs
 from attrs import frozen
 
 from tokenspeed.errors import ConfigError
 from tokenspeed.fsm.check import Report
 
-__all__ = ["Recorded", "read_manifest", "specs_directory"]
+__all__ = ["Recorded", "read_manifest", "specs_directory", "write_manifest"]
 
 
 @frozen
@@ -48,6 +50,24 @@ class Recorded:
             if want != got:
                 out.append(f"{name} {got}, recorded {want}")
         return "; ".join(out)
+
+    def found(self, report: Report) -> Recorded:
+        """The record with what a check found."""
+        return attrs.evolve(
+            self, result=report.result, generated=report.generated, distinct=report.distinct,
+            depth=report.depth, violated=report.violated,
+        )  # fmt: skip
+
+
+def write_manifest(directory: Path, models: list[Recorded]) -> None:
+    """Replace the record; fields at their defaults are left out."""
+
+    def default(attribute: attrs.Attribute[Any], value: object) -> bool:
+        return attribute.default == value
+
+    rows = [attrs.asdict(m, filter=lambda a, v: not default(a, v)) for m in models]
+    text = json.dumps({"models": rows}, indent=2) + "\n"
+    (directory / "manifest.json").write_text(text, encoding="utf-8")
 
 
 def specs_directory() -> Path:
