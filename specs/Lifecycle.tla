@@ -87,11 +87,12 @@ Draining  == {"Finishing", "Aborting"}
 Terminal  == {"Finished", "Aborted"}
 PageKind  == {"Free", "Exclusive", "Shared"}
 PageRec   == [kind : PageKind, ref : 0..Cardinality(Req), key : Seq(Token)]
-Work      == [n : 0..Chunk, samples : BOOLEAN, writes : SUBSET Page, reads : SUBSET Page]
+Work      == [from : Nat, n : 0..Chunk, samples : BOOLEAN,   \* tokens from+1 .. from+n
+              writes : SUBSET Page, reads : SUBSET Page]
 
 Null      == <<>>
 FreePage  == [kind |-> "Free", ref |-> 0, key |-> Null]
-NoWork    == [n |-> 0, samples |-> FALSE, writes |-> {}, reads |-> {}]
+NoWork    == [from |-> 0, n |-> 0, samples |-> FALSE, writes |-> {}, reads |-> {}]
 Empty     == [r \in Req |-> NoWork]
 Range(s)  == {s[i] : i \in DOMAIN s}
 Min(a, b) == IF a < b THEN a ELSE b
@@ -211,7 +212,8 @@ Schedule(r, n) ==
   /\ Wants(r)
   /\ n <= Wanted(r)
   /\ n <= Room(r)
-  /\ plan'    = [plan EXCEPT ![r] = [n       |-> n,
+  /\ plan'    = [plan EXCEPT ![r] = [from    |-> planned[r],
+                                     n       |-> n,
                                      samples |-> planned[r] + n >= known[r],
                                      writes  |-> Covers(r, planned[r], n),
                                      reads   |-> Covers(r, 0, planned[r] + n)]]
@@ -231,6 +233,12 @@ AfterComplete(r, w, stop) ==
     [] st[r] \in Live                                            -> "Decoding"
     [] OTHER                                                     -> st[r]
 
+After(r, p, w) == \* what p holds once w has written its part; a gap before it stays a gap
+  LET i == CHOOSE i \in DOMAIN tab[r] : tab[r][i] = p IN
+  IF w.from <= (i - 1) * PageSize \/ content[p] = SubSeq(Content[r], 1, w.from)
+  THEN SubSeq(Content[r], 1, Min(i * PageSize, w.from + w.n))
+  ELSE content[p]
+
 Complete ==      \* results of draining requests are dropped
   /\ inflight # <<>>
   /\ LET step  == Head(inflight)
@@ -239,14 +247,12 @@ Complete ==      \* results of draining requests are dropped
      \E stop \in SUBSET {r \in batch : st[r] \in Live /\ step[r].samples} :
        /\ \A r \in batch : <<st[r], AfterComplete(r, step[r], stop)>> \in Edges["Complete"]
        /\ st'      = [r \in Req |-> IF r \in batch THEN AfterComplete(r, step[r], stop) ELSE st[r]]
-       /\ done'    = [r \in Req |-> done[r] + step[r].n]
+       /\ done'    = [r \in Req |-> IF r \in batch THEN step[r].from + step[r].n ELSE done[r]]
        /\ known'   = [r \in Req |-> IF r \in batch /\ st[r] \in Live /\ step[r].samples
                                     THEN known[r] + 1 ELSE known[r]]
        /\ content' = [p \in Page |->
             IF \E r \in batch : p \in step[r].writes
-            THEN LET r == CHOOSE r \in batch : p \in step[r].writes
-                     i == CHOOSE i \in DOMAIN tab[r] : tab[r][i] = p
-                 IN  SubSeq(Content[r], 1, Min(i * PageSize, done[r] + step[r].n))
+            THEN LET r == CHOOSE r \in batch : p \in step[r].writes IN After(r, p, step[r])
             ELSE content[p]]
   /\ inflight' = Tail(inflight)
   /\ UNCHANGED <<age, tab, planned, page, plan>>
@@ -333,10 +339,17 @@ AccountingExact ==       \* free, evictable in time, and held: each page is one 
     + Cardinality(UNION {Range(tab[r]) : r \in Req}) = Cardinality(Page)
 NoReuseInFlight ==       \* what a planned or launched step touches has not been given away
   \A r \in Req : \A p \in Touches(r) : page[p].kind # "Free"
-MatchPins ==             \* ... and is still held by the request that it is touched for
-  \A r \in Req : Touches(r) \subseteq Range(tab[r])
+MatchPins ==             \* ... and is pinned by the request that it is touched for
+  \A r \in Req : /\ Touches(r) \subseteq Range(tab[r])
+                  /\ \A p \in Range(tab[r]) : page[p].kind = "Shared" => page[p].ref > 0
+KeyInjective ==          \* a hit is on the same tokens, not on a key that looks alike
+  \A r \in Req : \A i \in DOMAIN tab[r] :
+    page[tab[r][i]].kind = "Shared" => page[tab[r][i]].key = KeyOf(r, i)
 OneWriter ==             \* a page is written for one request, while it alone holds it
   \A r \in Req : \A i \in DOMAIN inflight : \A p \in inflight[i][r].writes : Holders(p) = {r}
+InputsKnown ==           \* only what is known is fed, or what a step in flight will have sampled
+  \A r \in Running : planned[r] <= known[r]
+                        + Cardinality({i \in DOMAIN inflight : inflight[i][r].samples})
 ContentMatches ==        \* whoever reads a page finds the KV of its own tokens there
   /\ \A r \in Req : \A i \in DOMAIN tab[r] :
        done[r] > (i - 1) * PageSize =>
@@ -355,8 +368,8 @@ AdmitSound ==            \* nobody is let in who could not finish alone, nor mor
   /\ Cardinality({r \in Req : "Slot" \in Owns[st[r]]}) <= Slots
 
 Safety == /\ TypeOK /\ FreeUnique /\ RefExact /\ AccountingExact /\ NoReuseInFlight /\ MatchPins
-          /\ OneWriter /\ ContentMatches /\ OneCopyPerKey /\ NoDangling /\ TerminalReleasesAll
-          /\ AdmitSound
+          /\ KeyInjective /\ OneWriter /\ InputsKnown /\ ContentMatches /\ OneCopyPerKey
+          /\ NoDangling /\ TerminalReleasesAll /\ AdmitSound
 
 (* Liveness, and properties of steps                                        *)
 

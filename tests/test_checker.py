@@ -407,3 +407,20 @@ def test_the_command_reports_in_json(tmp_path: Path) -> None:
     done = CliRunner().invoke(cli, ["check", spec, "--config", str(failing), "--json"])
     assert done.exit_code == 1
     assert json.loads(done.stdout)["violated"] == "Undecided"
+
+
+def test_the_monitor_command_names_the_rule(tmp_path: Path) -> None:
+    stored = {
+        "type": "BlockStored", "block_hashes": [1], "parent_block_hash": None,
+        "token_ids": [5, 6], "block_size": 2, "lora_id": None,
+    }  # fmt: skip
+    events = tmp_path / "events.ndjson"
+    events.write_text(json.dumps({"ts": 0.0, "events": [stored]}) + "\n")
+    done = CliRunner().invoke(cli, ["monitor", str(events), "--json"])
+    assert done.exit_code == 0
+    assert json.loads(done.stdout)["result"] == "ok"
+    other = {**stored, "token_ids": [7, 8]}  # the same hash for other tokens
+    events.write_text(json.dumps({"ts": 0.0, "events": [stored, other]}) + "\n")
+    done = CliRunner().invoke(cli, ["monitor", str(events), "--json"])
+    assert done.exit_code == 1
+    assert json.loads(done.stdout)["violated"] == "KeyInjective"

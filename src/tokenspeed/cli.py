@@ -214,6 +214,7 @@ def codegen(only_check: bool) -> None:
 
 
 cli.add_command(fsm_commands.check)
+cli.add_command(fsm_commands.monitor)
 
 
 @cli.group()

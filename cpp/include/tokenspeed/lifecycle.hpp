@@ -19,7 +19,7 @@ namespace tokenspeed::lifecycle {
 
 inline constexpr std::string_view kSpec = "specs/Lifecycle.tla";
 inline constexpr std::string_view kSpecHash =
-    "1e1f453035c002606f6db42ae464eaef97a353d93719a7afd3534717a4bfab1e";
+    "5b7ec59b56717c5103e2dfdbd9250ba38df29ab94ffab60580e6a095707c8ff8";
 
 enum class State : std::uint8_t {
   New,

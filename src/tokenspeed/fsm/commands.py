@@ -1,4 +1,4 @@
-"""`tokenspeed check`: model checking from the command line.
+"""`tokenspeed check` and `monitor`: the spec against models, and against other engines.
 
 Rule: progress and prose go to stderr, JSON to stdout; 0 means that what was asked holds, 1 that it
 does not, 2 that the question could not be put.
@@ -15,15 +15,20 @@ from typing import Any
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from tokenspeed.errors import ConfigError, SpecError
 from tokenspeed.fsm.check import Report, Settings, simulate
 from tokenspeed.fsm.check import check as check_model
+from tokenspeed.fsm.kv_adapters import ADAPTERS
+from tokenspeed.fsm.kv_events import monitor as monitor_events
 from tokenspeed.fsm.manifest import Recorded, read_manifest, specs_directory, write_manifest
+from tokenspeed.fsm.museum import guards, read_museum, try_exhibit, try_guard
+from tokenspeed.fsm.steps import Step, changes
 
-__all__ = ["check"]
+__all__ = ["check", "monitor"]
 
 _screen = Console(stderr=True)
 _path = click.Path(path_type=Path, exists=True, dir_okay=False)
@@ -43,6 +48,7 @@ _path = click.Path(path_type=Path, exists=True, dir_okay=False)
 @click.option("--simulate", "walks", type=click.IntRange(1), help="random behaviours, not all")
 @click.option("--depth", type=click.IntRange(1), default=100, show_default=True, help="of a walk")
 @click.option("--seed", type=click.IntRange(0), default=1, show_default=True, help="of the walks")
+@click.option("--museum", is_flag=True, help="put known bugs back, and find every one")
 @click.option("--record", is_flag=True, help="write what is found into the manifest")
 @click.option("--slow/--no-slow", default=True, show_default=True, help="the large models too")
 def check(
@@ -54,10 +60,13 @@ def check(
     seed: int,
     slow: bool,
     record: bool,
+    museum: bool,
     **settings: Any,
 ) -> None:
     """Model check SPEC; without one, every model of the manifest."""
     how = Settings(**settings)
+    if museum:
+        sys.exit(_visit_museum(how, as_json))
     if spec is None:
         sys.exit(_check_all(how, as_json=as_json, slow=slow, record=record))
     config = config or spec.with_suffix(".cfg")
@@ -112,6 +121,46 @@ def _recorded(
         return Report("error", 0, 0, 0, 0.0, {}, violated=str(error))
 
 
+def _visit_museum(how: Settings, as_json: bool) -> int:
+    """Every exhibit by the property that it names, then every guard by any."""
+    specs = specs_directory()
+    museum = read_museum(specs)
+    rows: list[dict[str, object]] = []
+    missed = 0
+    for exhibit in museum.exhibits:
+        with _watch(exhibit.id) as progress:
+            report = try_exhibit(specs, exhibit, how, progress)
+        found = report.violated == exhibit.property
+        missed += not found
+        mark = "[green]found[/]" if found else f"[red]missed: {report.violated}[/]"
+        _screen.print(f"[bold]{exhibit.id}[/] {mark}  {exhibit.story}", highlight=False)
+        _screen.print(f"  reported as {', '.join(exhibit.bugs)}", style="dim", highlight=False)
+        if exhibit.cpp:
+            _screen.print(f"  in C++: {exhibit.cpp}", style="dim", highlight=False)
+        _screen.print(f"  {_path_of(report)}\n", highlight=False, soft_wrap=True)
+        rows.append({"id": exhibit.id, "found": found, **report.json()})
+    for guard in guards(specs / "Lifecycle.tla"):
+        with _watch(guard.name) as progress:
+            killed = try_guard(specs, museum, "Lifecycle.tla", guard, how, progress)
+        reason = museum.survivors.get(guard.name)
+        missed += killed is None and reason is None
+        said = f"breaks {killed.violated}" if killed else reason or "[red]is not missed[/]"
+        _screen.print(f"without {guard.name.replace('[', chr(92) + '[')}: {said}", highlight=False)
+        rows.append({"guard": guard.name, "violated": killed and killed.violated, "reason": reason})
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+    return 1 if missed else 0
+
+
+def _path_of(report: Report) -> str:
+    """A counterexample in one line."""
+    labels = [step.label for step in report.trace[1:]]
+    if report.loop is not None:
+        labels.insert(report.loop, "(for ever:")
+        labels.append(")")
+    return " > ".join(labels)
+
+
 @contextmanager
 def _watch(name: str) -> Iterator[Callable[[dict[str, int]], None]]:
     """A line that moves while states are counted."""
@@ -151,7 +200,32 @@ def _tell(report: Report) -> None:
         _screen.print(f"never happened: {', '.join(report.dead)}", style="yellow")
     for note in report.notes:
         _screen.print(note, style="yellow", highlight=False)
+    before: Step | None = None
     for number, step in enumerate(report.trace):
-        _screen.print(f"{number:>4}  {step.label or 'initially'}", highlight=False)
+        _screen.print(f"{number:>4}  [bold]{escape(step.label) or 'initially'}[/]", highlight=False)
+        for path, old, new in changes(before, step) if before else ():
+            text = escape(f"{path}: {old} -> {new}")
+            _screen.print(f"        {text}", style="dim", highlight=False, soft_wrap=True)
+        before = step
     if report.loop is not None:
         _screen.print(f"      and back to step {report.loop}, for ever")
+
+
+@click.command()
+@click.argument("events", type=_path)
+@click.option("--adapter", type=click.Choice(sorted(ADAPTERS)), default="vllm", show_default=True)
+@click.option("--pages", type=click.IntRange(1), help="pages of the device, where known")
+@click.option("--json", "as_json", is_flag=True, help="the report as JSON on stdout")
+def monitor(events: Path, adapter: str, pages: int | None, as_json: bool) -> None:
+    """Check another engine's KV EVENTS (NDJSON or MessagePack) against the page rules."""
+    report = monitor_events(events, ADAPTERS[adapter], pages=pages)
+    if as_json:
+        click.echo(json.dumps(report.json(), indent=2))
+    for violation in report.violations:
+        said = f"line {violation.line}: {violation.rule}: {violation.sentence}"
+        _screen.print(escape(said), highlight=False, soft_wrap=True)
+    for bad in report.bad:
+        said = f"line {bad.line} could not be read: {bad.reason}"
+        _screen.print(escape(said), style="yellow", highlight=False, soft_wrap=True)
+    _screen.print(f"{report.events:,} events in {report.lines:,} lines", highlight=False)
+    sys.exit(report.exit_status)

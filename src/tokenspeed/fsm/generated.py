@@ -8,7 +8,7 @@ from __future__ import annotations
 __all__ = ["ACTIONS", "EDGES", "GUARDS", "OWNS", "PAGE_KINDS", "SPEC", "SPEC_HASH", "STATES"]
 
 SPEC = "specs/Lifecycle.tla"
-SPEC_HASH = "1e1f453035c002606f6db42ae464eaef97a353d93719a7afd3534717a4bfab1e"
+SPEC_HASH = "5b7ec59b56717c5103e2dfdbd9250ba38df29ab94ffab60580e6a095707c8ff8"
 
 STATES = (
     "New",

@@ -5,13 +5,14 @@ Rule: plain values and nothing else; whoever finds a behaviour and whoever tells
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from attrs import frozen
 
-from tokenspeed.fsm.values import Value, show
+from tokenspeed.fsm.values import Function, Value, ordered, show
 
-__all__ = ["Step"]
+__all__ = ["Step", "changes"]
 
 
 @frozen
@@ -37,3 +38,32 @@ class Step:
         """For programs: values in TLA+ syntax."""
         state = {name: show(value) for name, value in self.state.items()}
         return {"action": self.action, "args": [show(a) for a in self.args], "state": state}
+
+
+def changes(before: Step, after: Step) -> list[tuple[str, str, str]]:
+    """What a step changed, as (path, old, new) in TLA+ syntax, as deep as the two have one shape.
+
+    Example:
+        >>> old = Step("", (), {"st": Function({"r1": "New", "r2": "New"})})
+        >>> new = Step("Submit", ("r1",), {"st": Function({"r1": "Waiting", "r2": "New"})})
+        >>> changes(old, new)
+        [('st["r1"]', '"New"', '"Waiting"')]
+    """
+    found: list[tuple[str, str, str]] = []
+    for name, value in before.state.items():
+        found += _differences(name, value, after.state[name])
+    return found
+
+
+def _differences(path: str, old: Value, new: Value) -> Iterator[tuple[str, str, str]]:
+    if old == new:
+        return
+    if (
+        isinstance(old, Function)
+        and isinstance(new, Function)
+        and old.items.keys() == new.items.keys()
+    ):
+        for key in ordered(frozenset(old.items)):
+            yield from _differences(f"{path}[{show(key)}]", old.items[key], new.items[key])
+    else:
+        yield path, show(old), show(new)

@@ -1,0 +1,193 @@
+"""The bug museum: known bugs put back into the specification, each to be found by its property.
+
+Rule: an exhibit is an edit of the spec; it counts as found only if the property that its row names
+is violated. Guards are deleted one by one besides, and who survives that must have a reason.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import cattrs
+from attrs import field, frozen
+
+from tokenspeed.errors import ConfigError
+from tokenspeed.fsm.check import Report, Settings, check
+from tokenspeed.fsm.model import load_module
+from tokenspeed.fsm.syntax import Definition, Expr
+
+__all__ = ["Exhibit", "Guard", "Museum", "guards", "read_museum", "try_exhibit", "try_guard"]
+
+Progress = Callable[[dict[str, int]], None]
+
+
+@frozen
+class Exhibit:
+    """A known bug.
+
+    Attributes:
+        property: by which the checker must find it.
+        edits: (find, replace) in the spec; each text to find occurs once.
+        bugs: public reports of the class.
+        cpp: what keeps it out of the C++, where types or checked builds do.
+        liveness, step: what kind of property it is; an invariant otherwise.
+    """
+
+    id: str
+    property: str
+    config: str
+    edits: tuple[tuple[str, str], ...]
+    story: str
+    bugs: tuple[str, ...]
+    cpp: str | None = None
+    liveness: bool = False
+    step: bool = False
+    spec: str = "Lifecycle.tla"
+    model: str = "MCLifecycle.tla"
+
+
+@frozen
+class Museum:
+    """All exhibits, and the guards that may be deleted unnoticed, with the reason for each.
+
+    Attributes:
+        guard_models: (module, configuration) that each deletion of a guard is tried against.
+    """
+
+    exhibits: tuple[Exhibit, ...]
+    guard_models: tuple[tuple[str, str], ...]
+    survivors: Mapping[str, str] = field(factory=dict)
+
+
+@frozen
+class Guard:
+    """A conjunct of an action that only tests.
+
+    Attributes:
+        action: where it stands.
+        text: as written, on one line.
+        start, end: where in the file it lies, the bullet included.
+    """
+
+    action: str
+    text: str
+    start: int
+    end: int
+
+    @property
+    def name(self) -> str:
+        """`Action: text`."""
+        return f"{self.action}: {self.text}"
+
+
+def read_museum(specs: Path) -> Museum:
+    """The museum of a directory of specs.
+
+    Raises:
+        ConfigError: the file does not have the form above.
+    """
+    path = specs / "museum" / "museum.json"
+    try:
+        return cattrs.structure(json.loads(path.read_text(encoding="utf-8")), Museum)
+    except (KeyError, ValueError, cattrs.BaseValidationError) as error:
+        raise ConfigError(str(path), error, "exhibits and survivors, as in museum.py") from error
+
+
+def try_exhibit(specs: Path, exhibit: Exhibit, settings: Settings, progress: Progress) -> Report:
+    """Put the bug back and check the one property.
+
+    Raises:
+        ConfigError: a text to replace does not occur exactly once.
+    """
+    text = (specs / exhibit.spec).read_text(encoding="utf-8")
+    for find, replace in exhibit.edits:
+        if text.count(find) != 1:
+            raise ConfigError(exhibit.id, find, f"a text that {exhibit.spec} has exactly once")
+        text = text.replace(find, replace)
+    keyword = "PROPERTY" if exhibit.liveness or exhibit.step else "INVARIANT"
+    config = _asking(
+        (specs / exhibit.config).read_text(encoding="utf-8"), keyword, exhibit.property
+    )
+    with _changed(specs, exhibit.spec, text) as copy:
+        (copy / "exhibit.cfg").write_text(config, encoding="utf-8")
+        return check(copy / exhibit.model, copy / "exhibit.cfg", settings, progress)
+
+
+def guards(spec: Path) -> list[Guard]:
+    """Every bulleted conjunct of an action that speaks only of the state before."""
+    module = load_module(spec)
+    definitions = {d.name: d for d in module.definitions}
+    lines = module.text.splitlines(keepends=True)
+    starts = [0]
+    for line in lines:
+        starts.append(starts[-1] + len(line))
+    out = []
+    for definition in module.definitions:
+        if not _assigns(definition.body, definitions) or definition.name in ("Next", "Init"):
+            continue
+        for conjunct in _conjuncts(definition.body):
+            if _assigns(conjunct, definitions) or conjunct.op in ("always", "forall"):
+                continue
+            at = conjunct.span.line - 1
+            whole = lines[at].strip()
+            if whole.startswith("/\\") and conjunct.span.column > 1:
+                text = " ".join(whole.split())
+                out.append(Guard(definition.name, text, starts[at], starts[at + 1]))
+    return out
+
+
+def _conjuncts(expr: Expr) -> Iterator[Expr]:
+    """The conjuncts of an action, also those under LET and \\E."""
+    if expr.op == "and":
+        for part in expr.exprs():
+            yield from _conjuncts(part)
+    elif expr.op in ("let", "exists"):
+        yield from _conjuncts(expr.expr(-1))
+    else:
+        yield expr
+
+
+def try_guard(
+    specs: Path, museum: Museum, spec: str, guard: Guard, settings: Settings, progress: Progress
+) -> Report | None:
+    """Delete a guard and check the museum's models until one fails; None if all still hold."""
+    text = (specs / spec).read_text(encoding="utf-8")
+    with _changed(specs, spec, text[: guard.start] + text[guard.end :]) as copy:
+        for module, config in museum.guard_models:
+            report = check(copy / module, copy / config, settings, progress)
+            if report.result != "ok":
+                return report
+    return None
+
+
+def _asking(config: str, keyword: str, name: str) -> str:
+    """A configuration that asks for one property only."""
+    kept = re.sub(r"(?m)^(INVARIANTS?|PROPERT(Y|IES))\b(.*\n)( .*\n)*", "", config)
+    return f"{kept}\n{keyword} {name}\n"
+
+
+@contextmanager
+def _changed(specs: Path, name: str, text: str) -> Iterator[Path]:
+    """A copy of the specs in which one file is different."""
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch) / "specs"
+        shutil.copytree(specs, copy)
+        (copy / name).write_text(text, encoding="utf-8")
+        yield copy
+
+
+def _assigns(expr: Expr, definitions: Mapping[str, Definition]) -> bool:
+    """Does it speak of the successor, itself or through an operator?"""
+    if expr.op in ("prime", "unchanged"):
+        return True
+    name = str(expr.args[0]) if expr.op in ("name", "call") else ""
+    if name in definitions and _assigns(definitions[name].body, definitions):
+        return True
+    parts = (a.body if isinstance(a, Definition) else a for a in expr.args)
+    return any(_assigns(part, definitions) for part in parts if isinstance(part, Expr))
