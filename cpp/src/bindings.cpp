@@ -104,6 +104,15 @@ py::dict transitions(Native& self) {
   return out;
 }
 
+py::list trace(Native& self) {
+  const auto taken = self.run([](Scheduler& scheduler) { return scheduler.take_trace(); });
+  py::list out;
+  for (const TraceStep& step : taken) {
+    out.append(py::make_tuple(step.action, step.number, step.page, step.value, step.to));
+  }
+  return out;
+}
+
 py::list events(Native& self) {
   const auto taken = self.run([](Scheduler& scheduler) { return scheduler.take_events(); });
   py::list out;
@@ -203,5 +212,6 @@ PYBIND11_MODULE(_core, m) {
           "record", [](Native& self, bool on) { self.run([&](Scheduler& s) { s.record(on); }); },
           py::arg("on"))
       .def("transitions", &transitions)
-      .def("events", &events);
+      .def("events", &events)
+      .def("trace", &trace);
 }

@@ -149,7 +149,21 @@ void Scheduler::moved(Action action, RequestId id, State from, State to) noexcep
   record.state = to;
   const auto row = static_cast<std::size_t>(action) * kStates + static_cast<std::size_t>(from);
   ++transitions_[row * kStates + static_cast<std::size_t>(to)];
-  if (recording_) events_.push_back({action, record.number, id.incarnation, from, to});
+  if (!recording_) return;
+  events_.push_back({action, record.number, id.incarnation, from, to});
+  trace_.push_back({name(action), record.number, -1, -1, name(to)});
+}
+
+// What the move just made was about.
+void Scheduler::note(PageId page, std::int64_t value) noexcept {
+  if (!recording_) return;
+  trace_.back().page = page;
+  trace_.back().value = value;
+}
+
+// A step of no single request.
+void Scheduler::trace(std::string_view action, PageId page, std::int64_t value) {
+  if (recording_) trace_.push_back({action, -1, page, value, {}});
 }
 
 // --- submission
@@ -223,6 +237,7 @@ std::unique_ptr<Plan> Scheduler::plan() {
   std::int32_t budget = config_.step_tokens - static_cast<std::int32_t>(decode_rows);
   if (schedule_running(*plan, ticket, budget)) admit_waiting(*plan, ticket, budget);
   if (ticket.rows.empty()) return nullptr;
+  trace("Launch", -1, step_);
   launched_.push_back(std::move(ticket));
   ++step_;
   ++counts_.steps;
@@ -253,6 +268,7 @@ bool Scheduler::schedule(std::uint32_t index, std::int32_t tokens, Plan& plan, T
       Record& record = records_[index];
       handle<S>(index) =
           lifecycle::Schedule(*this, std::move(handle<S>(index)), std::move(verdict).take());
+      note(-1, count);
       const bool samples = record.planned + count >= record.known();
       plan.numbers.push_back(record.number);
       plan.incarnations.push_back(static_cast<std::int32_t>(record.incarnation));
@@ -292,6 +308,7 @@ std::int32_t Scheduler::acquire(std::uint32_t index, std::int32_t tokens, Plan& 
         }
         handle<S>(index) =
             lifecycle::Acquire(*this, std::move(handle<S>(index)), std::move(verdict).take());
+        note(page->id(), -1);
         const std::int32_t slot = handle<S>(index).slot().index();
         plan.page_delta.insert(plan.page_delta.end(), {slot, records_[index].pages, page->id()});
         handle<S>(index).pages().append(std::move(*page));
@@ -309,6 +326,7 @@ std::optional<ExclusivePage> Scheduler::find_page(std::uint32_t index, Plan& pla
   while (true) {
     if (auto page = pool_.take()) return page;
     if (index_.evict(pool_)) {
+      trace("Evict", pool_.free_ids().back(), -1);
       ++counts_.evictions;
       continue;
     }
@@ -355,12 +373,13 @@ void Scheduler::admit_waiting(Plan& plan, Ticket& ticket, std::int32_t& budget) 
 }
 
 // Pages that running requests have yet to take for tokens that are known: promised at admission.
+// One that is planned ahead of what is known has taken them, and owes nobody any.
 std::int64_t Scheduler::promised() const noexcept {
   std::int64_t pages = 0;
   for (const std::uint32_t index : running_) {
     const Record& record = records_[index];
-    pages +=
-        pages_for(record.known(), config_.page_size) - pages_for(record.planned, config_.page_size);
+    pages += std::max(0, pages_for(record.known(), config_.page_size) -
+                             pages_for(record.planned, config_.page_size));
   }
   return pages;
 }
@@ -408,6 +427,7 @@ bool Scheduler::admit(std::uint32_t index, Plan& plan) {
       running_.insert(place, index);
       put(lifecycle::Admit(*this, take<S>(index), std::move(verdict).take(), std::move(slot),
                            std::move(pages)));
+      note(-1, matched);
       return true;
     } else {
       return false;
@@ -456,7 +476,9 @@ Committed Scheduler::commit(std::int64_t step, std::span<const std::int32_t> tok
     const std::size_t tokens = records_[ticket.rows[at].index].tokens.size();
     complete(ticket.rows[at], token_ids[at], stop[at] != 0, out);
     out.accepted[at] = records_[ticket.rows[at].index].tokens.size() > tokens ? 1 : 0;
+    note(-1, out.accepted[at] ? token_ids[at] : -1);
   }
+  trace("Complete", -1, step);
   for (const Row& row : ticket.rows) {
     publish(row.index);
     const std::int64_t number = records_[row.index].number;
@@ -511,6 +533,7 @@ void Scheduler::publish(std::uint32_t index) {
         }
         ++record.published;
         handle<S>(index) = lifecycle::Publish(*this, std::move(handle<S>(index)));
+        note(handle<S>(index).pages().id(at), -1);
       }
     }
   });

@@ -91,6 +91,15 @@ struct Event {
   lifecycle::State to;
 };
 
+// A step of the specification, with what it was about; -1 and empty where it has none.
+struct TraceStep {
+  std::string_view action;
+  std::int64_t number;
+  std::int32_t page;
+  std::int64_t value;   // tokens of a Schedule, pages of an Admit, token of a Complete, step
+  std::string_view to;  // the request's state after it
+};
+
 class Scheduler final {
  public:
   // Throws nothing: a configuration is checked by `invalid` first.
@@ -116,6 +125,7 @@ class Scheduler final {
                            lifecycle::State to) const noexcept;
   void record(bool on) noexcept { recording_ = on; }
   std::vector<Event> take_events() noexcept { return std::exchange(events_, {}); }
+  std::vector<TraceStep> take_trace() noexcept { return std::exchange(trace_, {}); }
   // Recomputes who holds what from scratch; the violations found.
   std::vector<std::string> check() const;
 
@@ -224,6 +234,8 @@ class Scheduler final {
   bool release(std::uint32_t index);
   void empty(PageTable& pages);
   void give_back(PageTable&& pages, Slot&& slot);
+  void note(PageId page, std::int64_t value) noexcept;
+  void trace(std::string_view action, PageId page, std::int64_t value);
 
   SchedulerConfig config_;
   PagePool pool_;
@@ -244,6 +256,7 @@ class Scheduler final {
   bool recording_ = false;
   Stats counts_;
   std::vector<Event> events_;
+  std::vector<TraceStep> trace_;
   static constexpr std::size_t kStates = lifecycle::kStateNames.size();
   std::array<std::int64_t, lifecycle::kActionNames.size() * kStates * kStates> transitions_{};
 };

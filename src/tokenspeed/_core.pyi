@@ -126,5 +126,13 @@ class Scheduler:
     def transitions(self) -> dict[tuple[str, str, str], int]:
         """(action, from, to) -> how often, for every edge of the spec."""
 
+    def trace(self) -> list[tuple[str, int, int, int, str]]:
+        """Steps of the spec since the last call: (action, request, page, value, to).
+
+        -1 and "" stand for what a step does not have. `value` is the tokens of a Schedule, the
+        pages that an Admit found, the token that a Complete accepted for a request. A step's
+        completion is a Complete for each of its rows, then one for the step.
+        """
+
     def events(self) -> list[tuple[str, int, int, str, str]]:
         """Moves since the last call: (action, number, incarnation, from, to)."""

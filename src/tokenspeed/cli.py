@@ -55,6 +55,7 @@ def _engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--overlap", type=int, help="steps launched ahead, 0 or 1"),
         click.option("--prefix-cache/--no-prefix-cache", help="share KV of equal prefixes"),
         click.option("--threads", type=int, help="torch's CPU threads"),
+        click.option("--trace-lifecycle", help="write every step of the lifecycle here, as NDJSON"),
     ]
     for option in reversed(options):
         command = option(command)

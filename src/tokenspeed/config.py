@@ -77,6 +77,7 @@ class EngineConfig:
         overlap: steps launched beyond the one whose result is awaited (0 or 1).
         prefix_cache: share the KV of equal prompt prefixes.
         threads: torch's CPU threads; None leaves torch's choice.
+        trace_lifecycle: file for every step of the lifecycle, as NDJSON; None writes nothing.
     """
 
     dtype: str = field(default="bfloat16", validator=_choice(*DTYPES))
@@ -90,6 +91,7 @@ class EngineConfig:
     overlap: int = field(default=0, validator=_integer(0, 1))
     prefix_cache: bool = True
     threads: int | None = field(default=None, validator=_integer(1, 1024, optional=True))
+    trace_lifecycle: str | None = None
 
     def __attrs_post_init__(self) -> None:
         if self.prefill_chunk < self.slots:

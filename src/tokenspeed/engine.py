@@ -30,9 +30,10 @@ from attrs import define, field
 from numpy.typing import NDArray
 
 from tokenspeed import models
-from tokenspeed._core import QueueFull, Scheduler
+from tokenspeed._core import QueueFull
 from tokenspeed.config import DEFAULT_MODEL, EngineConfig
 from tokenspeed.errors import ConfigError, EngineStopped, OverloadedError, RequestError, StepError
+from tokenspeed.fsm.trace import make_scheduler
 from tokenspeed.plan import Joined, StepPlan, StepResult
 from tokenspeed.request import (
     Completion,
@@ -114,7 +115,8 @@ class Engine:
             model.config.context_max,
             self.pages * config.page_size,
         )
-        self._scheduler = Scheduler(
+        self._scheduler = make_scheduler(
+            config.trace_lifecycle,
             page_size=config.page_size,
             pages=self.pages,
             slots=config.slots,
@@ -365,9 +367,8 @@ class Engine:
 
     def _warm_up(self, report: Progress) -> None:
         report("warm-up", 0, 1)
-        self.generate(
-            [[0] * min(8, self.context_max - 1)], SamplingParams(temperature=0, max_tokens=1)
-        )
+        prompt = [0] * min(8, self.context_max - 1)
+        self.generate([prompt], SamplingParams(temperature=0, max_tokens=1))
         report("warm-up", 1, 1)
 
     # --- the loop: everything below runs on the engine's thread ---------------------------------
@@ -386,9 +387,8 @@ class Engine:
                 command()
             self._inbox.clear()
         for sequence in list(self._sequences.values()):
-            self._end(
-                sequence, reason, error=None if self._failure is None else repr(self._failure)
-            )
+            why = None if self._failure is None else repr(self._failure)
+            self._end(sequence, reason, error=why)
         self._post()
 
     def _obey(self) -> bool:

@@ -1,6 +1,6 @@
 // A request that runs keeps its pages.
-// expect: Release is not legal in Decoding. Legal here: Acquire, Schedule, Complete, Publish, Preempt,
-// Abort. See specs/Lifecycle.tla
+// expect: Release is not legal in Decoding. Legal here: Acquire, Schedule, Complete, Publish,
+// Preempt, Abort. See specs/Lifecycle.tla
 #include "world.hpp"
 
 #ifdef LEGAL

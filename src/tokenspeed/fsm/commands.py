@@ -27,6 +27,7 @@ from tokenspeed.fsm.kv_events import monitor as monitor_events
 from tokenspeed.fsm.manifest import Recorded, read_manifest, specs_directory, write_manifest
 from tokenspeed.fsm.museum import guards, read_museum, try_exhibit, try_guard
 from tokenspeed.fsm.steps import Step, changes
+from tokenspeed.fsm.trace import read_trace, validate
 
 __all__ = ["check", "monitor"]
 
@@ -48,6 +49,7 @@ _path = click.Path(path_type=Path, exists=True, dir_okay=False)
 @click.option("--simulate", "walks", type=click.IntRange(1), help="random behaviours, not all")
 @click.option("--depth", type=click.IntRange(1), default=100, show_default=True, help="of a walk")
 @click.option("--seed", type=click.IntRange(0), default=1, show_default=True, help="of the walks")
+@click.option("--trace", type=_path, help="judge a trace of serve --trace-lifecycle")
 @click.option("--museum", is_flag=True, help="put known bugs back, and find every one")
 @click.option("--record", is_flag=True, help="write what is found into the manifest")
 @click.option("--slow/--no-slow", default=True, show_default=True, help="the large models too")
@@ -61,10 +63,13 @@ def check(
     slow: bool,
     record: bool,
     museum: bool,
+    trace: Path | None,
     **settings: Any,
 ) -> None:
     """Model check SPEC; without one, every model of the manifest."""
     how = Settings(**settings)
+    if trace is not None:
+        sys.exit(_judge(trace, as_json))
     if museum:
         sys.exit(_visit_museum(how, as_json))
     if spec is None:
@@ -119,6 +124,23 @@ def _recorded(
         return check_model(directory / model.spec, directory / model.config, how, progress)
     except SpecError as error:  # the others are checked all the same
         return Report("error", 0, 0, 0, 0.0, {}, violated=str(error))
+
+
+def _judge(path: Path, as_json: bool) -> int:
+    """Is a recorded run a behaviour of the spec?"""
+    header, steps = read_trace(path)
+    rejected = validate(specs_directory(), header, steps)
+    verdict = "accepted" if rejected is None else escape(str(rejected))
+    _screen.print(f"{len(steps):,} steps: {verdict}", highlight=False, soft_wrap=True)
+    if as_json:
+        why = rejected and {
+            "line": rejected.line,
+            "action": rejected.step.action,
+            "why": rejected.why,
+        }
+        result = "ok" if rejected is None else "trace"
+        click.echo(json.dumps({"result": result, "steps": len(steps), "rejected": why}))
+    return 0 if rejected is None else 1
 
 
 def _visit_museum(how: Settings, as_json: bool) -> int:

@@ -1,0 +1,333 @@
+"""Traces: what a live scheduler did, written as NDJSON, and judged by the specification itself.
+
+Rule: the steps are the spec's own actions, reported by the code that takes them; a step is accepted
+if the interpreter finds it among the successors of the state so far. The first line of a file names
+the spec by its hash: a trace of another spec is refused, not misread.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, final
+
+import cattrs
+import numpy as np
+from attrs import asdict, frozen
+from numpy.typing import NDArray
+
+from tokenspeed._core import Committed, Plan, Scheduler
+from tokenspeed.errors import ConfigError
+from tokenspeed.fsm.evaluate import Evaluator, State
+from tokenspeed.fsm.generated import SPEC, SPEC_HASH
+from tokenspeed.fsm.model import load_module
+from tokenspeed.fsm.syntax import Expr, Span
+from tokenspeed.fsm.values import Function, Value
+
+__all__ = [
+    "Rejected", "TraceHeader", "TraceStep", "TraceWriter", "make_scheduler", "read_trace",
+    "validate",
+]  # fmt: skip
+
+log = logging.getLogger("tokenspeed.fsm")
+
+
+@frozen
+class TraceHeader:
+    """The first line of a trace.
+
+    Attributes:
+        pages, page_size: of the device.
+        slots: requests that may hold pages at once.
+        chunk: tokens of one step, at most.
+        overlap: steps launched beyond the one that is awaited.
+    """
+
+    pages: int
+    page_size: int
+    slots: int
+    chunk: int
+    overlap: int
+    spec: str = SPEC
+    spec_hash: str = SPEC_HASH
+
+
+@frozen
+class TraceStep:
+    """One line: a step of the spec.
+
+    Attributes:
+        request: its number, or None for a step of all.
+        page: that was acquired, published or evicted.
+        value: tokens of a Schedule, pages of an Admit, the token that a Complete accepted.
+        to: the request's state after it.
+        prompt, length, salt: of a Submit: its tokens, how many it may have in all, its tenant.
+    """
+
+    action: str
+    request: int | None = None
+    page: int | None = None
+    value: int | None = None
+    to: str | None = None
+    prompt: tuple[int, ...] | None = None
+    length: int | None = None
+    salt: str | None = None
+
+
+@frozen
+class Rejected:
+    """The first step that the spec does not allow.
+
+    Attributes:
+        line: of the file, from 1.
+        why: the guard that does not hold, or what the step claims and the spec denies.
+    """
+
+    line: int
+    step: TraceStep
+    why: str
+
+    def __str__(self) -> str:
+        args = [
+            str(v) for v in (self.step.request, self.step.page, self.step.value) if v is not None
+        ]
+        return f"line {self.line}: {self.step.action}({', '.join(args)}): {self.why}"
+
+
+@final
+class TraceWriter:
+    """Writes a trace as it happens.
+
+    Raises:
+        OSError: the file cannot be written; here, or later.
+    """
+
+    def __init__(self, path: Path, header: TraceHeader) -> None:
+        self.path = path
+        self._submitted: dict[int, tuple[tuple[int, ...], int, str]] = {}
+        path.write_text(json.dumps(asdict(header)) + "\n", encoding="utf-8")
+
+    def submitted(self, request: int, prompt: Sequence[int], length: int, salt: str) -> None:
+        """What a request is, before its Submit is written."""
+        self._submitted[request] = (tuple(prompt), length, salt)
+
+    def write(self, steps: Iterable[tuple[str, int, int, int, str]]) -> None:
+        """Steps as the scheduler's `trace()` gives them."""
+        rows = []
+        for action, request, page, value, to in steps:
+            row: dict[str, Any] = {"action": action}
+            row |= {k: v for k, v in (("request", request), ("page", page)) if v >= 0}
+            row |= {"value": value} if value >= 0 else {}
+            row |= {"to": to} if to else {}
+            if action == "Submit":
+                prompt, length, salt = self._submitted.pop(request)
+                row |= {"prompt": prompt, "length": length, "salt": salt}
+            rows.append(json.dumps(row) + "\n")
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(rows)
+
+
+@final
+class _TracedScheduler(Scheduler):
+    """A scheduler that writes down what it does; a full disk ends the trace, not the engine."""
+
+    def __init__(self, path: str, **settings: Any) -> None:
+        super().__init__(**settings)
+        header = TraceHeader(
+            settings["pages"], settings["page_size"], settings["slots"], settings["step_tokens"],
+            settings.get("overlap", 0),
+        )  # fmt: skip
+        try:
+            self._trace: TraceWriter | None = TraceWriter(Path(path), header)
+        except OSError as error:
+            raise ConfigError(
+                "trace_lifecycle", path, f"a file that can be written: {error.strerror}"
+            ) from error
+        self.record(True)
+
+    def submit(
+        self, number: int, prompt: NDArray[np.int32], max_tokens: int, salt: str = ""
+    ) -> None:
+        if self._trace is not None:
+            self._trace.submitted(number, prompt.tolist(), len(prompt) + max_tokens, salt)
+        super().submit(number, prompt, max_tokens, salt)
+        self._tell()
+
+    def plan(self) -> Plan | None:
+        found = super().plan()
+        self._tell()
+        return found
+
+    def commit(self, step: int, token_ids: NDArray[np.int32], stop: NDArray[np.bool_]) -> Committed:
+        found = super().commit(step, token_ids, stop)
+        self._tell()
+        return found
+
+    def abort(self, number: int) -> bool:
+        found = super().abort(number)
+        self._tell()
+        return found
+
+    def _tell(self) -> None:
+        steps = self.trace()
+        self.events()  # kept beside the trace; nobody else asks for them here
+        if self._trace is None:
+            return
+        try:
+            self._trace.write(steps)
+        except OSError as error:
+            log.error("the lifecycle trace ends here: %s", error.strerror)
+            self._trace = None
+            self.record(False)
+
+
+def make_scheduler(trace: str | None, **settings: Any) -> Scheduler:
+    """A scheduler; with a path, one that writes its trace there.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    return _TracedScheduler(trace, **settings) if trace else Scheduler(**settings)
+
+
+def read_trace(path: Path) -> tuple[TraceHeader, list[TraceStep]]:
+    """Read a file.
+
+    Raises:
+        ConfigError: a line has another form (its number is named), or the trace is of another spec.
+    """
+    rows: list[Any] = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+                rows.append(cattrs.structure(row, TraceStep if rows else TraceHeader))
+            except (ValueError, cattrs.BaseValidationError, TypeError) as error:
+                raise ConfigError(f"{path}:{number}", line[:80], "a step of a trace") from error
+    if not rows:
+        raise ConfigError("trace", str(path), "a header and steps; it is empty")
+    header, *steps = rows
+    if header.spec_hash != SPEC_HASH:
+        raise ConfigError(
+            "trace", f"{header.spec} {header.spec_hash[:12]}",
+            f"a trace of {SPEC} {SPEC_HASH[:12]}; check it with the version that wrote it",
+        )  # fmt: skip
+    return header, steps
+
+
+def validate(specs: Path, header: TraceHeader, steps: Sequence[TraceStep]) -> Rejected | None:
+    """Is the trace a behaviour of the spec? None, or the first step that is none."""
+    judge = _Judge(specs, header, steps)
+    for line, step in enumerate(steps, 2):
+        why = judge.take(step)
+        if why:
+            return Rejected(line, step, why)
+    return None
+
+
+@final
+class _Judge:
+    """The interpreter at the bounds of one trace."""
+
+    def __init__(self, specs: Path, header: TraceHeader, steps: Sequence[TraceStep]) -> None:
+        self._rows: dict[str, tuple[str, int | None]] = {}
+        contents = _contents(steps)
+        constants = {
+            "Req": frozenset(contents),
+            "Page": frozenset(range(header.pages)),
+            "Token": frozenset(t for content, _ in contents.values() for t in content),
+            "Content": Function({r: content for r, (content, _) in contents.items()}),
+            "PromptLen": Function({r: prompt for r, (_, prompt) in contents.items()}),
+            "PageSize": header.page_size,
+            "Chunk": header.chunk,
+            "Slots": header.slots,
+            "MaxInFlight": header.overlap + 1,
+        }
+        self._evaluator = Evaluator(load_module(specs / "Lifecycle.tla"), constants)
+        self._span = Span(specs / "Lifecycle.tla", 1, 1)
+        (self._state,) = self._evaluator.initial("Init")
+
+    def take(self, step: TraceStep) -> str:
+        """Follow a step; why it cannot be, or nothing."""
+        request = None if step.request is None else _name(step.request)
+        if step.action == "Complete" and request is not None:
+            self._rows[request] = (step.to or "", step.value)
+            return ""
+        args: list[Value] = [] if request is None else [request]
+        if step.action in ("Acquire", "Evict"):
+            args.append(step.page)
+        elif step.action == "Schedule":
+            args.append(step.value)
+        found = list(self._successors(step.action, args))
+        if not found:
+            return self._refusal(step.action, args)
+        told = [after for after in found if self._says(step, request, after)]
+        self._rows = {} if step.action == "Complete" else self._rows
+        if not told:
+            return "the spec allows it, with another outcome than the trace tells"
+        self._state = told[0]
+        return ""
+
+    def _successors(self, action: str, args: list[Value]) -> Iterable[State]:
+        bound = {f"a{i}": value for i, value in enumerate(args)}
+        names = tuple(Expr("name", (name,), self._span) for name in bound)
+        call = Expr("call" if names else "name", (action, *names), self._span)
+        return self._evaluator.steps(call, bound)(self._state)
+
+    def _says(self, step: TraceStep, request: str | None, after: State) -> bool:
+        """Is this the outcome that the trace tells?"""
+        state = self._value(after, "st").items
+        if step.action == "Complete":
+            return all(state[r] == to for r, (to, _) in self._rows.items())
+        if request is not None and step.to is not None and state[request] != step.to:
+            return False
+        if step.action == "Admit":
+            return len(self._value(after, "tab").items[request]) == step.value
+        if step.action == "Publish":
+            pages = (self._value(state, "page").items for state in (self._state, after))
+            return len({page[step.page] for page in pages}) == 2
+        return True
+
+    def _value(self, state: State, name: str) -> Any:
+        return state[self._evaluator.variables.index(name)]
+
+    def _refusal(self, action: str, args: list[Value]) -> str:
+        """The first guard of an action that does not hold."""
+        definitions = self._evaluator.definitions
+        if action not in definitions:
+            return f"the spec has no action {action}"
+        definition = definitions[action]
+        bound = dict(zip(definition.params, args, strict=True))
+        for conjunct in definition.body.exprs():
+            if not any(True for _ in self._evaluator.steps(conjunct, bound)(self._state)):
+                line = conjunct.span.line
+                text = definition.span.path.read_text(encoding="utf-8").splitlines()[line - 1]
+                return f"{text.strip()} does not hold ({definition.span.path.name}:{line})"
+        return "its conjuncts exclude each other"
+
+
+def _name(request: int) -> str:
+    return f"r{request}"
+
+
+def _contents(steps: Sequence[TraceStep]) -> dict[str, tuple[tuple[str, ...], int]]:
+    """Every request's tokens, as far as the trace knows them, and how many are prompt.
+
+    Tokens bear their tenant's salt, so that equal prompts of different tenants are different.
+    """
+    found: dict[str, tuple[list[str], int, int, str]] = {}
+    for step in steps:
+        if step.request is None:
+            continue
+        name = _name(step.request)
+        if step.action == "Submit":
+            prompt = [f"{step.salt}:{token}" for token in step.prompt or ()]
+            found[name] = (prompt, len(prompt), step.length or 0, step.salt or "")
+        elif step.action == "Complete" and step.value is not None and name in found:
+            found[name][0].append(f"{found[name][3]}:{step.value}")
+    return {
+        name: ((*tokens, *(f"{name}?" for _ in range(length - len(tokens)))), prompt)
+        for name, (tokens, prompt, length, _) in found.items()
+    }

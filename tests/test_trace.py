@@ -1,0 +1,189 @@
+"""Rung five: what the real scheduler did is a behaviour of the spec; what it did not do is none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import attrs
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scheduling import World
+from tokenspeed.cli import cli
+from tokenspeed.errors import ConfigError
+from tokenspeed.fsm.trace import (
+    TraceHeader,
+    TraceStep,
+    TraceWriter,
+    make_scheduler,
+    read_trace,
+    validate,
+)
+
+SIZES = {
+    "pages": 8, "page_size": 2, "slots": 2, "waiting_max": 8, "step_tokens": 4, "context_max": 16,
+}  # fmt: skip
+SPECS = Path(__file__).resolve().parents[1] / "specs"
+
+
+class Traced(World):
+    """A world whose scheduler writes down what it does."""
+
+    def __init__(self, path: Path, **config: int) -> None:
+        super().__init__(**config)
+        c = self.config
+        header = TraceHeader(
+            c["pages"], c["page_size"], c["slots"], c["step_tokens"], c.get("overlap", 0)
+        )
+        self.writer = TraceWriter(path, header)
+
+    def submit(
+        self, prompt: list[int], max_tokens: int, salt: str = "", stop_after: int = 10**9
+    ) -> int:
+        number = len(self.clients)
+        self.writer.submitted(number, prompt, len(prompt) + max_tokens, salt)
+        return super().submit(prompt, max_tokens, salt, stop_after)
+
+    def written(self) -> Path:
+        self.writer.write(self.scheduler.trace())
+        return self.writer.path
+
+
+def busy(path: Path, *, overlap: int, pages: int = 6) -> Path:
+    """A short run with shared prefixes, preemption, stops and aborts."""
+    world = Traced(path, pages=pages, page_size=2, slots=3, step_tokens=4, overlap=overlap)
+    for _ in range(2):
+        for number, salt in enumerate(("", "", "other", "")):
+            world.submit([1, 2, 3, 4, 5 + number], 5, salt, stop_after=4 if number == 1 else 99)
+        for _ in range(5):
+            world.turn()
+        world.abort(len(world.clients) - 1)
+        world.finish()
+    return world.written()
+
+
+@pytest.mark.parametrize("overlap", [0, 1, 2])
+def test_what_the_scheduler_does_is_a_behaviour_of_the_spec(tmp_path: Path, overlap: int) -> None:
+    header, steps = read_trace(busy(tmp_path / "trace", overlap=overlap))
+    actions = {step.action for step in steps}
+    assert {"Submit", "Admit", "Acquire", "Schedule", "Launch", "Complete", "Publish", "Abort",
+            "Release", "Evict", "Preempt"} <= actions  # fmt: skip
+    assert any(s.action == "Admit" and s.value for s in steps), "no prefix was found again"
+    assert validate(SPECS, header, steps) is None
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    overlap=st.integers(0, 2),
+    page_size=st.integers(1, 3),
+    requests=st.lists(
+        st.tuples(st.integers(1, 6), st.integers(1, 5), st.booleans(), st.integers(0, 4)),
+        min_size=1, max_size=6,
+    ),
+)  # fmt: skip
+def test_any_run_is_a_behaviour_of_the_spec(
+    tmp_path_factory: pytest.TempPathFactory,
+    overlap: int,
+    page_size: int,
+    requests: list[tuple[int, int, bool, int]],
+) -> None:
+    path = tmp_path_factory.mktemp("t") / "trace"
+    world = Traced(path, pages=12, page_size=page_size, slots=2, step_tokens=3, overlap=overlap)
+    for prompt, output, salted, turns in requests:
+        number = world.submit(list(range(1, prompt + 1)), output, "x" if salted else "")
+        for _ in range(turns):
+            world.turn()
+        if turns == 3:
+            world.abort(number)
+    world.finish()
+    header, steps = read_trace(world.written())
+    assert validate(SPECS, header, steps) is None
+
+
+def without(steps: list[TraceStep], at: int) -> list[TraceStep]:
+    return [*steps[:at], *steps[at + 1 :]]
+
+
+def test_a_trace_that_lies_is_refused_with_the_guard(tmp_path: Path) -> None:
+    header, steps = read_trace(busy(tmp_path / "trace", overlap=1))
+    launch = next(i for i, s in enumerate(steps) if s.action == "Launch")
+    rejected = validate(SPECS, header, without(steps, launch))
+    assert rejected is not None
+    assert "does not hold" in str(rejected)
+
+    early = next(i for i, s in enumerate(steps) if s.action == "Schedule")
+    release = TraceStep("Release", steps[early].request, to="Finished")
+    rejected = validate(SPECS, header, [*steps[: early + 1], release])
+    assert rejected is not None
+    assert rejected.line == early + 3
+    assert 'Move("Release", r, to)' in rejected.why
+
+    other = next(i for i, s in enumerate(steps) if s.action == "Acquire")
+    taken = attrs.evolve(steps[other], page=steps[other].page)
+    rejected = validate(SPECS, header, [*steps[: other + 1], taken])
+    assert rejected is not None
+
+    hit = next(i for i, s in enumerate(steps) if s.action == "Admit" and s.value)
+    more = [*steps[:hit], attrs.evolve(steps[hit], value=0), *steps[hit + 1 :]]
+    rejected = validate(SPECS, header, more)
+    assert rejected is not None
+    assert "another outcome" in rejected.why
+
+
+def test_a_trace_of_another_spec_is_refused_by_name(tmp_path: Path) -> None:
+    path = busy(tmp_path / "trace", overlap=0)
+    first, *rest = path.read_text().splitlines()
+    path.write_text("\n".join([json.dumps({**json.loads(first), "spec_hash": "0" * 64}), *rest]))
+    with pytest.raises(ConfigError, match="000000000000"):
+        read_trace(path)
+    path.write_text("\n".join([first, "{"]))
+    with pytest.raises(ConfigError, match=":2"):
+        read_trace(path)
+
+
+def test_an_engine_writes_what_its_scheduler_does(tmp_path: Path) -> None:
+    """Off: nothing is kept. On: every step is there, and the spec accepts them."""
+    quiet = make_scheduler(None, **SIZES)
+    quiet.submit(0, np.array([1, 2], np.int32), 2)
+    assert quiet.trace() == []
+    path = tmp_path / "trace"
+    traced = make_scheduler(str(path), **SIZES)
+    traced.submit(0, np.array([1, 2, 3], np.int32), 2)
+    traced.submit(1, np.array([1, 2, 3], np.int32), 2)
+    while plan := traced.plan():
+        rows = len(plan.numbers)
+        traced.commit(plan.step, np.full(rows, 7, np.int32), np.zeros(rows, bool))
+    assert not traced.abort(1)
+    header, steps = read_trace(path)
+    assert validate(SPECS, header, steps) is None
+    assert [s.to for s in steps if s.action == "Release"] == ["Finished", "Finished"]
+    with pytest.raises(ConfigError, match="trace_lifecycle"):
+        make_scheduler(str(tmp_path), **SIZES)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_a_full_disk_ends_the_trace_and_not_the_engine(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    traced = make_scheduler(str(tmp_path / "trace"), **SIZES)
+    traced._trace.path = Path("/dev/full")  # type: ignore[attr-defined]
+    traced.submit(0, np.array([1, 2, 3], np.int32), 2)
+    assert "the lifecycle trace ends here: No space left" in caplog.text
+    plan = traced.plan()
+    assert plan is not None
+    assert traced.trace() == []
+
+
+def test_the_command_judges_a_trace(tmp_path: Path) -> None:
+    path = busy(tmp_path / "trace", overlap=1)
+    assert CliRunner().invoke(cli, ["check", "--trace", str(path)]).exit_code == 0
+    lines = path.read_text().splitlines()
+    cut = next(i for i, line in enumerate(lines) if '"Launch"' in line)
+    path.write_text("\n".join([*lines[:cut], *lines[cut + 1 :]]))
+    done = CliRunner().invoke(cli, ["check", "--trace", str(path), "--json"])
+    assert done.exit_code == 1
+    assert "does not hold" in json.loads(done.stdout)["rejected"]["why"]
