@@ -6,6 +6,8 @@ the interpreter.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import final
 
 from attrs import frozen
@@ -204,7 +206,7 @@ class CppTypes:
                     if variant == names:
                         pairs = [(value.items[n], at.fields[n]) for n in names]
                         return base + self._mixed(pairs, span)
-                    base += _product(self.card(at.fields[n]) for n in variant)
+                    base += math.prod(self.card(at.fields[n]) for n in variant)
         return int(value)
 
     def _mixed(self, parts: list[tuple[Value, Type]], span: Span) -> int:
@@ -284,12 +286,5 @@ def _applied(fn: Value, key: Value) -> Value:
     return fn[key - 1] if isinstance(fn, tuple) else fn.items[key]
 
 
-def _product(numbers: object) -> int:
-    out = 1
-    for number in numbers:  # type: ignore[attr-defined]
-        out *= number
-    return out
-
-
-def _list(items: object) -> str:
-    return ", ".join(str(item) for item in items)  # type: ignore[attr-defined]
+def _list(items: Iterable[object]) -> str:
+    return ", ".join(str(item) for item in items)

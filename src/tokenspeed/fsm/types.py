@@ -8,6 +8,7 @@ tried at run time and widened. What cannot be typed is refused, with its place.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, final
 
@@ -566,14 +567,7 @@ def card(kind: Type, set_ints: int, seq_max: int) -> int:
         case "fn":
             result = each(at.of) ** len(at.keys)
         case "tuple":
-            result = _product(each(item) for item in at.items)
+            result = math.prod(each(item) for item in at.items)
         case "record":
-            result = sum(_product(each(at.fields[f]) for f in v) for v in at.variants)
+            result = sum(math.prod(each(at.fields[f]) for f in v) for v in at.variants)
     return int(result)
-
-
-def _product(numbers: Iterable[int]) -> int:
-    out = 1
-    for number in numbers:
-        out *= number
-    return out
