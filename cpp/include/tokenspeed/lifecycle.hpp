@@ -20,6 +20,7 @@ namespace tokenspeed::lifecycle {
 inline constexpr std::string_view kSpec = "specs/Lifecycle.tla";
 inline constexpr std::string_view kSpecHash =
     "5b7ec59b56717c5103e2dfdbd9250ba38df29ab94ffab60580e6a095707c8ff8";
+inline constexpr std::string_view kSpecVersion = "1.0.0";
 
 enum class State : std::uint8_t {
   New,
@@ -327,6 +328,23 @@ concept World = requires(W& world, const W& view, RequestId request) {
   { view.Youngest(request) } -> std::same_as<bool>;
   { view.Alone(request) } -> std::same_as<bool>;
   { view.Pinned(request) } -> std::same_as<bool>;
+};
+
+// Where an engine may start from: a World, less its resources, in which every guard says yes. What
+// it declares itself hides what stands here, so that guards can be answered one after the other.
+struct Unguarded {
+  void moved(Action, RequestId, State, State) noexcept {}
+  bool Fits(RequestId) const noexcept { return true; }
+  bool NoneLacks() const noexcept { return true; }
+  bool SlotFree() const noexcept { return true; }
+  bool FirstQueued(RequestId) const noexcept { return true; }
+  bool Lacks(RequestId) const noexcept { return true; }
+  bool Wants(RequestId) const noexcept { return true; }
+  bool Starved() const noexcept { return true; }
+  bool NoneEvictable() const noexcept { return true; }
+  bool Youngest(RequestId) const noexcept { return true; }
+  bool Alone(RequestId) const noexcept { return false; }
+  bool Pinned(RequestId) const noexcept { return false; }
 };
 
 // A request in state S. Move-only; it holds what the spec says that S owns.

@@ -1,5 +1,6 @@
 // A request is in one place.
 // expect: use of deleted function
+// expect clang++: call to deleted constructor of
 #include "world.hpp"
 
 void move(In<State::Decoding>& request) {

@@ -1,5 +1,6 @@
 // A permit comes from the guards, never from the caller.
 // expect: is private within this context
+// expect clang++: calling a private constructor of class
 #include "world.hpp"
 
 void move(Always& world, In<State::Finishing>&& request) {

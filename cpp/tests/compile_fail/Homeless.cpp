@@ -1,5 +1,6 @@
 // A request that waits has no pages to look at.
 // expect: no matching function for call to
+// expect clang++: no matching member function for call to 'pages'
 #include "world.hpp"
 
 #ifdef LEGAL

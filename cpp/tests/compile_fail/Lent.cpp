@@ -1,5 +1,5 @@
 // An action takes the request away from who calls it.
-// expect: no matching function for call to ‘Abort(
+// expect: no matching function for call to 'Abort
 #include "world.hpp"
 
 void move(Always& world, In<State::Decoding>& request) {

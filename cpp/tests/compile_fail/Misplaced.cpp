@@ -1,5 +1,5 @@
 // One action's permit does not serve another.
-// expect: no matching function for call to ‘Preempt(
+// expect: no matching function for call to 'Preempt
 #include "world.hpp"
 
 #ifdef LEGAL

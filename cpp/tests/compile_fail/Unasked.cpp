@@ -1,5 +1,5 @@
 // An action with guards wants their answer.
-// expect: no matching function for call to ‘Release(
+// expect: no matching function for call to 'Release
 #include "world.hpp"
 
 void move(Always& world, In<State::Finishing>&& request) {

@@ -1,5 +1,6 @@
 // The smallest World there can be: what the files beside this one call the lifecycle with.
-// Rule: each of them compiles with -DLEGAL and does not without, for the reason after `expect:`.
+// Rule: each of them compiles with -DLEGAL and does not without, for the reason after `expect:`
+// (or, where a compiler has its own words, `expect clang++:`).
 #pragma once
 
 #include <utility>

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from tokenspeed.errors import ConfigError
+from tokenspeed.fsm.emit_c import emit_c
 from tokenspeed.fsm.emit_cpp import emit_cpp
 from tokenspeed.fsm.emit_python import emit_python
 from tokenspeed.fsm.lifecycle import read_lifecycle
@@ -35,10 +36,17 @@ def checkout() -> Path:
 def generate(root: Path) -> dict[Path, str]:
     """Every generated file with its text, formatted as the house formats."""
     lifecycle = read_lifecycle(root / "specs" / "Lifecycle.tla")
-    header = root / "cpp" / "include" / "tokenspeed" / "lifecycle.hpp"
+    headers = root / "cpp" / "include" / "tokenspeed"
     mirror = root / "src" / "tokenspeed" / "fsm" / "generated.py"
+    printed = {
+        headers / "lifecycle.hpp": emit_cpp(lifecycle),
+        headers / "lifecycle_c.h": emit_c(lifecycle),
+    }
     return {
-        header: _formatted(["clang-format", f"--assume-filename={header}"], emit_cpp(lifecycle)),
+        **{
+            path: _formatted(["clang-format", f"--assume-filename={path}"], text)
+            for path, text in printed.items()
+        },
         mirror: _formatted(
             ["ruff", "format", "--stdin-filename", str(mirror), "-"], emit_python(lifecycle)
         ),

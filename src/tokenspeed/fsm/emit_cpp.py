@@ -24,6 +24,7 @@ def emit_cpp(lifecycle: Lifecycle) -> str:
         _owns(lifecycle),
         _matrix(lifecycle),
         _world(lifecycle),
+        _unguarded(lifecycle),
         _request(lifecycle),
         _moves(lifecycle),
         *(_action(lifecycle, action) for action in lifecycle.actions),
@@ -57,6 +58,7 @@ namespace tokenspeed::lifecycle {{
 inline constexpr std::string_view kSpec = "{lifecycle.spec}";
 inline constexpr std::string_view kSpecHash =
     "{lifecycle.digest}";
+inline constexpr std::string_view kSpecVersion = "{lifecycle.version}";
 """
 
 
@@ -132,16 +134,10 @@ def _matrix(lifecycle: Lifecycle) -> str:
             if state in action.sources():
                 out.append(f"static_assert(can(Action::{action.name}, State::{state}));")
             else:
-                words = illegal(lifecycle, action.name, state)
+                words = lifecycle.refusal(action, state)
                 out.append(f'static_assert(!can(Action::{action.name}, State::{state}),\n'
                            f'              "{words}");')  # fmt: skip
     return "\n".join(out) + "\n"
-
-
-def illegal(lifecycle: Lifecycle, action: str, state: str) -> str:
-    """The one sentence about an illegal pair, the same in C++ and Python."""
-    legal = ", ".join(lifecycle.legal(state)) or "nothing"
-    return f"{action} is not legal in {state}. Legal here: {legal}. See {lifecycle.spec}"
 
 
 def _world(lifecycle: Lifecycle) -> str:
@@ -159,6 +155,26 @@ concept World = requires(W& world, const W& view, RequestId request) {{
 {_lines(types, "  ")}
   {{ world.moved(Action{{}}, request, State{{}}, State{{}}) }} noexcept;
 {_lines(tests, "  ")}
+}};
+"""
+
+
+def _unguarded(lifecycle: Lifecycle) -> str:
+    """Says yes to every guard that is not wanted both ways; those are left to the engine."""
+    guards = dict.fromkeys(g for action in lifecycle.actions for g in action.guards)
+    names = [g.name for g in guards]
+    answers = [
+        f"bool {g.name}({'RequestId' if g.of_request else ''}) const noexcept {{ "
+        f"return {'false' if g.negated else 'true'}; }}"
+        for g in guards
+        if names.count(g.name) == 1
+    ]
+    return f"""\
+// Where an engine may start from: a World, less its resources, in which every guard says yes. What
+// it declares itself hides what stands here, so that guards can be answered one after the other.
+struct Unguarded {{
+  void moved(Action, RequestId, State, State) noexcept {{}}
+{_lines(answers, "  ")}
 }};
 """
 
@@ -353,15 +369,14 @@ def _refusal(lifecycle: Lifecycle, action: Action) -> str:
     head = "State S"
     legal = f"can(Action::{name}, S)"
     reasons = [
-        f'static_assert(S != State::{state}, "{illegal(lifecycle, name, state)}");'
+        f'static_assert(S != State::{state}, "{lifecycle.refusal(action, state)}");'
         for state in lifecycle.states
         if state not in action.sources()
     ]
     if _chosen(action):
         head, legal = "State To, State S", f"edge(Action::{name}, S, To)"
         for state in action.sources():
-            to = ", ".join(action.targets(state))
-            words = f"{name} leads from {state} only to {to}. See {lifecycle.spec}"
+            words = lifecycle.refusal(action, state)
             reasons.append(f'static_assert(S != State::{state}, "{words}");')
     return f"""\
 template <{head}, class W, class... Rest>

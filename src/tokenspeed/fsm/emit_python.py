@@ -27,10 +27,14 @@ Rule: these are the tables of the spec, in its own words.
 
 from __future__ import annotations
 
-__all__ = ["ACTIONS", "EDGES", "GUARDS", "OWNS", "PAGE_KINDS", "SPEC", "SPEC_HASH", "STATES"]
+__all__ = [
+    "ACTIONS", "EDGES", "GUARDS", "OWNS", "PAGE_KINDS", "SPEC", "SPEC_HASH", "SPEC_VERSION",
+    "STATES",
+]  # fmt: skip
 
 SPEC = {lifecycle.spec!r}
 SPEC_HASH = {lifecycle.digest!r}
+SPEC_VERSION = {lifecycle.version!r}
 
 STATES = {_tuple(lifecycle.states)}
 ACTIONS = {_tuple(a.name for a in lifecycle.actions)}

@@ -5,10 +5,14 @@ Rule: these are the tables of the spec, in its own words.
 
 from __future__ import annotations
 
-__all__ = ["ACTIONS", "EDGES", "GUARDS", "OWNS", "PAGE_KINDS", "SPEC", "SPEC_HASH", "STATES"]
+__all__ = [
+    "ACTIONS", "EDGES", "GUARDS", "OWNS", "PAGE_KINDS", "SPEC", "SPEC_HASH", "SPEC_VERSION",
+    "STATES",
+]  # fmt: skip
 
 SPEC = "specs/Lifecycle.tla"
 SPEC_HASH = "5b7ec59b56717c5103e2dfdbd9250ba38df29ab94ffab60580e6a095707c8ff8"
+SPEC_VERSION = "1.0.0"
 
 STATES = (
     "New",

@@ -2,12 +2,14 @@
 
 Rule: everything here is read out of the spec by evaluation or from its syntax, and printers add
 nothing. The spec must define `State`, `Edges`, `Owns`, and write each request action as a
-conjunction that moves through the table: `Move("Admit", r, ...)`.
+conjunction that moves through the table: `Move("Admit", r, ...)`. Beside it lies `VERSION`,
+for those who embed what is printed: major if a caller may have to change, minor if there is more.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,7 @@ class Lifecycle:
     Attributes:
         spec: path of the module relative to the repository.
         digest: SHA-256 of the module's text.
+        version: semantic, of the tables and guards.
         states: in the spec's order.
         actions: in the order of `Edges`.
         owns: state -> resources, in a fixed order.
@@ -74,6 +77,7 @@ class Lifecycle:
 
     spec: str
     digest: str
+    version: str
     states: tuple[str, ...]
     actions: tuple[Action, ...]
     owns: dict[str, tuple[str, ...]]
@@ -88,12 +92,21 @@ class Lifecycle:
         """Actions that are legal in a state."""
         return tuple(action.name for action in self.actions if state in action.sources())
 
+    def refusal(self, action: Action, state: str) -> str:
+        """The sentence, in every language, on a move of an action that a state does not have."""
+        to = ", ".join(action.targets(state))
+        if to:
+            return f"{action.name} leads from {state} only to {to}. See {self.spec}"
+        legal = ", ".join(self.legal(state)) or "nothing"
+        return f"{action.name} is not legal in {state}. Legal here: {legal}. See {self.spec}"
+
 
 def read_lifecycle(path: Path) -> Lifecycle:
     """Read the lifecycle out of a spec.
 
     Raises:
-        SpecError: a table is missing, or names a state or an action that the spec does not have.
+        SpecError: a table is missing, or names a state or an action that the spec does not have;
+            or `VERSION` beside it is missing or not `major.minor.patch`.
     """
     module = load_module(path)
     evaluator = Evaluator(module, {})
@@ -120,12 +133,20 @@ def read_lifecycle(path: Path) -> Lifecycle:
     return Lifecycle(
         spec=f"specs/{path.name}",
         digest=hashlib.sha256(module.text.encode()).hexdigest(),
+        version=_version(path.with_name("VERSION")),
         states=states,
         actions=tuple(actions),
         owns={s: tuple(r for r in resources if r in owns.items[s]) for s in states},
         resources=resources,
         page_kinds=_strings(definitions["PageKind"]),
     )
+
+
+def _version(path: Path) -> str:
+    text = path.read_text(encoding="utf-8").strip() if path.exists() else ""
+    if not re.fullmatch(r"\d+\.\d+\.\d+", text):
+        raise SpecError(path, 1, 1, f"expected the version of the spec, 1.2.3; found {text!r}")
+    return text
 
 
 def _strings(definition: Definition) -> tuple[str, ...]:
