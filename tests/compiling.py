@@ -26,7 +26,7 @@ CXX_FLAGS = ("-std=c++20", *STRICT, "-fno-exceptions", "-fno-rtti")
 
 def tool(name: str) -> str | None:
     """Where a program is: beside this Python, or on the path."""
-    beside = Path(sys.executable).with_name(name)
+    beside = Path(sys.executable).parent / name
     return str(beside) if beside.exists() else shutil.which(name)
 
 
@@ -40,10 +40,10 @@ CC = [pytest.param(name, marks=needs(name)) for name in ("gcc", "clang")]
 CXX = [pytest.param(name, marks=needs(name)) for name in ("g++", "clang++")]
 
 
-def run(command: str, *arguments: str | Path, **environment: str) -> str:
+def run(command: str | Path, *arguments: str | Path, **environment: str) -> str:
     """What a program prints; it must succeed."""
     done = subprocess.run(
-        [tool(command) or command, *arguments],
+        [tool(str(command)) or command, *arguments],
         capture_output=True, text=True, check=False, env=os.environ | environment,
     )  # fmt: skip
     assert done.returncode == 0, (
