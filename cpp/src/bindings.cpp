@@ -113,6 +113,87 @@ py::list trace(Native& self) {
   return out;
 }
 
+// A request by its number, as everything outside knows it; an action on none is refused.
+template <auto action, class... Arguments>
+bool act(Control& self, std::int64_t number, Arguments... arguments) {
+  const auto index = self.find(number);
+  return index && (self.*action)(*index, arguments...);
+}
+
+py::list rows(const Control& self, const std::vector<Row>& rows) {
+  py::list out;
+  for (const Row& row : rows) {
+    out.append(py::make_tuple(self.record(row.index).number, row.from, row.tokens, row.samples));
+  }
+  return out;
+}
+
+py::dict snapshot(const Control& self) {
+  const Snapshot found = self.snapshot();
+  py::dict requests;
+  for (const auto& [record, table] : found.requests) {
+    requests[py::int_(record->number)] =
+        py::make_tuple(name(record->state), table, record->known(), record->planned, record->done);
+  }
+  py::list pages;
+  for (const auto& [kind, references, key] : found.pages) {
+    pages.append(py::make_tuple(kind, references, py::tuple(py::cast(key))));
+  }
+  py::list in_flight;
+  for (const auto& step : found.in_flight) in_flight.append(rows(self, step));
+  py::dict out;
+  out["requests"] = requests;
+  out["pages"] = pages;
+  out["plan"] = rows(self, found.plan);
+  out["in_flight"] = in_flight;
+  return out;
+}
+
+void bind_control(py::module_& m) {
+  py::class_<Control>(m, "Control")
+      .def(py::init([](std::int32_t page_size, std::int32_t pages, std::int32_t slots,
+                       std::int32_t chunk, std::int32_t in_flight_max) {
+             const ControlConfig config{page_size, pages, slots, chunk, in_flight_max, true};
+             const std::string wrong = Control::invalid(config);
+             if (!wrong.empty()) throw py::value_error(wrong);
+             return std::make_unique<Control>(config);
+           }),
+           py::kw_only(), py::arg("page_size"), py::arg("pages"), py::arg("slots"),
+           py::arg("chunk"), py::arg("in_flight_max"))
+      .def(
+          "submit",
+          [](Control& self, std::int64_t number, const std::vector<Token>& prompt,
+             std::int32_t length_max) {
+            return self.submit(number, prompt, length_max, "").has_value();
+          },
+          py::arg("number"), py::arg("prompt"), py::arg("length_max"))
+      .def(
+          "admit",
+          [](Control& self, std::int64_t number) {
+            const auto index = self.find(number);
+            return index && self.admit(*index);
+          },
+          py::arg("number"))
+      .def("acquire", &act<&Control::acquire, PageId>, py::arg("number"), py::arg("page"))
+      .def("schedule", &act<&Control::schedule, std::int32_t>, py::arg("number"), py::arg("tokens"))
+      .def("publish", &act<&Control::publish>, py::arg("number"))
+      .def("preempt", &act<&Control::preempt>, py::arg("number"))
+      .def("abort", &act<&Control::abort>, py::arg("number"))
+      .def("release", &act<&Control::release>, py::arg("number"))
+      .def("launch", &Control::launch)
+      .def(
+          "complete",
+          [](Control& self, const std::vector<Token>& token_ids,
+             const std::vector<std::uint8_t>& stop) {
+            std::vector<Outcome> out;
+            return self.complete(token_ids, stop, out);
+          },
+          py::arg("token_ids"), py::arg("stop"))
+      .def("evict", &Control::evict, py::arg("page"))
+      .def("snapshot", &snapshot)
+      .def("check", &Control::check);
+}
+
 py::list events(Native& self) {
   const auto taken = self.run([](Scheduler& scheduler) { return scheduler.take_events(); });
   py::list out;
@@ -209,9 +290,12 @@ PYBIND11_MODULE(_core, m) {
       .def("check",
            [](Native& self) { return self.run([](const Scheduler& s) { return s.check(); }); })
       .def(
-          "record", [](Native& self, bool on) { self.run([&](Scheduler& s) { s.record(on); }); },
+          "record",
+          [](Native& self, bool on) { self.run([&](Scheduler& s) { s.set_recording(on); }); },
           py::arg("on"))
       .def("transitions", &transitions)
       .def("events", &events)
       .def("trace", &trace);
+
+  bind_control(m);
 }

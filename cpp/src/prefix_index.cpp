@@ -5,23 +5,21 @@
 namespace tokenspeed {
 
 PrefixIndex::Cursor PrefixIndex::root(std::string_view salt) {
-  const auto found = roots_.find(std::string(salt));
-  if (found != roots_.end()) return {found->second, nodes_[index(found->second)].life};
+  if (const Cursor found = find_root(salt); found >= 0) return found;
   const NodeId node = make();
   roots_.emplace(salt, node);
   salts_.emplace(node, salt);
-  return {node, nodes_[index(node)].life};
+  return node;
 }
 
 PrefixIndex::Cursor PrefixIndex::find_root(std::string_view salt) const {
   const auto found = roots_.find(std::string(salt));
-  if (found == roots_.end()) return {};
-  return {found->second, nodes_[index(found->second)].life};
+  return found == roots_.end() ? -1 : found->second;
 }
 
 bool PrefixIndex::match(Cursor& at, std::span<const Token> wanted, PageTable& table) {
-  if (!alive(at)) return false;
-  const NodeId child = find(at.node, hash(at.node, wanted), wanted);
+  if (at < 0) return false;
+  const NodeId child = find(at, hash(at, wanted), wanted);
   if (child < 0) return false;
   Node& node = nodes_[index(child)];
   if (node.references++ == 0) {
@@ -30,20 +28,14 @@ bool PrefixIndex::match(Cursor& at, std::span<const Token> wanted, PageTable& ta
   }
   node.used = now_;
   table.append(SharedPage(child, node.page));
-  at = {child, node.life};
+  at = child;
   return true;
 }
 
-PageTable::Entry PrefixIndex::publish(Cursor& at, std::span<const Token> content,
-                                      ExclusivePage&& page) {
-  const std::uint64_t key = hash(at.node, content);
-  if (!alive(at) || find(at.node, key, content) >= 0) {
-    at = {};
-    return std::move(page);
-  }
+SharedPage PrefixIndex::publish(Cursor& at, std::span<const Token> content, ExclusivePage&& page) {
+  const std::uint64_t key = hash(at, content);
   const NodeId child = make();
-  const NodeId parent = at.node;
-  if (can_go(nodes_[index(parent)])) evictable_.erase({nodes_[index(parent)].used, parent});
+  const NodeId parent = at;
   ++nodes_[index(parent)].children;
   Node& node = nodes_[index(child)];
   node.parent = parent;
@@ -54,8 +46,9 @@ PageTable::Entry PrefixIndex::publish(Cursor& at, std::span<const Token> content
   std::copy(content.begin(), content.end(),
             node_tokens_.begin() + static_cast<std::ptrdiff_t>(index(child)) * page_size_);
   children_.emplace(key, child);
+  nodes_by_page_[index(node.page)] = child;
   ++size_;
-  at = {child, node.life};
+  at = child;
   return SharedPage(child, node.page);
 }
 
@@ -68,11 +61,18 @@ void PrefixIndex::release(SharedPage&& page) {
   if (can_go(node)) evictable_.emplace(node.used, id);
 }
 
-bool PrefixIndex::evict(PagePool& pool) {
-  if (evictable_.empty()) return false;
-  const NodeId id = evictable_.begin()->second;
-  evictable_.erase(evictable_.begin());
+std::optional<PageId> PrefixIndex::oldest_evictable() const noexcept {
+  if (evictable_.empty()) return std::nullopt;
+  return nodes_[index(evictable_.begin()->second)].page;
+}
+
+bool PrefixIndex::evict(PageId page, PagePool& pool) {
+  if (page < 0 || index(page) >= nodes_by_page_.size()) return false;
+  const NodeId id = nodes_by_page_[index(page)];
+  if (id < 0 || !can_go(nodes_[index(id)])) return false;
   Node& node = nodes_[index(id)];
+  evictable_.erase({node.used, id});
+  nodes_by_page_[index(page)] = -1;
   const auto [first, last] = children_.equal_range(node.hash);
   children_.erase(std::find_if(first, last, [id](const auto& item) { return item.second == id; }));
   pool.give_back(ExclusivePage(node.page));
@@ -80,7 +80,6 @@ bool PrefixIndex::evict(PagePool& pool) {
   --unheld_;
   const NodeId parent = node.parent;
   node.page = -1;
-  ++node.life;
   spare_.push_back(id);
   Node& above = nodes_[index(parent)];
   --above.children;
@@ -95,7 +94,6 @@ void PrefixIndex::drop_root_if_unused(NodeId root) {
   if (salt == salts_.end() || nodes_[index(root)].children > 0) return;
   roots_.erase(salt->second);
   salts_.erase(salt);
-  ++nodes_[index(root)].life;
   spare_.push_back(root);
 }
 
@@ -104,6 +102,14 @@ std::vector<std::pair<NodeId, PageId>> PrefixIndex::pages() const {
   for (NodeId id = 0; index(id) < nodes_.size(); ++id) {
     if (nodes_[index(id)].page >= 0) out.emplace_back(id, nodes_[index(id)].page);
   }
+  return out;
+}
+
+std::vector<Token> PrefixIndex::key(NodeId node) const {
+  if (nodes_[index(node)].page < 0) return {};  // a root
+  std::vector<Token> out = key(nodes_[index(node)].parent);
+  const auto own = tokens(node);
+  out.insert(out.end(), own.begin(), own.end());
   return out;
 }
 
@@ -134,9 +140,7 @@ NodeId PrefixIndex::make() {
   if (!spare_.empty()) {
     const NodeId id = spare_.back();
     spare_.pop_back();
-    const std::uint32_t life = nodes_[index(id)].life;
     nodes_[index(id)] = Node{};
-    nodes_[index(id)].life = life;
     return id;
   }
   nodes_.emplace_back();

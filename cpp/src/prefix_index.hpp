@@ -5,13 +5,13 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <set>
 #include <span>
 #include <string>
 #include <string_view>
 #include <unordered_map>
 #include <utility>
-#include <variant>
 #include <vector>
 
 #include "tokenspeed/pages.hpp"
@@ -22,20 +22,15 @@ using Token = std::int32_t;
 
 class PrefixIndex final {
  public:
-  // Where a request's next page would hang. It names a life of the node, so that an evicted and
-  // reused node is noticed.
-  struct Cursor {
-    NodeId node = -1;
-    std::uint32_t life = 0;
-  };
+  // Where a request's next page would hang: a root, or the node of a page that the request holds.
+  using Cursor = NodeId;
 
-  static bool ended(Cursor at) noexcept { return at.node < 0; }
-
-  explicit PrefixIndex(std::int32_t page_size) : page_size_(page_size) {}
+  PrefixIndex(std::int32_t page_size, PageId pages)
+      : page_size_(page_size), nodes_by_page_(static_cast<std::size_t>(pages), -1) {}
   PrefixIndex(const PrefixIndex&) = delete;
   PrefixIndex& operator=(const PrefixIndex&) = delete;
 
-  // The root of a salt: made if there is none, or a cursor that matches nothing.
+  // The root of a salt: made if there is none, or -1, where nothing hangs.
   Cursor root(std::string_view salt);
   Cursor find_root(std::string_view salt) const;
 
@@ -43,16 +38,22 @@ class PrefixIndex final {
   // there. Looking it up and holding it are one action. False if there is none.
   bool match(Cursor& at, std::span<const Token> tokens, PageTable& table);
 
-  // Offer a computed page. Returns it as shared; or as it was, and the cursor ends, if its content
-  // is there already or the cursor's node is gone. So a request that holds a node holds all above
-  // it, and whatever nobody holds can be evicted, leaf by leaf.
-  PageTable::Entry publish(Cursor& at, std::span<const Token> tokens, ExclusivePage&& page);
+  // Is a page with exactly `tokens` there, one step down?
+  bool contains(Cursor at, std::span<const Token> tokens) const {
+    return find(at, hash(at, tokens), tokens) >= 0;
+  }
+
+  // Take in a computed page whose content is not there yet; the cursor steps down to it. A request
+  // that holds a node holds all above it, so whatever nobody holds can be evicted, leaf by leaf.
+  SharedPage publish(Cursor& at, std::span<const Token> tokens, ExclusivePage&& page);
 
   // Give a reference back.
   void release(SharedPage&& page);
 
-  // Take the least recently used page that nobody holds and nothing hangs from; it goes to `pool`.
-  bool evict(PagePool& pool);
+  // The least recently used page that nobody holds and nothing hangs from.
+  std::optional<PageId> oldest_evictable() const noexcept;
+  // Let such a page go to `pool`; false if it is not one.
+  bool evict(PageId page, PagePool& pool);
 
   bool none_evictable() const noexcept { return evictable_.empty(); }
   // Pages in the index, and those that no request holds.
@@ -63,12 +64,12 @@ class PrefixIndex final {
   // For checks: references that the index counts for a node, and its page.
   std::int32_t references(NodeId node) const { return nodes_[index(node)].references; }
   std::vector<std::pair<NodeId, PageId>> pages() const;
+  std::vector<Token> key(NodeId node) const;  // the tokens of its page and of all above
 
  private:
   struct Node {
     NodeId parent = -1;
     PageId page = -1;
-    std::uint32_t life = 0;
     std::int32_t references = 0;
     std::int32_t children = 0;
     std::uint64_t used = 0;
@@ -76,9 +77,6 @@ class PrefixIndex final {
   };
   static std::size_t index(NodeId node) noexcept { return static_cast<std::size_t>(node); }
 
-  bool alive(Cursor at) const noexcept {
-    return at.node >= 0 && nodes_[index(at.node)].life == at.life;
-  }
   std::span<const Token> tokens(NodeId node) const noexcept;
   std::uint64_t hash(NodeId parent, std::span<const Token> tokens) const noexcept;
   NodeId find(NodeId parent, std::uint64_t hash, std::span<const Token> tokens) const;
@@ -94,6 +92,7 @@ class PrefixIndex final {
   std::uint64_t now_ = 0;
   std::vector<Node> nodes_;
   std::vector<Token> node_tokens_;
+  std::vector<NodeId> nodes_by_page_;
   std::vector<NodeId> spare_;
   std::unordered_multimap<std::uint64_t, NodeId> children_;
   std::unordered_map<std::string, NodeId> roots_;

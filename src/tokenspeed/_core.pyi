@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -136,3 +137,42 @@ class Scheduler:
 
     def events(self) -> list[tuple[str, int, int, str, str]]:
         """Moves since the last call: (action, number, incarnation, from, to)."""
+
+Row = tuple[int, int, int, bool]
+"""(number, first position, tokens, samples): the work of one request in a step."""
+
+class Control:
+    """What the scheduler drives: each action of the spec as one method.
+
+    A method says whether it did its action; if the spec does not allow it, nothing changes.
+
+    Raises:
+        ValueError: a setting is out of bounds; the message names it.
+    """
+
+    def __init__(
+        self, *, page_size: int, pages: int, slots: int, chunk: int, in_flight_max: int
+    ) -> None: ...
+    def submit(self, number: int, prompt: Sequence[int], length_max: int) -> bool: ...
+    def admit(self, number: int) -> bool: ...
+    def acquire(self, number: int, page: int) -> bool: ...
+    def schedule(self, number: int, tokens: int) -> bool: ...
+    def publish(self, number: int) -> bool: ...
+    def preempt(self, number: int) -> bool: ...
+    def abort(self, number: int) -> bool: ...
+    def release(self, number: int) -> bool: ...
+    def launch(self) -> bool: ...
+    def complete(self, token_ids: Sequence[int], stop: Sequence[int]) -> bool:
+        """Complete the oldest launched step: a token and a stop flag for each of its rows."""
+
+    def evict(self, page: int) -> bool: ...
+    def snapshot(self) -> dict[str, Any]:
+        """All of it as values.
+
+        `requests`: number -> (state, pages, known, planned, done), oldest first; `pages`: by id,
+        (kind, references, tokens of the key); `plan`: rows; `in_flight`: rows of each launched
+        step, oldest first.
+        """
+
+    def check(self) -> list[str]:
+        """Recompute who holds which page; what is wrong, in words."""

@@ -74,28 +74,42 @@ class SharedPage final {
 // Pages that nobody holds.
 class PagePool final {
  public:
-  explicit PagePool(PageId pages) : pages_(pages) {
+  explicit PagePool(PageId pages) {
     free_.reserve(static_cast<std::size_t>(pages));
     for (PageId id = pages; id-- > 0;) free_.push_back(id);
+    for (PageId id = pages; id-- > 0;) places_.push_back(id);
   }
   PagePool(const PagePool&) = delete;
   PagePool& operator=(const PagePool&) = delete;
 
-  PageId total() const noexcept { return pages_; }
+  PageId total() const noexcept { return static_cast<PageId>(places_.size()); }
   PageId free() const noexcept { return static_cast<PageId>(free_.size()); }
   const std::vector<PageId>& free_ids() const noexcept { return free_; }
 
-  std::optional<ExclusivePage> take() noexcept {
-    if (free_.empty()) return std::nullopt;
-    const PageId id = free_.back();
+  // The page that was given back last: its memory is the warmest.
+  std::optional<PageId> next() const noexcept {
+    return free_.empty() ? std::nullopt : std::optional(free_.back());
+  }
+  // This page; nothing if it is not free.
+  std::optional<ExclusivePage> take(PageId id) noexcept {
+    if (id < 0 || id >= total() || place(id) < 0) return std::nullopt;
+    free_[static_cast<std::size_t>(place(id))] = free_.back();
+    place(free_.back()) = place(id);
     free_.pop_back();
+    place(id) = -1;
     return ExclusivePage(id);
   }
-  void give_back(ExclusivePage&& page) noexcept { free_.push_back(page.id_.release()); }
+  void give_back(ExclusivePage&& page) noexcept {
+    const PageId id = page.id_.release();
+    place(id) = free();
+    free_.push_back(id);
+  }
 
  private:
-  PageId pages_;
+  PageId& place(PageId id) noexcept { return places_[static_cast<std::size_t>(id)]; }
+
   std::vector<PageId> free_;
+  std::vector<PageId> places_;  // of each page in free_, or -1
 };
 
 // The pages of one request, by position: what the lifecycle calls its Pages.

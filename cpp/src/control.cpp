@@ -1,0 +1,436 @@
+#include "control.hpp"
+
+#include <algorithm>
+
+namespace tokenspeed {
+
+using lifecycle::Action;
+
+// --- configuration, tear-down
+// -----------------------------------------------------------------------
+
+std::string Control::invalid(const ControlConfig& config) {
+  const std::pair<const char*, std::int32_t> fields[] = {
+      {"page_size", config.page_size},
+      {"pages", config.pages},
+      {"slots", config.slots},
+      {"chunk", config.chunk},
+      {"in_flight_max", config.in_flight_max},
+  };
+  for (const auto& [field, value] : fields) {
+    if (value < 1) {
+      return std::string(field) + ": got " + std::to_string(value) + "; expected at least 1";
+    }
+  }
+  return {};
+}
+
+Control::Control(const ControlConfig& config)
+    : config_(config), pool_(config.pages), index_(config.page_size, config.pages) {
+  for (std::int32_t slot = config.slots; slot-- > 0;) free_slots_.push_back(slot);
+}
+
+Control::~Control() {
+  const auto abandon = [this]<class R>(std::vector<R>& requests) {
+    for (R& request : requests) {
+      if constexpr (lifecycle::owns_pages(R::kState)) empty(request.pages());
+      request.abandon();
+    }
+  };
+  std::apply([&](auto&... shelf) { (abandon(shelf.requests), ...); }, shelves_);
+}
+
+// The last page first, so that the index can let leaves go.
+void Control::empty(PageTable& pages) {
+  while (!pages.empty()) {
+    auto entry = pages.pop();
+    if (auto* own = std::get_if<ExclusivePage>(&entry)) pool_.give_back(std::move(*own));
+    if (auto* shared = std::get_if<SharedPage>(&entry)) index_.release(std::move(*shared));
+  }
+}
+
+void Control::give_back(PageTable&& pages, Slot&& slot) {
+  empty(pages);
+  free_slots_.push_back(slot.index());
+}
+
+// --- containers by state
+// ----------------------------------------------------------------------------
+
+template <lifecycle::State S>
+Control::Request<S> Control::take(RequestIndex index) noexcept {
+  auto& requests = shelf<S>();
+  const auto place = static_cast<std::size_t>(records_[index].place);
+  Request<S> out = std::move(requests[place]);
+  if (place + 1 != requests.size()) {
+    requests[place] = std::move(requests.back());
+    records_[requests[place].id().index].place = static_cast<std::int32_t>(place);
+  }
+  requests.pop_back();
+  return out;
+}
+
+template <lifecycle::State S>
+void Control::put(Request<S>&& request) {
+  auto& requests = shelf<S>();
+  records_[request.id().index].place = static_cast<std::int32_t>(requests.size());
+  requests.push_back(std::move(request));
+}
+
+RequestIndex Control::new_record() {
+  if (spare_.empty()) {
+    records_.emplace_back();
+    return static_cast<RequestIndex>(records_.size() - 1);
+  }
+  const RequestIndex index = spare_.back();
+  spare_.pop_back();
+  return index;
+}
+
+void Control::retire(RequestIndex index) noexcept {
+  Record& record = records_[index];
+  by_number_.erase(record.number);
+  const std::uint32_t incarnation = record.incarnation + 1;
+  record = Record{};
+  record.incarnation = incarnation;
+  spare_.push_back(index);
+}
+
+// --- the guards
+// -------------------------------------------------------------------------------------
+
+std::int32_t Control::wanted(RequestIndex index) const noexcept {
+  const Record& record = records_[index];
+  const std::int32_t known = record.known() - record.planned;
+  if (known > 0) return known;
+  // The one that a step in flight will have sampled; the last one of all is not fed back.
+  const bool in_flight = record.pins > (record.in_plan ? 1 : 0);
+  return in_flight && record.planned < record.length_max - 1 ? 1 : 0;
+}
+
+bool Control::FirstQueued(RequestId id) const noexcept {
+  return !queued_.empty() && queued_.begin()->second == id.index;
+}
+
+bool Control::Wants(RequestId id) const noexcept {
+  const Record& record = records_[id.index];
+  const bool live = record.state == State::Prefilling || record.state == State::Decoding;
+  return live && !record.in_plan && wanted(id.index) > 0;
+}
+
+bool Control::Lacks(RequestId id) const noexcept {
+  const Record& record = records_[id.index];
+  return Wants(id) && record.pages * config_.page_size - record.planned <
+                          std::min(wanted(id.index), config_.chunk);
+}
+
+bool Control::Fits(RequestId id) const noexcept {
+  // The last token is never fed back, so it needs no KV.
+  return pages_for(records_[id.index].length_max - 1, config_.page_size) <= config_.pages;
+}
+
+bool Control::Youngest(RequestId id) const noexcept {
+  return !running_.empty() && running_.back() == id.index;
+}
+
+bool Control::Alone(RequestId id) const noexcept {
+  return running_.size() == 1 && running_.front() == id.index;
+}
+
+bool Control::Pinned(RequestId id) const noexcept {
+  return records_[id.index].pins > 0;
+}
+
+// After whatever a request's lacking depends on has changed.
+void Control::recount(RequestIndex index) noexcept {
+  Record& record = records_[index];
+  const bool lacks = Lacks({index, record.incarnation});
+  lacking_ += static_cast<std::int32_t>(lacks) - static_cast<std::int32_t>(record.lacks);
+  record.lacks = lacks;
+}
+
+void Control::moved(Action action, RequestId id, State from, State to) noexcept {
+  Record& record = records_[id.index];
+  record.state = to;
+  const auto row = static_cast<std::size_t>(action) * kStates + static_cast<std::size_t>(from);
+  ++transitions_[row * kStates + static_cast<std::size_t>(to)];
+  if (!recording_) return;
+  events_.push_back({action, record.number, id.incarnation, from, to});
+  trace_.push_back({name(action), record.number, -1, -1, name(to)});
+}
+
+// What the move just made was about.
+void Control::note(PageId page, std::int64_t value) noexcept {
+  if (!recording_) return;
+  trace_.back().page = page;
+  trace_.back().value = value;
+}
+
+// A step of no single request.
+void Control::trace(std::string_view action, PageId page, std::int64_t value) {
+  if (recording_) trace_.push_back({action, -1, page, value, {}});
+}
+
+// --- requests
+// ---------------------------------------------------------------------------------------
+
+std::optional<RequestIndex> Control::submit(std::int64_t number, std::span<const Token> prompt,
+                                            std::int32_t length_max, std::string_view salt) {
+  if (by_number_.contains(number)) return std::nullopt;
+  const RequestIndex index = new_record();
+  Record& record = records_[index];
+  record.number = number;
+  record.arrival = arrivals_;
+  record.length_max = length_max;
+  record.salt = salt;
+  by_number_.emplace(number, index);
+  auto created = lifecycle::create<Control>(RequestId{index, record.incarnation});
+  auto verdict = lifecycle::permit_Submit(*this, created);
+  if (!verdict) {
+    created.abandon();
+    retire(index);
+    return std::nullopt;
+  }
+  record.tokens.reserve(static_cast<std::size_t>(length_max));
+  record.tokens.assign(prompt.begin(), prompt.end());
+  put(lifecycle::Submit(*this, std::move(created), std::move(verdict).take()));
+  queued_.emplace(arrivals_++, index);
+  return index;
+}
+
+// The longest cached prefix, held. The last known token is always computed: its logits are what is
+// asked for.
+PageTable Control::match(Record& record) {
+  PageTable pages;
+  const auto size = static_cast<std::size_t>(config_.page_size);
+  const std::size_t most = config_.prefix_cache ? (record.tokens.size() - 1) / size : 0;
+  record.cursor = index_.find_root(record.salt);
+  while (pages.size() < most &&
+         index_.match(record.cursor, std::span(record.tokens).subspan(pages.size() * size, size),
+                      pages)) {
+  }
+  return pages;
+}
+
+bool Control::admit(RequestIndex index, std::optional<std::int64_t> promised) {
+  return with(index, [&]<State S>() -> bool {
+    if constexpr (lifecycle::can(Action::Admit, S)) {
+      auto verdict = lifecycle::permit_Admit(*this, handle<S>(index));
+      if (!verdict) return false;
+      Record& record = records_[index];
+      PageTable pages = match(record);
+      const auto matched = static_cast<std::int32_t>(pages.size());
+      const std::int64_t needs = pages_for(record.known(), config_.page_size) - matched;
+      if (promised && needs > pool_.free() + index_.unheld() - *promised) {
+        empty(pages);
+        return false;
+      }
+      Slot slot(free_slots_.back());
+      free_slots_.pop_back();
+      record.pages = record.published = matched;
+      record.planned = record.done = matched * config_.page_size;
+      queued_.erase(queued_.begin());
+      const auto place = std::ranges::upper_bound(
+          running_, record.arrival, {}, [this](RequestIndex at) { return records_[at].arrival; });
+      running_.insert(place, index);
+      put(lifecycle::Admit(*this, take<S>(index), std::move(verdict).take(), std::move(slot),
+                           std::move(pages)));
+      note(-1, matched);
+      recount(index);
+      return true;
+    } else {
+      return false;
+    }
+  });
+}
+
+bool Control::abort(RequestIndex index) {
+  return with(index, [&]<State S>() -> bool {
+    if constexpr (lifecycle::edge(Action::Abort, S, State::Aborted)) {
+      queued_.erase({records_[index].arrival, index});
+      static_cast<void>(lifecycle::Abort(*this, take<S>(index)));
+      retire(index);
+      return true;
+    } else if constexpr (lifecycle::can(Action::Abort, S)) {
+      std::erase(running_, index);
+      put(lifecycle::Abort(*this, take<S>(index)));
+      recount(index);
+      return true;
+    } else {
+      return false;
+    }
+  });
+}
+
+bool Control::release(RequestIndex index) {
+  return with(index, [&]<State S>() -> bool {
+    if constexpr (lifecycle::can(Action::Release, S)) {
+      auto verdict = lifecycle::permit_Release(*this, handle<S>(index));
+      if (!verdict) return false;
+      auto out = lifecycle::Release(*this, take<S>(index), std::move(verdict).take());
+      give_back(std::move(out.pages), std::move(out.slot));
+      retire(index);
+      return true;
+    } else {
+      return false;
+    }
+  });
+}
+
+bool Control::preempt(RequestIndex index) {
+  return with(index, [&]<State S>() -> bool {
+    if constexpr (lifecycle::can(Action::Preempt, S)) {
+      auto verdict = lifecycle::permit_Preempt(*this, handle<S>(index));
+      if (!verdict) return false;
+      running_.pop_back();
+      auto out = lifecycle::Preempt(*this, take<S>(index), std::move(verdict).take());
+      put(std::move(out.request));
+      give_back(std::move(out.pages), std::move(out.slot));
+      Record& record = records_[index];
+      record.pages = record.planned = record.done = record.published = 0;
+      queued_.emplace(record.arrival, index);
+      recount(index);
+      return true;
+    } else {
+      return false;
+    }
+  });
+}
+
+// --- steps
+// ------------------------------------------------------------------------------------------
+
+bool Control::acquire(RequestIndex index, PageId id) {
+  return with(index, [&]<State S>() -> bool {
+    if constexpr (lifecycle::can(Action::Acquire, S)) {
+      auto verdict = lifecycle::permit_Acquire(*this, handle<S>(index));
+      if (!verdict) return false;
+      auto page = pool_.take(id);
+      if (!page) return false;
+      handle<S>(index) =
+          lifecycle::Acquire(*this, std::move(handle<S>(index)), std::move(verdict).take());
+      note(id, -1);
+      handle<S>(index).pages().append(std::move(*page));
+      ++records_[index].pages;
+      recount(index);
+      return true;
+    } else {
+      return false;
+    }
+  });
+}
+
+bool Control::schedule(RequestIndex index, std::int32_t tokens) {
+  return with(index, [&]<State S>() -> bool {
+    if constexpr (lifecycle::can(Action::Schedule, S)) {
+      Record& record = records_[index];
+      const std::int32_t room = record.pages * config_.page_size - record.planned;
+      if (tokens < 1 || tokens > std::min({config_.chunk, wanted(index), room})) return false;
+      auto verdict = lifecycle::permit_Schedule(*this, handle<S>(index));
+      if (!verdict) return false;
+      handle<S>(index) =
+          lifecycle::Schedule(*this, std::move(handle<S>(index)), std::move(verdict).take());
+      note(-1, tokens);
+      plan_.push_back({index, record.planned, tokens, record.planned + tokens >= record.known()});
+      record.planned += tokens;
+      record.in_plan = true;
+      ++record.pins;
+      recount(index);
+      return true;
+    } else {
+      return false;
+    }
+  });
+}
+
+bool Control::launch() {
+  if (plan_.empty() || std::ssize(launched_) >= config_.in_flight_max) return false;
+  trace("Launch", -1, step_);
+  launched_.push_back({step_++, std::exchange(plan_, {})});
+  for (const Row& row : launched_.back().rows) {
+    records_[row.index].in_plan = false;
+    recount(row.index);
+  }
+  return true;
+}
+
+bool Control::complete(std::span<const Token> token_ids, std::span<const std::uint8_t> stop,
+                       std::vector<Outcome>& out) {
+  if (launched_.empty()) return false;
+  const std::size_t rows = launched_.front().rows.size();
+  if (token_ids.size() != rows || stop.size() != rows) return false;
+  const Ticket ticket = std::move(launched_.front());
+  launched_.pop_front();
+  for (std::size_t at = 0; at < ticket.rows.size(); ++at) {
+    out.push_back(complete(ticket.rows[at], token_ids[at], stop[at] != 0));
+    note(-1, out.back().accepted ? token_ids[at] : -1);
+  }
+  trace("Complete", -1, ticket.step);
+  return true;
+}
+
+Outcome Control::complete(const Row& row, Token token, bool stop) {
+  Outcome out{row.index, false, false};
+  Record& record = records_[row.index];
+  --record.pins;
+  record.done = row.from + row.tokens;
+  with(row.index, [&]<State S>() {
+    const auto move = [&]<State To>() {
+      if constexpr (lifecycle::edge(Action::Complete, S, To)) {
+        put(lifecycle::Complete<To>(*this, take<S>(row.index)));
+      }
+    };
+    if constexpr (lifecycle::edge(Action::Complete, S, State::Finishing) && S != State::Finishing) {
+      if (!row.samples) return move.template operator()<S>();
+      record.tokens.push_back(token);
+      out.accepted = true;
+      if (!stop && record.known() < record.length_max) {
+        return move.template operator()<State::Decoding>();
+      }
+      out.finished = true;
+      std::erase(running_, row.index);
+      return move.template operator()<State::Finishing>();
+    } else {
+      return move.template operator()<S>();  // draining: the result is dropped
+    }
+  });
+  recount(row.index);
+  return out;
+}
+
+// --- the prefix cache
+// -------------------------------------------------------------------------------
+
+// The first page that is not published, if it is full, computed, its tokens are known, and nobody
+// has published the same. All before it are held, so its place in the index stays.
+bool Control::publish(RequestIndex index) {
+  return with(index, [&]<State S>() -> bool {
+    if constexpr (lifecycle::can(Action::Publish, S)) {
+      Record& record = records_[index];
+      const std::int32_t full = std::min(record.done, record.known()) / config_.page_size;
+      if (!config_.prefix_cache || record.published >= full) return false;
+      const auto at = static_cast<std::size_t>(record.published);
+      const auto size = static_cast<std::size_t>(config_.page_size);
+      const auto tokens = std::span(record.tokens).subspan(at * size, size);
+      if (record.published == 0) record.cursor = index_.root(record.salt);
+      if (index_.contains(record.cursor, tokens)) return false;
+      handle<S>(index).pages().replace(at, [&](ExclusivePage&& page) {
+        return index_.publish(record.cursor, tokens, std::move(page));
+      });
+      ++record.published;
+      handle<S>(index) = lifecycle::Publish(*this, std::move(handle<S>(index)));
+      note(handle<S>(index).pages().id(at), -1);
+      return true;
+    } else {
+      return false;
+    }
+  });
+}
+
+bool Control::evict(PageId page) {
+  if (!index_.evict(page, pool_)) return false;
+  trace("Evict", page, -1);
+  return true;
+}
+
+}  // namespace tokenspeed

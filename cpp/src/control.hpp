@@ -1,0 +1,267 @@
+// What may happen: each action of specs/Lifecycle.tla as one method, over real pages and a real
+// prefix index. Rule: a method does exactly its action, or nothing and says so; *when* is the
+// scheduler's business, *whether* is answered by the generated lifecycle and the guards here.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <deque>
+#include <optional>
+#include <set>
+#include <span>
+#include <string>
+#include <string_view>
+#include <tuple>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "prefix_index.hpp"
+#include "tokenspeed/lifecycle.hpp"
+#include "tokenspeed/pages.hpp"
+
+namespace tokenspeed {
+
+// The constants of the spec.
+struct ControlConfig {
+  std::int32_t page_size = 16;
+  std::int32_t pages = 0;
+  std::int32_t slots = 64;
+  std::int32_t chunk = 512;        // tokens of one request in one step, at most
+  std::int32_t in_flight_max = 1;  // steps launched and not completed
+  bool prefix_cache = true;        // without it nothing is published, so nothing is found
+};
+
+constexpr std::int32_t pages_for(std::int32_t tokens, std::int32_t page_size) noexcept {
+  return (tokens + page_size - 1) / page_size;
+}
+
+// Where a request's record lies; the next request may be given it once this one has ended.
+using RequestIndex = std::uint32_t;
+
+// What is known of a request beside what it holds.
+struct Record {
+  std::int64_t number = -1;
+  std::int64_t arrival = 0;
+  std::uint32_t incarnation = 0;
+  lifecycle::State state = lifecycle::State::New;
+  std::int32_t place = 0;       // in the container of its state
+  std::int32_t length_max = 0;  // prompt and output tokens
+  std::int32_t pages = 0;       // in its table
+  std::int32_t planned = 0;     // positions that a step has been planned for
+  std::int32_t done = 0;        // positions whose KV is there
+  std::int32_t published = 0;   // leading pages that are in the prefix index
+  std::int32_t pins = 0;        // planned and launched steps that touch its pages
+  bool in_plan = false;         // the step being assembled has work for it
+  bool lacks = false;           // as `Lacks` says; counted
+  PrefixIndex::Cursor cursor;   // of the last published page
+  std::string salt;
+  std::vector<Token> tokens;  // prompt and accepted output
+  std::int32_t known() const noexcept { return static_cast<std::int32_t>(tokens.size()); }
+};
+
+// Work for one request in a step: positions from .. from + tokens. It pins the request until the
+// step completes.
+struct Row {
+  RequestIndex index;
+  std::int32_t from;
+  std::int32_t tokens;
+  bool samples;
+};
+
+// A launched step.
+struct Ticket {
+  std::int64_t step;
+  std::vector<Row> rows;
+};
+
+// What completing a row did to its request.
+struct Outcome {
+  RequestIndex index;
+  bool accepted;  // the sampled token was taken
+  bool finished;
+};
+
+// A move of a request, as the generated transitions report it.
+struct Event {
+  lifecycle::Action action;
+  std::int64_t number;
+  std::uint32_t incarnation;
+  lifecycle::State from;
+  lifecycle::State to;
+};
+
+// A step of the specification, with what it was about; -1 and empty where it has none.
+struct TraceStep {
+  std::string_view action;
+  std::int64_t number;
+  std::int32_t page;
+  std::int64_t value;   // tokens of a Schedule, pages of an Admit, token of a Complete, step
+  std::string_view to;  // the request's state after it
+};
+
+// All of it as values, for comparing with the spec.
+struct Snapshot {
+  struct Request {
+    const Record* record;
+    std::vector<PageId> table;
+  };
+  struct Page {
+    std::string_view kind;  // as the spec's PageKind
+    std::int32_t references = 0;
+    std::vector<Token> key;  // the tokens of it and of all before it
+  };
+  std::vector<Request> requests;  // alive, oldest first
+  std::vector<Page> pages;
+  std::vector<Row> plan;
+  std::vector<std::vector<Row>> in_flight;
+};
+
+class Control final {
+ public:
+  explicit Control(const ControlConfig& config);
+  ~Control();
+  Control(const Control&) = delete;
+  Control& operator=(const Control&) = delete;
+
+  // Empty, or which field is wrong and why.
+  static std::string invalid(const ControlConfig& config);
+
+  // --- the actions
+  std::optional<RequestIndex> submit(std::int64_t number, std::span<const Token> prompt,
+                                     std::int32_t length_max, std::string_view salt);
+  // With `promised`, also no if the pages that nobody holds do not suffice for the request's known
+  // tokens beside so many that are promised to others.
+  bool admit(RequestIndex index, std::optional<std::int64_t> promised = {});
+  bool acquire(RequestIndex index, PageId page);
+  bool schedule(RequestIndex index, std::int32_t tokens);
+  bool launch();
+  // The oldest launched step, a token and a stop flag a row. A token that nobody takes is dropped.
+  bool complete(std::span<const Token> token_ids, std::span<const std::uint8_t> stop,
+                std::vector<Outcome>& out);
+  bool publish(RequestIndex index);
+  bool preempt(RequestIndex index);
+  bool abort(RequestIndex index);
+  bool release(RequestIndex index);
+  bool evict(PageId page);
+
+  // --- what a scheduler looks at
+  const Record& record(RequestIndex index) const noexcept { return records_[index]; }
+  std::optional<RequestIndex> find(std::int64_t number) const;
+  std::span<const RequestIndex> running() const noexcept { return running_; }  // by arrival
+  // (arrival, index), oldest first: Waiting and Preempted.
+  using Queue = std::set<std::pair<std::int64_t, RequestIndex>>;
+  const Queue& queue() const noexcept { return queued_; }
+  std::size_t alive() const noexcept { return by_number_.size(); }
+  const std::vector<Row>& planned() const noexcept { return plan_; }
+  const std::deque<Ticket>& launched() const noexcept { return launched_; }
+  const PagePool& pool() const noexcept { return pool_; }
+  const PrefixIndex& index() const noexcept { return index_; }
+  std::int64_t steps() const noexcept { return step_; }
+  // Positions that could be computed now: known tokens, or the one that a launched step samples.
+  std::int32_t wanted(RequestIndex index) const noexcept;
+  std::int32_t slot(RequestIndex index) const noexcept;       // -1: it has none
+  const PageTable* table(RequestIndex index) const noexcept;  // null: it has none
+  void tick() noexcept { index_.tick(); }                     // ages the prefix cache
+
+  std::int64_t transitions(lifecycle::Action action, lifecycle::State from,
+                           lifecycle::State to) const noexcept;
+  void set_recording(bool on) noexcept { recording_ = on; }
+  std::vector<Event> take_events() noexcept { return std::exchange(events_, {}); }
+  std::vector<TraceStep> take_trace() noexcept { return std::exchange(trace_, {}); }
+  Snapshot snapshot() const;
+  // Recomputes who holds what from scratch; the violations found.
+  std::vector<std::string> check() const;
+
+  // --- World: what the generated lifecycle asks
+  class Slot {
+   public:
+    explicit Slot(std::int32_t index) noexcept : index_(index) {}
+    Slot(Slot&&) noexcept = default;
+    Slot& operator=(Slot&&) noexcept = default;
+    std::int32_t index() const noexcept { return index_; }
+
+   private:
+    std::int32_t index_;
+  };
+  using Pages = PageTable;
+
+  void moved(lifecycle::Action action, RequestId id, lifecycle::State from,
+             lifecycle::State to) noexcept;
+  bool Starved() const noexcept { return lacking_ > 0 && pool_.free() == 0; }
+  bool NoneLacks() const noexcept { return lacking_ == 0; }
+  bool NoneEvictable() const noexcept { return index_.none_evictable(); }
+  bool SlotFree() const noexcept { return !free_slots_.empty(); }
+  bool FirstQueued(RequestId id) const noexcept;
+  bool Wants(RequestId id) const noexcept;
+  bool Lacks(RequestId id) const noexcept;
+  bool Fits(RequestId id) const noexcept;
+  bool Youngest(RequestId id) const noexcept;
+  bool Alone(RequestId id) const noexcept;
+  bool Pinned(RequestId id) const noexcept;
+
+ private:
+  using State = lifecycle::State;
+  template <State S>
+  using Request = lifecycle::Request<S, Control>;
+  template <State S>
+  struct Shelf {
+    std::vector<Request<S>> requests;
+  };
+
+  template <State S>
+  std::vector<Request<S>>& shelf() noexcept {
+    return std::get<Shelf<S>>(shelves_).requests;
+  }
+  template <State S>
+  Request<S>& handle(RequestIndex index) noexcept {
+    return shelf<S>()[static_cast<std::size_t>(records_[index].place)];
+  }
+  template <State S>
+  const Request<S>& handle(RequestIndex index) const noexcept {
+    return std::get<Shelf<S>>(shelves_).requests[static_cast<std::size_t>(records_[index].place)];
+  }
+  template <State S>
+  Request<S> take(RequestIndex index) noexcept;
+  template <State S>
+  void put(Request<S>&& request);
+  template <class F>
+  decltype(auto) with(RequestIndex index, F&& f) {
+    return lifecycle::visit(records_[index].state, std::forward<F>(f));
+  }
+
+  RequestIndex new_record();
+  void retire(RequestIndex index) noexcept;
+  void recount(RequestIndex index) noexcept;
+  PageTable match(Record& record);
+  Outcome complete(const Row& row, Token token, bool stop);
+  void empty(PageTable& pages);
+  void give_back(PageTable&& pages, Slot&& slot);
+  void note(PageId page, std::int64_t value) noexcept;
+  void trace(std::string_view action, PageId page, std::int64_t value);
+
+  ControlConfig config_;
+  PagePool pool_;
+  PrefixIndex index_;
+  std::vector<std::int32_t> free_slots_;
+  std::vector<Record> records_;
+  std::vector<RequestIndex> spare_;
+  std::unordered_map<std::int64_t, RequestIndex> by_number_;
+  std::tuple<Shelf<State::Waiting>, Shelf<State::Prefilling>, Shelf<State::Decoding>,
+             Shelf<State::Preempted>, Shelf<State::Finishing>, Shelf<State::Aborting>>
+      shelves_;
+  Queue queued_;
+  std::vector<RequestIndex> running_;  // Prefilling and Decoding, by arrival
+  std::vector<Row> plan_;              // the step being assembled
+  std::deque<Ticket> launched_;
+  std::int64_t arrivals_ = 0;
+  std::int64_t step_ = 0;
+  std::int32_t lacking_ = 0;  // requests that lack a page
+  bool recording_ = false;
+  std::vector<Event> events_;
+  std::vector<TraceStep> trace_;
+  static constexpr std::size_t kStates = lifecycle::kStateNames.size();
+  std::array<std::int64_t, lifecycle::kActionNames.size() * kStates * kStates> transitions_{};
+};
+
+}  // namespace tokenspeed

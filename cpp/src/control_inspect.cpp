@@ -1,0 +1,95 @@
+// Looking into the control plane: by number, by request, and who holds what recomputed from
+// scratch.
+#include <algorithm>
+
+#include "control.hpp"
+
+namespace tokenspeed {
+
+using lifecycle::Action;
+
+std::optional<RequestIndex> Control::find(std::int64_t number) const {
+  const auto found = by_number_.find(number);
+  return found == by_number_.end() ? std::nullopt : std::optional(found->second);
+}
+
+std::int32_t Control::slot(RequestIndex index) const noexcept {
+  return lifecycle::visit(records_[index].state, [&]<State S>() -> std::int32_t {
+    if constexpr (lifecycle::owns_slot(S)) return handle<S>(index).slot().index();
+    return -1;
+  });
+}
+
+const PageTable* Control::table(RequestIndex index) const noexcept {
+  return lifecycle::visit(records_[index].state, [&]<State S>() -> const PageTable* {
+    if constexpr (lifecycle::owns_pages(S)) return &handle<S>(index).pages();
+    return nullptr;
+  });
+}
+
+std::int64_t Control::transitions(Action action, State from, State to) const noexcept {
+  const auto row = static_cast<std::size_t>(action) * kStates + static_cast<std::size_t>(from);
+  return transitions_[row * kStates + static_cast<std::size_t>(to)];
+}
+
+Snapshot Control::snapshot() const {
+  Snapshot out;
+  for (const auto& [number, index] : by_number_) {
+    Snapshot::Request request{&records_[index], {}};
+    if (const PageTable* pages = table(index)) {
+      for (std::size_t at = 0; at < pages->size(); ++at) request.table.push_back(pages->id(at));
+    }
+    out.requests.push_back(std::move(request));
+  }
+  std::ranges::sort(out.requests, {}, [](const auto& request) { return request.record->arrival; });
+  out.pages.assign(static_cast<std::size_t>(pool_.total()), {"Exclusive", 0, {}});
+  for (const PageId page : pool_.free_ids())
+    out.pages[static_cast<std::size_t>(page)].kind = "Free";
+  for (const auto& [node, page] : index_.pages()) {
+    out.pages[static_cast<std::size_t>(page)] = {"Shared", index_.references(node),
+                                                 index_.key(node)};
+  }
+  out.plan = plan_;
+  for (const Ticket& ticket : launched_) out.in_flight.push_back(ticket.rows);
+  return out;
+}
+
+std::vector<std::string> Control::check() const {
+  std::vector<std::string> wrong;
+  std::vector<int> holders(static_cast<std::size_t>(pool_.total()), 0);
+  std::unordered_map<NodeId, std::int32_t> references;
+  const auto hold = [&](PageId page, const char* by) {
+    if (holders[static_cast<std::size_t>(page)]++ > 0) {
+      wrong.push_back("page " + std::to_string(page) + " is held twice, now by " + by);
+    }
+  };
+  for (const PageId page : pool_.free_ids()) hold(page, "the free list");
+  for (const auto& [node, page] : index_.pages()) hold(page, "the prefix index");
+  std::int32_t lacking = 0;
+  for (const auto& [number, index] : by_number_) {
+    lacking += Lacks({index, records_[index].incarnation}) ? 1 : 0;
+    const PageTable* pages = table(index);
+    for (std::size_t at = 0; pages && at < pages->size(); ++at) {
+      const auto& entry = (*pages)[at];
+      if (const auto* own = std::get_if<ExclusivePage>(&entry)) hold(own->id(), "a request");
+      if (const auto* shared = std::get_if<SharedPage>(&entry)) ++references[shared->node()];
+    }
+  }
+  for (std::size_t page = 0; page < holders.size(); ++page) {
+    if (holders[page] == 0) wrong.push_back("page " + std::to_string(page) + " is lost");
+  }
+  PageId unheld = 0;
+  for (const auto& [node, page] : index_.pages()) {
+    if (index_.references(node) != references[node]) {
+      wrong.push_back("page " + std::to_string(page) + " counts " +
+                      std::to_string(index_.references(node)) + " references, has " +
+                      std::to_string(references[node]));
+    }
+    unheld += references[node] == 0 ? 1 : 0;
+  }
+  if (unheld != index_.unheld()) wrong.push_back("the count of cached pages is off");
+  if (lacking != lacking_) wrong.push_back("the count of requests that lack a page is off");
+  return wrong;
+}
+
+}  // namespace tokenspeed
