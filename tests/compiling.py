@@ -40,11 +40,13 @@ CC = [pytest.param(name, marks=needs(name)) for name in ("gcc", "clang")]
 CXX = [pytest.param(name, marks=needs(name)) for name in ("g++", "clang++")]
 
 
-def run(command: str | Path, *arguments: str | Path, **environment: str) -> str:
+def run(
+    command: str | Path, *arguments: str | Path, cwd: Path | None = None, **environment: str
+) -> str:
     """What a program prints; it must succeed."""
     done = subprocess.run(
         [tool(str(command)) or command, *arguments],
-        capture_output=True, text=True, check=False, env=os.environ | environment,
+        capture_output=True, text=True, check=False, cwd=cwd, env=os.environ | environment,
     )  # fmt: skip
     assert done.returncode == 0, (
         f"{command} {arguments}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from compiling import CXX, CXX_FLAGS, HEADERS, ROOT
+from compiling import CXX, CXX_FLAGS, HEADERS, ROOT, run
 from tokenspeed.fsm import read_lifecycle
 from tokenspeed.fsm.codegen import generate, stale
 from tokenspeed.fsm.emit_cpp import emit_cpp
@@ -216,9 +216,7 @@ def test_the_header_stands_alone(cxx: str, tmp_path: Path) -> None:
     """It needs nothing but the standard library."""
     source = tmp_path / "only.cpp"
     source.write_text('#include "tokenspeed/lifecycle.hpp"\n')
-    status, errors = compiler(cxx, source, "-MM", "-MF", tmp_path / "needs")
-    assert status == 0, errors
-    needs = (tmp_path / "needs").read_text()
+    needs = run(cxx, *CXX_FLAGS, f"-I{HEADERS}", "-MM", source)
     found = {Path(word).name for word in needs.split() if word.endswith(".hpp")}
     assert found == {"lifecycle.hpp", "ownership.hpp"}
 
@@ -237,8 +235,7 @@ def test_a_dropped_request_is_caught_in_checked_builds(cxx: str, tmp_path: Path)
     source, program = tmp_path / "leak.cpp", tmp_path / "leak"
     world = ROOT / "cpp" / "tests" / "compile_fail" / "world.hpp"
     source.write_text(LEAK.replace("{world}", str(world)))
-    command = [cxx, *CXX_FLAGS, f"-I{HEADERS}", str(source), "-o", str(program)]
-    subprocess.run(command, check=True)
+    run(cxx, *CXX_FLAGS, f"-I{HEADERS}", source, "-o", program)
     dropped = subprocess.run([program], capture_output=True, text=True, check=False)
     assert dropped.returncode != 0
     assert "a request was dropped before it ended" in dropped.stderr

@@ -5,8 +5,6 @@ Rule: what a user gets is what is tested, with its headers, its spec and its typ
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 import sys
 import sysconfig
 import venv
@@ -15,15 +13,7 @@ from pathlib import Path
 import pytest
 
 import tokenspeed
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def run(*command: str | Path, cwd: Path) -> str:
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-    return done.stdout
-
+from compiling import CXX_FLAGS, ROOT, needs, run
 
 @pytest.fixture(scope="module")
 def outside(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -64,14 +54,24 @@ def test_the_package_is_the_installed_one_and_its_extension_loads(outside: Path)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on this machine")
+@needs("g++")
 def test_the_headers_come_along_and_need_nothing_else(outside: Path) -> None:
     include = Path(python(outside, "import tokenspeed; print(tokenspeed.get_include())"))
     assert include.is_relative_to(outside)
     program = outside / "embeds.cpp"
     program.write_text('#include "tokenspeed/lifecycle.hpp"\nint main() {}\n')
-    flags = ("-std=c++20", "-fno-exceptions", "-fno-rtti", "-fsyntax-only", "-Wall", "-Werror")
-    run("g++", *flags, "-I", include, program, cwd=outside)
+    run("g++", *CXX_FLAGS, "-fsyntax-only", "-I", include, program, cwd=outside)
+
+
+@pytest.mark.slow
+@needs("cmake", "make", "g++")
+def test_an_engine_finds_the_headers_by_the_package(outside: Path) -> None:
+    root = Path(python(outside, "import tokenspeed; print(tokenspeed.get_cmake_dir())"))
+    assert root.is_relative_to(outside)
+    source, build = ROOT / "cpp" / "examples" / "find_package", outside / "engine"
+    run("cmake", "-S", source, "-B", build, f"-Dtokenspeed_fsm_ROOT={root}", cwd=outside)
+    run("cmake", "--build", build, cwd=outside)
+    assert run(build / "engine", cwd=outside).endswith("Finished\n")
 
 
 @pytest.mark.slow

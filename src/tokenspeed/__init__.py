@@ -29,6 +29,7 @@ __all__ = [
     "Request",
     "SamplingParams",
     "__version__",
+    "get_cmake_dir",
     "get_include",
 ]
 
@@ -50,6 +51,21 @@ def get_include() -> Path:
     raise FileNotFoundError(
         f"{package}: no C++ headers in it or in a checkout around it; reinstall tokenspeed"
     )
+
+
+def get_cmake_dir() -> Path:
+    """The directory to give CMake as `tokenspeed_fsm_ROOT`, for `find_package(tokenspeed_fsm)`.
+
+    It came with the last `pip install`, in a checkout too, and so did the headers that it names.
+
+    Raises:
+        FileNotFoundError: there is none, so the installation is damaged.
+    """
+    for package in __path__:
+        root = Path(package) / "share" / "cmake" / "tokenspeed_fsm"
+        if (root / "tokenspeed_fsmConfig.cmake").is_file():
+            return root
+    raise FileNotFoundError(f"{__path__}: no share/cmake/tokenspeed_fsm; reinstall tokenspeed")
 
 
 def __getattr__(name: str) -> object:
