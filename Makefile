@@ -8,7 +8,7 @@ pip := $(bin)/pip --disable-pip-version-check
 # What pip gets in every install: our pins, and warnings as errors in our own builds.
 install := $(pip) install -c constraints.txt -C cmake.define.TOKENSPEED_WERROR=ON
 sources := pyproject.toml constraints.txt CMakeLists.txt $(shell find cpp -type f)
-cpp := git ls-files 'cpp/*.hpp' 'cpp/*.cpp' | grep -v lifecycle.hpp
+cpp := git ls-files 'cpp/*.hpp' 'cpp/*.cpp' 'cpp/*.c' | grep -v lifecycle.hpp
 
 .PHONY: help serve test check setup lint format codegen wheel clean
 .DEFAULT_GOAL := help
