@@ -151,162 +151,94 @@ TOKENSPEED_C_API unsigned tokenspeed_owns(int state) {
   }
 }
 
+// How a sentence ends about an action that a state does not have.
+#define TOKENSPEED_NOT_IN_New " is not legal in New. Legal here: Submit. See specs/Lifecycle.tla"
+#define TOKENSPEED_NOT_IN_Waiting \
+  " is not legal in Waiting. Legal here: Admit, Abort. See specs/Lifecycle.tla"
+#define TOKENSPEED_NOT_IN_Prefilling                                                         \
+  " is not legal in Prefilling. Legal here: Acquire, Schedule, Complete, Publish, Preempt, " \
+  "Abort. See specs/Lifecycle.tla"
+#define TOKENSPEED_NOT_IN_Decoding                                                                \
+  " is not legal in Decoding. Legal here: Acquire, Schedule, Complete, Publish, Preempt, Abort. " \
+  "See specs/Lifecycle.tla"
+#define TOKENSPEED_NOT_IN_Preempted \
+  " is not legal in Preempted. Legal here: Admit, Abort. See specs/Lifecycle.tla"
+#define TOKENSPEED_NOT_IN_Finishing \
+  " is not legal in Finishing. Legal here: Complete, Publish, Release. See specs/Lifecycle.tla"
+#define TOKENSPEED_NOT_IN_Aborting \
+  " is not legal in Aborting. Legal here: Complete, Release. See specs/Lifecycle.tla"
+#define TOKENSPEED_NOT_IN_Finished \
+  " is not legal in Finished. Legal here: nothing. See specs/Lifecycle.tla"
+#define TOKENSPEED_NOT_IN_Aborted \
+  " is not legal in Aborted. Legal here: nothing. See specs/Lifecycle.tla"
+
 // Why a move is not in the table: a sentence that names it and the spec; NULL if it is there.
 TOKENSPEED_C_API const char* tokenspeed_refusal(int action, int from, int to) {
+  static const char* const sentences[TOKENSPEED_ACTIONS][TOKENSPEED_STATES] = {
+      {"Submit leads from New only to Waiting. See specs/Lifecycle.tla",
+       "Submit" TOKENSPEED_NOT_IN_Waiting, "Submit" TOKENSPEED_NOT_IN_Prefilling,
+       "Submit" TOKENSPEED_NOT_IN_Decoding, "Submit" TOKENSPEED_NOT_IN_Preempted,
+       "Submit" TOKENSPEED_NOT_IN_Finishing, "Submit" TOKENSPEED_NOT_IN_Aborting,
+       "Submit" TOKENSPEED_NOT_IN_Finished, "Submit" TOKENSPEED_NOT_IN_Aborted},
+      {"Admit" TOKENSPEED_NOT_IN_New,
+       "Admit leads from Waiting only to Prefilling. See specs/Lifecycle.tla",
+       "Admit" TOKENSPEED_NOT_IN_Prefilling, "Admit" TOKENSPEED_NOT_IN_Decoding,
+       "Admit leads from Preempted only to Prefilling. See specs/Lifecycle.tla",
+       "Admit" TOKENSPEED_NOT_IN_Finishing, "Admit" TOKENSPEED_NOT_IN_Aborting,
+       "Admit" TOKENSPEED_NOT_IN_Finished, "Admit" TOKENSPEED_NOT_IN_Aborted},
+      {"Acquire" TOKENSPEED_NOT_IN_New, "Acquire" TOKENSPEED_NOT_IN_Waiting,
+       "Acquire leads from Prefilling only to Prefilling. See specs/Lifecycle.tla",
+       "Acquire leads from Decoding only to Decoding. See specs/Lifecycle.tla",
+       "Acquire" TOKENSPEED_NOT_IN_Preempted, "Acquire" TOKENSPEED_NOT_IN_Finishing,
+       "Acquire" TOKENSPEED_NOT_IN_Aborting, "Acquire" TOKENSPEED_NOT_IN_Finished,
+       "Acquire" TOKENSPEED_NOT_IN_Aborted},
+      {"Schedule" TOKENSPEED_NOT_IN_New, "Schedule" TOKENSPEED_NOT_IN_Waiting,
+       "Schedule leads from Prefilling only to Prefilling. See specs/Lifecycle.tla",
+       "Schedule leads from Decoding only to Decoding. See specs/Lifecycle.tla",
+       "Schedule" TOKENSPEED_NOT_IN_Preempted, "Schedule" TOKENSPEED_NOT_IN_Finishing,
+       "Schedule" TOKENSPEED_NOT_IN_Aborting, "Schedule" TOKENSPEED_NOT_IN_Finished,
+       "Schedule" TOKENSPEED_NOT_IN_Aborted},
+      {"Complete" TOKENSPEED_NOT_IN_New, "Complete" TOKENSPEED_NOT_IN_Waiting,
+       "Complete leads from Prefilling only to Prefilling, Decoding, Finishing. See "
+       "specs/Lifecycle.tla",
+       "Complete leads from Decoding only to Decoding, Finishing. See specs/Lifecycle.tla",
+       "Complete" TOKENSPEED_NOT_IN_Preempted,
+       "Complete leads from Finishing only to Finishing. See specs/Lifecycle.tla",
+       "Complete leads from Aborting only to Aborting. See specs/Lifecycle.tla",
+       "Complete" TOKENSPEED_NOT_IN_Finished, "Complete" TOKENSPEED_NOT_IN_Aborted},
+      {"Publish" TOKENSPEED_NOT_IN_New, "Publish" TOKENSPEED_NOT_IN_Waiting,
+       "Publish leads from Prefilling only to Prefilling. See specs/Lifecycle.tla",
+       "Publish leads from Decoding only to Decoding. See specs/Lifecycle.tla",
+       "Publish" TOKENSPEED_NOT_IN_Preempted,
+       "Publish leads from Finishing only to Finishing. See specs/Lifecycle.tla",
+       "Publish" TOKENSPEED_NOT_IN_Aborting, "Publish" TOKENSPEED_NOT_IN_Finished,
+       "Publish" TOKENSPEED_NOT_IN_Aborted},
+      {"Preempt" TOKENSPEED_NOT_IN_New, "Preempt" TOKENSPEED_NOT_IN_Waiting,
+       "Preempt leads from Prefilling only to Preempted. See specs/Lifecycle.tla",
+       "Preempt leads from Decoding only to Preempted. See specs/Lifecycle.tla",
+       "Preempt" TOKENSPEED_NOT_IN_Preempted, "Preempt" TOKENSPEED_NOT_IN_Finishing,
+       "Preempt" TOKENSPEED_NOT_IN_Aborting, "Preempt" TOKENSPEED_NOT_IN_Finished,
+       "Preempt" TOKENSPEED_NOT_IN_Aborted},
+      {"Abort" TOKENSPEED_NOT_IN_New,
+       "Abort leads from Waiting only to Aborted. See specs/Lifecycle.tla",
+       "Abort leads from Prefilling only to Aborting. See specs/Lifecycle.tla",
+       "Abort leads from Decoding only to Aborting. See specs/Lifecycle.tla",
+       "Abort leads from Preempted only to Aborted. See specs/Lifecycle.tla",
+       "Abort" TOKENSPEED_NOT_IN_Finishing, "Abort" TOKENSPEED_NOT_IN_Aborting,
+       "Abort" TOKENSPEED_NOT_IN_Finished, "Abort" TOKENSPEED_NOT_IN_Aborted},
+      {"Release" TOKENSPEED_NOT_IN_New, "Release" TOKENSPEED_NOT_IN_Waiting,
+       "Release" TOKENSPEED_NOT_IN_Prefilling, "Release" TOKENSPEED_NOT_IN_Decoding,
+       "Release" TOKENSPEED_NOT_IN_Preempted,
+       "Release leads from Finishing only to Finished. See specs/Lifecycle.tla",
+       "Release leads from Aborting only to Aborted. See specs/Lifecycle.tla",
+       "Release" TOKENSPEED_NOT_IN_Finished, "Release" TOKENSPEED_NOT_IN_Aborted},
+  };
   if (tokenspeed_edge(action, from, to)) return NULL;
   if (!tokenspeed_state_name(from) || !tokenspeed_state_name(to)) {
     return "no such state. See specs/Lifecycle.tla";
   }
-  switch (action) {
-    case TOKENSPEED_ACTION_Submit: {
-      static const char* const sentences[TOKENSPEED_STATES] = {
-          ("Submit leads from New only to Waiting. See specs/Lifecycle.tla"),
-          ("Submit is not legal in Waiting. Legal here: Admit, Abort. See specs/Lifecycle.tla"),
-          ("Submit is not legal in Prefilling. Legal here: Acquire, Schedule, Complete, Publish, "
-           "Preempt, Abort. See specs/Lifecycle.tla"),
-          ("Submit is not legal in Decoding. Legal here: Acquire, Schedule, Complete, Publish, "
-           "Preempt, Abort. See specs/Lifecycle.tla"),
-          ("Submit is not legal in Preempted. Legal here: Admit, Abort. See specs/Lifecycle.tla"),
-          ("Submit is not legal in Finishing. Legal here: Complete, Publish, Release. See "
-           "specs/Lifecycle.tla"),
-          ("Submit is not legal in Aborting. Legal here: Complete, Release. See "
-           "specs/Lifecycle.tla"),
-          ("Submit is not legal in Finished. Legal here: nothing. See specs/Lifecycle.tla"),
-          ("Submit is not legal in Aborted. Legal here: nothing. See specs/Lifecycle.tla"),
-      };
-      return sentences[from];
-    }
-    case TOKENSPEED_ACTION_Admit: {
-      static const char* const sentences[TOKENSPEED_STATES] = {
-          ("Admit is not legal in New. Legal here: Submit. See specs/Lifecycle.tla"),
-          ("Admit leads from Waiting only to Prefilling. See specs/Lifecycle.tla"),
-          ("Admit is not legal in Prefilling. Legal here: Acquire, Schedule, Complete, Publish, "
-           "Preempt, Abort. See specs/Lifecycle.tla"),
-          ("Admit is not legal in Decoding. Legal here: Acquire, Schedule, Complete, Publish, "
-           "Preempt, Abort. See specs/Lifecycle.tla"),
-          ("Admit leads from Preempted only to Prefilling. See specs/Lifecycle.tla"),
-          ("Admit is not legal in Finishing. Legal here: Complete, Publish, Release. See "
-           "specs/Lifecycle.tla"),
-          ("Admit is not legal in Aborting. Legal here: Complete, Release. See "
-           "specs/Lifecycle.tla"),
-          ("Admit is not legal in Finished. Legal here: nothing. See specs/Lifecycle.tla"),
-          ("Admit is not legal in Aborted. Legal here: nothing. See specs/Lifecycle.tla"),
-      };
-      return sentences[from];
-    }
-    case TOKENSPEED_ACTION_Acquire: {
-      static const char* const sentences[TOKENSPEED_STATES] = {
-          ("Acquire is not legal in New. Legal here: Submit. See specs/Lifecycle.tla"),
-          ("Acquire is not legal in Waiting. Legal here: Admit, Abort. See specs/Lifecycle.tla"),
-          ("Acquire leads from Prefilling only to Prefilling. See specs/Lifecycle.tla"),
-          ("Acquire leads from Decoding only to Decoding. See specs/Lifecycle.tla"),
-          ("Acquire is not legal in Preempted. Legal here: Admit, Abort. See specs/Lifecycle.tla"),
-          ("Acquire is not legal in Finishing. Legal here: Complete, Publish, Release. See "
-           "specs/Lifecycle.tla"),
-          ("Acquire is not legal in Aborting. Legal here: Complete, Release. See "
-           "specs/Lifecycle.tla"),
-          ("Acquire is not legal in Finished. Legal here: nothing. See specs/Lifecycle.tla"),
-          ("Acquire is not legal in Aborted. Legal here: nothing. See specs/Lifecycle.tla"),
-      };
-      return sentences[from];
-    }
-    case TOKENSPEED_ACTION_Schedule: {
-      static const char* const sentences[TOKENSPEED_STATES] = {
-          ("Schedule is not legal in New. Legal here: Submit. See specs/Lifecycle.tla"),
-          ("Schedule is not legal in Waiting. Legal here: Admit, Abort. See specs/Lifecycle.tla"),
-          ("Schedule leads from Prefilling only to Prefilling. See specs/Lifecycle.tla"),
-          ("Schedule leads from Decoding only to Decoding. See specs/Lifecycle.tla"),
-          ("Schedule is not legal in Preempted. Legal here: Admit, Abort. See specs/Lifecycle.tla"),
-          ("Schedule is not legal in Finishing. Legal here: Complete, Publish, Release. See "
-           "specs/Lifecycle.tla"),
-          ("Schedule is not legal in Aborting. Legal here: Complete, Release. See "
-           "specs/Lifecycle.tla"),
-          ("Schedule is not legal in Finished. Legal here: nothing. See specs/Lifecycle.tla"),
-          ("Schedule is not legal in Aborted. Legal here: nothing. See specs/Lifecycle.tla"),
-      };
-      return sentences[from];
-    }
-    case TOKENSPEED_ACTION_Complete: {
-      static const char* const sentences[TOKENSPEED_STATES] = {
-          ("Complete is not legal in New. Legal here: Submit. See specs/Lifecycle.tla"),
-          ("Complete is not legal in Waiting. Legal here: Admit, Abort. See specs/Lifecycle.tla"),
-          ("Complete leads from Prefilling only to Prefilling, Decoding, Finishing. See "
-           "specs/Lifecycle.tla"),
-          ("Complete leads from Decoding only to Decoding, Finishing. See specs/Lifecycle.tla"),
-          ("Complete is not legal in Preempted. Legal here: Admit, Abort. See specs/Lifecycle.tla"),
-          ("Complete leads from Finishing only to Finishing. See specs/Lifecycle.tla"),
-          ("Complete leads from Aborting only to Aborting. See specs/Lifecycle.tla"),
-          ("Complete is not legal in Finished. Legal here: nothing. See specs/Lifecycle.tla"),
-          ("Complete is not legal in Aborted. Legal here: nothing. See specs/Lifecycle.tla"),
-      };
-      return sentences[from];
-    }
-    case TOKENSPEED_ACTION_Publish: {
-      static const char* const sentences[TOKENSPEED_STATES] = {
-          ("Publish is not legal in New. Legal here: Submit. See specs/Lifecycle.tla"),
-          ("Publish is not legal in Waiting. Legal here: Admit, Abort. See specs/Lifecycle.tla"),
-          ("Publish leads from Prefilling only to Prefilling. See specs/Lifecycle.tla"),
-          ("Publish leads from Decoding only to Decoding. See specs/Lifecycle.tla"),
-          ("Publish is not legal in Preempted. Legal here: Admit, Abort. See specs/Lifecycle.tla"),
-          ("Publish leads from Finishing only to Finishing. See specs/Lifecycle.tla"),
-          ("Publish is not legal in Aborting. Legal here: Complete, Release. See "
-           "specs/Lifecycle.tla"),
-          ("Publish is not legal in Finished. Legal here: nothing. See specs/Lifecycle.tla"),
-          ("Publish is not legal in Aborted. Legal here: nothing. See specs/Lifecycle.tla"),
-      };
-      return sentences[from];
-    }
-    case TOKENSPEED_ACTION_Preempt: {
-      static const char* const sentences[TOKENSPEED_STATES] = {
-          ("Preempt is not legal in New. Legal here: Submit. See specs/Lifecycle.tla"),
-          ("Preempt is not legal in Waiting. Legal here: Admit, Abort. See specs/Lifecycle.tla"),
-          ("Preempt leads from Prefilling only to Preempted. See specs/Lifecycle.tla"),
-          ("Preempt leads from Decoding only to Preempted. See specs/Lifecycle.tla"),
-          ("Preempt is not legal in Preempted. Legal here: Admit, Abort. See specs/Lifecycle.tla"),
-          ("Preempt is not legal in Finishing. Legal here: Complete, Publish, Release. See "
-           "specs/Lifecycle.tla"),
-          ("Preempt is not legal in Aborting. Legal here: Complete, Release. See "
-           "specs/Lifecycle.tla"),
-          ("Preempt is not legal in Finished. Legal here: nothing. See specs/Lifecycle.tla"),
-          ("Preempt is not legal in Aborted. Legal here: nothing. See specs/Lifecycle.tla"),
-      };
-      return sentences[from];
-    }
-    case TOKENSPEED_ACTION_Abort: {
-      static const char* const sentences[TOKENSPEED_STATES] = {
-          ("Abort is not legal in New. Legal here: Submit. See specs/Lifecycle.tla"),
-          ("Abort leads from Waiting only to Aborted. See specs/Lifecycle.tla"),
-          ("Abort leads from Prefilling only to Aborting. See specs/Lifecycle.tla"),
-          ("Abort leads from Decoding only to Aborting. See specs/Lifecycle.tla"),
-          ("Abort leads from Preempted only to Aborted. See specs/Lifecycle.tla"),
-          ("Abort is not legal in Finishing. Legal here: Complete, Publish, Release. See "
-           "specs/Lifecycle.tla"),
-          ("Abort is not legal in Aborting. Legal here: Complete, Release. See "
-           "specs/Lifecycle.tla"),
-          ("Abort is not legal in Finished. Legal here: nothing. See specs/Lifecycle.tla"),
-          ("Abort is not legal in Aborted. Legal here: nothing. See specs/Lifecycle.tla"),
-      };
-      return sentences[from];
-    }
-    case TOKENSPEED_ACTION_Release: {
-      static const char* const sentences[TOKENSPEED_STATES] = {
-          ("Release is not legal in New. Legal here: Submit. See specs/Lifecycle.tla"),
-          ("Release is not legal in Waiting. Legal here: Admit, Abort. See specs/Lifecycle.tla"),
-          ("Release is not legal in Prefilling. Legal here: Acquire, Schedule, Complete, Publish, "
-           "Preempt, Abort. See specs/Lifecycle.tla"),
-          ("Release is not legal in Decoding. Legal here: Acquire, Schedule, Complete, Publish, "
-           "Preempt, Abort. See specs/Lifecycle.tla"),
-          ("Release is not legal in Preempted. Legal here: Admit, Abort. See specs/Lifecycle.tla"),
-          ("Release leads from Finishing only to Finished. See specs/Lifecycle.tla"),
-          ("Release leads from Aborting only to Aborted. See specs/Lifecycle.tla"),
-          ("Release is not legal in Finished. Legal here: nothing. See specs/Lifecycle.tla"),
-          ("Release is not legal in Aborted. Legal here: nothing. See specs/Lifecycle.tla"),
-      };
-      return sentences[from];
-    }
-    default:
-      return "no such action. See specs/Lifecycle.tla";
-  }
+  if (!tokenspeed_action_name(action)) return "no such action. See specs/Lifecycle.tla";
+  return sentences[action][from];
 }
 
 // One request. Zeroed memory is a request that nobody knows yet: the start of the table.

@@ -6,7 +6,7 @@ arrive as plain ints, and a number that is none of them is refused, not trusted.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from tokenspeed.fsm.lifecycle import Action, Lifecycle
 
@@ -155,36 +155,40 @@ TOKENSPEED_C_API unsigned tokenspeed_owns(int state) {{
 
 
 def _refusal(lifecycle: Lifecycle) -> str:
-    cases = [_refusals(lifecycle, action) for action in lifecycle.actions]
+    """The sentences; how those about an action that a state does not have end is written once."""
+    ends = {
+        state: lifecycle.refusal(action, state).removeprefix(action.name)
+        for state in lifecycle.states
+        for action in lifecycle.actions
+        if not action.targets(state)
+    }
+    rows = ("{" + ", ".join(_refusals(lifecycle, action)) + "}," for action in lifecycle.actions)
     return f"""\
+// How a sentence ends about an action that a state does not have.
+{_lines((f'#define TOKENSPEED_NOT_IN_{state} "{end}"' for state, end in ends.items()), "")}
+
 // Why a move is not in the table: a sentence that names it and the spec; NULL if it is there.
 TOKENSPEED_C_API const char* tokenspeed_refusal(int action, int from, int to) {{
+  static const char* const sentences[TOKENSPEED_ACTIONS][TOKENSPEED_STATES] = {{
+{_lines(rows, "      ")}
+  }};
   if (tokenspeed_edge(action, from, to)) return NULL;
   if (!tokenspeed_state_name(from) || !tokenspeed_state_name(to)) {{
     return "no such state. See {lifecycle.spec}";
   }}
-  switch (action) {{
-{_lines(cases, "")}
-    default:
-      return "no such action. See {lifecycle.spec}";
-  }}
+  if (!tokenspeed_action_name(action)) return "no such action. See {lifecycle.spec}";
+  return sentences[action][from];
 }}
 """
 
 
-def _refusals(lifecycle: Lifecycle, action: Action) -> str:
-    """The sentence of each state, about one action.
-
-    In parentheses: the formatter breaks long ones, and a broken string looks like a lost comma.
-    """
-    sentences = (lifecycle.refusal(action, state) for state in lifecycle.states)
-    return f"""\
-    case TOKENSPEED_ACTION_{action.name}: {{
-      static const char* const sentences[TOKENSPEED_STATES] = {{
-{_lines((f'("{s}"),' for s in sentences), "          ")}
-      }};
-      return sentences[from];
-    }}"""
+def _refusals(lifecycle: Lifecycle, action: Action) -> Iterator[str]:
+    """The sentence of each state, about one action."""
+    for state in lifecycle.states:
+        if action.targets(state):
+            yield f'"{lifecycle.refusal(action, state)}"'
+        else:
+            yield f'"{action.name}" TOKENSPEED_NOT_IN_{state}'
 
 
 def _machine(lifecycle: Lifecycle) -> str:
