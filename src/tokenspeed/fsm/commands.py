@@ -22,6 +22,7 @@ from rich.table import Table
 from tokenspeed.errors import ConfigError, SpecError
 from tokenspeed.fsm.check import Report, Settings, simulate
 from tokenspeed.fsm.check import check as check_model
+from tokenspeed.fsm.explain import collides, sentences
 from tokenspeed.fsm.kv_adapters import ADAPTERS
 from tokenspeed.fsm.kv_events import monitor as monitor_events
 from tokenspeed.fsm.manifest import Recorded, read_manifest, specs_directory, write_manifest
@@ -83,7 +84,7 @@ def check(
         else:
             report = simulate(spec, config, walks=walks, depth=depth, seed=seed, progress=progress)
     if as_json:
-        click.echo(json.dumps(report.json(), indent=2))
+        click.echo(json.dumps(_json(report), indent=2))
     _tell(report)
     sys.exit({"ok": 0, "error": 2}.get(report.result, 1))
 
@@ -102,7 +103,7 @@ def _check_all(how: Settings, *, as_json: bool, slow: bool, record: bool) -> int
             kept.append(model.found(report))
             differs = model.differs(report)
             bad += bool(differs)
-            rows.append({"name": model.name, **report.json(), "differs": differs or None})
+            rows.append({"name": model.name, **_json(report), "differs": differs or None})
             counts = [f"{n:,}" for n in (report.generated, report.distinct, report.depth)]
             verdict = (
                 "as recorded" if not differs else "recorded" if record else f"[red]{differs}[/]"
@@ -159,8 +160,9 @@ def _visit_museum(how: Settings, as_json: bool) -> int:
         _screen.print(f"  reported as {', '.join(exhibit.bugs)}", style="dim", highlight=False)
         if exhibit.cpp:
             _screen.print(f"  in C++: {exhibit.cpp}", style="dim", highlight=False)
-        _screen.print(f"  {_path_of(report)}\n", highlight=False, soft_wrap=True)
-        rows.append({"id": exhibit.id, "found": found, **report.json()})
+        _screen.print(f"  {_path_of(report)}", highlight=False, soft_wrap=True)
+        _screen.print(f"  {escape(sentences(report.trace)[-1])}\n", highlight=False, soft_wrap=True)
+        rows.append({"id": exhibit.id, "found": found, **_json(report)})
     for guard in guards(specs / "Lifecycle.tla"):
         with _watch(guard.name) as progress:
             killed = try_guard(specs, museum, "Lifecycle.tla", guard, how, progress)
@@ -222,15 +224,33 @@ def _tell(report: Report) -> None:
         _screen.print(f"never happened: {', '.join(report.dead)}", style="yellow")
     for note in report.notes:
         _screen.print(note, style="yellow", highlight=False)
+    _tell_behaviour(report)
+
+
+def _tell_behaviour(report: Report) -> None:
+    """Each step in a sentence, red where it collides, and below it what it changed."""
     before: Step | None = None
-    for number, step in enumerate(report.trace):
-        _screen.print(f"{number:>4}  [bold]{escape(step.label) or 'initially'}[/]", highlight=False)
+    for number, (step, sentence) in enumerate(
+        zip(report.trace, sentences(report.trace), strict=True)
+    ):
+        colour = " red" if before and collides(before, step) else ""
+        text = f"{number:>4}  [bold{colour}]{escape(sentence)}[/]"
+        _screen.print(text, highlight=False, soft_wrap=True)
+        if before:
+            _screen.print(f"        [cyan]{escape(step.label)}[/]", highlight=False, soft_wrap=True)
         for path, old, new in changes(before, step) if before else ():
-            text = escape(f"{path}: {old} -> {new}")
-            _screen.print(f"        {text}", style="dim", highlight=False, soft_wrap=True)
+            text = f"        [dim]{escape(path)}: {escape(old)} ->[/] [bold]{escape(new)}[/]"
+            _screen.print(text, highlight=False, soft_wrap=True)
         before = step
     if report.loop is not None:
         _screen.print(f"      and back to step {report.loop}, for ever")
+
+
+def _json(report: Report) -> dict[str, Any]:
+    """The report for programs, each step of its trace with its sentence."""
+    plain = report.json()
+    steps = zip(plain["trace"], sentences(report.trace), strict=True)
+    return {**plain, "trace": [{**step, "sentence": sentence} for step, sentence in steps]}
 
 
 @click.command()

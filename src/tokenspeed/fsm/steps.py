@@ -12,7 +12,7 @@ from attrs import frozen
 
 from tokenspeed.fsm.values import Function, Value, ordered, show
 
-__all__ = ["Step", "changes"]
+__all__ = ["Step", "changes", "differences"]
 
 
 @frozen
@@ -49,13 +49,21 @@ def changes(before: Step, after: Step) -> list[tuple[str, str, str]]:
         >>> changes(old, new)
         [('st["r1"]', '"New"', '"Waiting"')]
     """
-    found: list[tuple[str, str, str]] = []
+    return [
+        (name + "".join(f"[{show(key)}]" for key in keys), show(old), show(new))
+        for (name, *keys), old, new in differences(before, after)
+    ]
+
+
+def differences(before: Step, after: Step) -> Iterator[tuple[tuple[Value, ...], Value, Value]]:
+    """The same as values: the path is the variable and the keys that lead to the place."""
     for name, value in before.state.items():
-        found += _differences(name, value, after.state[name])
-    return found
+        yield from _differences((name,), value, after.state[name])
 
 
-def _differences(path: str, old: Value, new: Value) -> Iterator[tuple[str, str, str]]:
+def _differences(
+    path: tuple[Value, ...], old: Value, new: Value
+) -> Iterator[tuple[tuple[Value, ...], Value, Value]]:
     if old == new:
         return
     if (
@@ -64,6 +72,6 @@ def _differences(path: str, old: Value, new: Value) -> Iterator[tuple[str, str, 
         and old.items.keys() == new.items.keys()
     ):
         for key in ordered(frozenset(old.items)):
-            yield from _differences(f"{path}[{show(key)}]", old.items[key], new.items[key])
+            yield from _differences((*path, key), old.items[key], new.items[key])
     else:
-        yield path, show(old), show(new)
+        yield path, old, new
