@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from click.testing import CliRunner
@@ -16,13 +17,17 @@ from tokenspeed.fsm.check import Report, Settings, check, explore
 from tokenspeed.fsm.explain import TEMPLATES, collides, sentences
 from tokenspeed.fsm.model import Model, load_model
 from tokenspeed.fsm.museum import read_museum, try_exhibit
+from tokenspeed.fsm.pictures import COLUMNS_MAX, LIFELINES_MAX, sequence_svg, sequence_text
 from tokenspeed.fsm.steps import Step
+from tokenspeed.fsm.svg import printable
 from tokenspeed.fsm.values import Function, Value
 
 ROOT = Path(__file__).resolve().parents[1]
 SPECS = ROOT / "specs"
 EXHIBITS = {exhibit.id: exhibit for exhibit in read_museum(SPECS).exhibits}
 TWO_PHASE = Path(__file__).parent / "specs" / "TwoPhase.tla"
+
+SVG = "{http://www.w3.org/2000/svg}"
 
 needs_compiler = pytest.mark.skipif(compiled.compiler() is None, reason="no C++ compiler here")
 
@@ -127,6 +132,48 @@ def test_a_page_given_to_another_while_it_is_written() -> None:
     assert collides(before, elsewhere) == ("while p2 is held by r2",)
 
 
+@needs_compiler
+def test_a_shared_page_that_is_freed_is_drawn_in_these_rows() -> None:
+    assert sequence_text(museum("FreeUnique").trace) == DIAGRAM.strip("\n")
+
+
+DIAGRAM = """
+                       r1                r2                steps             pages
+     0 initially       │ New             │ New             │                 │
+     1 Submit(r1)      ● Waiting         │                 │                 │
+     2 Submit(r2)      │                 ● Waiting         │                 │
+     3 Admit(r1)       ● Prefilling      │                 │                 │
+     4 Acquire(r1, p1) │◄────────────────┼─────────────────┼─────────────────●
+     5 Admit(r2)       │                 ● Prefilling      │                 │
+     6 Acquire(r2, p2) │                 │◄────────────────┼─────────────────●
+     7 Schedule(r1, 1) ●─────────────────┼────────────────►│                 │
+     8 Schedule(r2, 1) │                 ●────────────────►│                 │
+     9 Launch          │                 │                 ●                 │
+    10 Complete        │◄ Decoding ──────│◄ Decoding ──────●                 │
+    11 Preempt(r2)     │                 ● Preempted ──────┼────────────────►│
+    12 Publish(r1)     ●─────────────────┼─────────────────┼────────────────►│
+    13 Abort(r1)       ● Aborting        │                 │                 │
+    14 Admit(r2)       │                 │◄ Prefilling ────┼─────────────────●
+  ✗ 15 Release(r1)     ● Aborted ────────┼─────────────────┼────────────────►│
+"""
+
+
+def test_a_crowd_shares_a_lifeline() -> None:
+    steps = [Step("Go" if n else "", (f"actor{n:02}",) if n else (), {"x": n}) for n in range(12)]
+    head, *rows = sequence_text(steps).split("\n")
+    assert head.split() == [*(f"actor{n:02}" for n in range(1, LIFELINES_MAX)), "others"]
+    assert rows[-1].endswith("●")
+    assert rows[11].index("●") == rows[8].index("●") == head.index("others")
+
+
+def test_steps_that_repeat_are_bracketed() -> None:
+    steps = [Step("Turn" if n else "", (), {"x": n % 2}) for n in range(5)]
+    marks = [row[:2] for row in sequence_text(steps, loop=2).split("\n")]
+    assert marks == ["  ", "  ", "  ", "  ", "┌►", "└─"]
+    assert "and back to step 2, for ever" in sequence_svg(steps, loop=2)
+    assert "for ever" not in sequence_svg(steps)
+
+
 # --- laws -----------------------------------------------------------------------------------------
 
 
@@ -197,6 +244,24 @@ def test_any_step_has_one_sentence_that_names_it(steps: list[Step]) -> None:
     for step, sentence in zip(steps[1:], told[1:], strict=True):
         assert sentence.startswith(step.action)
         assert all(arg in sentence for arg in step.args if isinstance(arg, str))
+
+
+@given(behaviours(), st.integers(0, 3))
+def test_any_diagram_has_a_row_a_step(steps: list[Step], loop: int) -> None:
+    head, *rows = sequence_text(steps, loop if loop < len(steps) - 1 else None).split("\n")
+    assert [int(row[3:6]) for row in rows] == list(range(len(steps)))
+    assert max(map(len, [head, *rows])) <= COLUMNS_MAX
+    assert all(step.action[:20] in row for step, row in zip(steps[1:], rows[1:], strict=True))
+
+
+@given(behaviours(), st.text(max_size=9))
+def test_any_drawing_is_xml_that_shows_its_text(steps: list[Step], title: str) -> None:
+    root = ElementTree.fromstring(sequence_svg(steps, title))
+    assert root.tag == f"{SVG}svg"
+    assert root.findtext(f"{SVG}title") == printable(title)
+    shown = "".join("".join(root.itertext()).split())
+    for sentence in sentences(steps):
+        assert "".join(printable(sentence).split()) in shown
 
 
 # --- the command ----------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from tokenspeed.fsm.kv_adapters import ADAPTERS
 from tokenspeed.fsm.kv_events import monitor as monitor_events
 from tokenspeed.fsm.manifest import Recorded, read_manifest, specs_directory, write_manifest
 from tokenspeed.fsm.museum import guards, read_museum, try_exhibit, try_guard
+from tokenspeed.fsm.pictures import sequence_svg, sequence_text
 from tokenspeed.fsm.steps import Step, changes
 from tokenspeed.fsm.trace import read_trace, validate
 
@@ -34,6 +35,7 @@ __all__ = ["check", "monitor"]
 
 _screen = Console(stderr=True)
 _path = click.Path(path_type=Path, exists=True, dir_okay=False)
+_file = click.Path(path_type=Path, dir_okay=False, writable=True)
 
 
 @click.command()
@@ -50,6 +52,7 @@ _path = click.Path(path_type=Path, exists=True, dir_okay=False)
 @click.option("--simulate", "walks", type=click.IntRange(1), help="random behaviours, not all")
 @click.option("--depth", type=click.IntRange(1), default=100, show_default=True, help="of a walk")
 @click.option("--seed", type=click.IntRange(0), default=1, show_default=True, help="of the walks")
+@click.option("--sequence", type=_file, help="draw the counterexample here, as SVG")
 @click.option("--trace", type=_path, help="judge a trace of serve --trace-lifecycle")
 @click.option("--museum", is_flag=True, help="put known bugs back, and find every one")
 @click.option("--record", is_flag=True, help="write what is found into the manifest")
@@ -65,6 +68,7 @@ def check(
     record: bool,
     museum: bool,
     trace: Path | None,
+    sequence: Path | None,
     **settings: Any,
 ) -> None:
     """Model check SPEC; without one, every model of the manifest."""
@@ -86,6 +90,9 @@ def check(
     if as_json:
         click.echo(json.dumps(_json(report), indent=2))
     _tell(report)
+    if sequence is not None and report.trace:
+        title = f"{report.result}: {report.violated}"
+        sequence.write_text(sequence_svg(report.trace, title, report.loop), encoding="utf-8")
     sys.exit({"ok": 0, "error": 2}.get(report.result, 1))
 
 
@@ -244,6 +251,9 @@ def _tell_behaviour(report: Report) -> None:
         before = step
     if report.loop is not None:
         _screen.print(f"      and back to step {report.loop}, for ever")
+    if len(report.trace) > 1:
+        diagram = sequence_text(report.trace, report.loop)
+        _screen.print(f"\n{escape(diagram)}", highlight=False, soft_wrap=True)
 
 
 def _json(report: Report) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from tokenspeed.fsm.generated import OWNS
 from tokenspeed.fsm.steps import Step, differences
 from tokenspeed.fsm.values import Function, Value, ordered, show
 
-__all__ = ["CHANGES_MAX", "TEMPLATES", "collides", "is_lifecycle", "sentences", "spoken"]
+__all__ = ["CHANGES_MAX", "TEMPLATES", "called", "collides", "is_lifecycle", "sentences", "spoken"]
 
 CHANGES_MAX = 4
 """Changes that a sentence of a spec that is not ours names; it counts the others."""
@@ -80,11 +80,11 @@ def _told(before: Step, step: Step) -> str:
     found = list(_became(before, step))
     more = [f"{len(found) - CHANGES_MAX} more changes"] if len(found) > CHANGES_MAX else []
     said = ", ".join(found[:CHANGES_MAX] + more) or "nothing changes"
-    return f"{_called(step)}; {said}"
+    return f"{called(step)}; {said}"
 
 
-def _called(step: Step) -> str:
-    """`RcvPrepared(rm1)`."""
+def called(step: Step) -> str:
+    """A step's action as people write it, names without quotes: `RcvPrepared(rm1)`."""
     args = ", ".join(map(_named, step.args))
     return f"{step.action}({args})" if args else step.action
 
