@@ -104,8 +104,7 @@ py::dict transitions(Native& self) {
   return out;
 }
 
-py::list trace(Native& self) {
-  const auto taken = self.run([](Scheduler& scheduler) { return scheduler.take_trace(); });
+py::list trace(const std::vector<TraceStep>& taken) {
   py::list out;
   for (const TraceStep& step : taken) {
     out.append(py::make_tuple(step.action, step.number, step.page, step.value, step.to));
@@ -156,7 +155,9 @@ void bind_control(py::module_& m) {
              const ControlConfig config{page_size, pages, slots, chunk, in_flight_max, true};
              const std::string wrong = Control::invalid(config);
              if (!wrong.empty()) throw py::value_error(wrong);
-             return std::make_unique<Control>(config);
+             auto control = std::make_unique<Control>(config);
+             control->set_recording(true);
+             return control;
            }),
            py::kw_only(), py::arg("page_size"), py::arg("pages"), py::arg("slots"),
            py::arg("chunk"), py::arg("in_flight_max"))
@@ -191,6 +192,7 @@ void bind_control(py::module_& m) {
           py::arg("token_ids"), py::arg("stop"))
       .def("evict", &Control::evict, py::arg("page"))
       .def("snapshot", &snapshot)
+      .def("trace", [](Control& self) { return trace(self.take_trace()); })
       .def("check", &Control::check);
 }
 
@@ -295,7 +297,9 @@ PYBIND11_MODULE(_core, m) {
           py::arg("on"))
       .def("transitions", &transitions)
       .def("events", &events)
-      .def("trace", &trace);
+      .def("trace", [](Native& self) {
+        return trace(self.run([](Scheduler& scheduler) { return scheduler.take_trace(); }));
+      });
 
   bind_control(m);
 }

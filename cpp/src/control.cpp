@@ -108,6 +108,22 @@ std::int32_t Control::wanted(RequestIndex index) const noexcept {
   return in_flight && record.planned < record.length_max - 1 ? 1 : 0;
 }
 
+bool Control::Starved() const noexcept {
+  return lacking_ > 0 && pool_.free() == 0;
+}
+
+bool Control::NoneLacks() const noexcept {
+  return lacking_ == 0;
+}
+
+bool Control::NoneEvictable() const noexcept {
+  return index_.none_evictable();
+}
+
+bool Control::SlotFree() const noexcept {
+  return !free_slots_.empty();
+}
+
 bool Control::FirstQueued(RequestId id) const noexcept {
   return !queued_.empty() && queued_.begin()->second == id.index;
 }

@@ -188,10 +188,10 @@ class Control final {
 
   void moved(lifecycle::Action action, RequestId id, lifecycle::State from,
              lifecycle::State to) noexcept;
-  bool Starved() const noexcept { return lacking_ > 0 && pool_.free() == 0; }
-  bool NoneLacks() const noexcept { return lacking_ == 0; }
-  bool NoneEvictable() const noexcept { return index_.none_evictable(); }
-  bool SlotFree() const noexcept { return !free_slots_.empty(); }
+  bool Starved() const noexcept;
+  bool NoneLacks() const noexcept;
+  bool NoneEvictable() const noexcept;
+  bool SlotFree() const noexcept;
   bool FirstQueued(RequestId id) const noexcept;
   bool Wants(RequestId id) const noexcept;
   bool Lacks(RequestId id) const noexcept;

@@ -1,5 +1,5 @@
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -138,7 +138,7 @@ class Scheduler:
     def events(self) -> list[tuple[str, int, int, str, str]]:
         """Moves since the last call: (action, number, incarnation, from, to)."""
 
-Row = tuple[int, int, int, bool]
+Row: TypeAlias = tuple[int, int, int, bool]
 """(number, first position, tokens, samples): the work of one request in a step."""
 
 class Control:
@@ -173,6 +173,9 @@ class Control:
         (kind, references, tokens of the key); `plan`: rows; `in_flight`: rows of each launched
         step, oldest first.
         """
+
+    def trace(self) -> list[tuple[str, int, int, int, str]]:
+        """As the scheduler's."""
 
     def check(self) -> list[str]:
         """Recompute who holds which page; what is wrong, in words."""

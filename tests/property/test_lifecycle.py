@@ -1,45 +1,18 @@
 """Walks of the lifecycle at bounds too large to enumerate: safe at each step, the mirror beside it.
 
-Three requests of up to four pages share five device pages of two tokens and two slots, with three
-steps in flight. The interpreter says what is enabled, Hypothesis chooses, the mirror must follow.
+The interpreter says what is enabled, Hypothesis chooses, the mirror must follow.
 """
 
 from __future__ import annotations
 
-from functools import cache
-from pathlib import Path
-
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenspeed.fsm.evaluate import Evaluator, Label
+from tokenspeed.fsm.evaluate import Label
 from tokenspeed.fsm.generated import ACTIONS, OWNS
 from tokenspeed.fsm.mirror import RequestMachine, legal
-from tokenspeed.fsm.model import load_module
-from tokenspeed.fsm.values import Function, function, show
-
-SPECS = Path(__file__).resolve().parents[2] / "specs"
-REQUESTS = ("r1", "r2", "r3")
-PAGES = ("p1", "p2", "p3", "p4", "p5")
-ALIKE = ("a", "b", "c", "d", "e", "f", "g", "h")
-OTHER = ("a", "b", "c", "x", "y", "z", "z", "z")
-
-
-@cache
-def specification(prompt: int) -> Evaluator:
-    """The spec with prompts of `prompt` tokens: two requests alike, one that soon differs."""
-    constants = {
-        "Req": frozenset(REQUESTS),
-        "Page": frozenset(PAGES),
-        "Token": frozenset((*ALIKE, *OTHER)),
-        "Content": function({"r1": ALIKE, "r2": ALIKE, "r3": OTHER}),
-        "PromptLen": function(dict.fromkeys(REQUESTS, prompt)),
-        "PageSize": 2,
-        "Chunk": 3,
-        "Slots": 2,
-        "MaxInFlight": 3,
-    }
-    return Evaluator(load_module(SPECS / "Lifecycle.tla"), constants)
+from tokenspeed.fsm.values import Function, show
+from walking import REQUESTS, specification
 
 
 def moving(label: Label, before: Function, after: Function) -> list[str]:

@@ -81,7 +81,10 @@ class Evaluator:
     # --- values ---------------------------------------------------------------------------------
 
     def value(self, name: str, state: State = ()) -> Value:
-        """The value of a definition without parameters, in a state if it mentions variables."""
+        """The value of a constant, or of a definition without parameters; in a state if it
+        mentions variables."""
+        if name in self._constants:
+            return self._constants[name]
         return self._body(name)(state, self._start, ())
 
     def predicate(self, name: str) -> Callable[[State], bool]:

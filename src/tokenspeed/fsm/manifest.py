@@ -29,6 +29,8 @@ class Recorded:
         violated: the property that a model that must fail breaks.
         slow: more than a few seconds; `make test` leaves it to `tokenspeed check`.
         runtime: the engine has what the model says; if not, the model runs ahead of it.
+        graph: `Graph.digest` of what can be seen of it: the compiled model's, the mirror's and the
+            runtime's, which tests compare.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Recorded:
     violated: str | None = None
     slow: bool = False
     runtime: bool = True
+    graph: str | None = None
 
     def differs(self, report: Report) -> str:
         """What a check found otherwise; empty if it found what is recorded."""

@@ -1,17 +1,107 @@
-"""The lifecycle of one request in Python: a `transitions` machine over the generated tables.
+"""The lifecycle in Python: the whole spec as pure functions, and one request as a live machine.
 
-Rule: the tables come from the spec; this file has no opinion about what is legal.
+Rule: the spec decides and this file has no opinion: `Mirror` evaluates it, `RequestMachine` is a
+`transitions` machine over the tables that are printed from it.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import final
 
+from attrs import field, frozen
 from transitions import Machine
 
 from tokenspeed.fsm.generated import ACTIONS, EDGES, OWNS, SPEC, STATES
+from tokenspeed.fsm.model import Model, load_model
+from tokenspeed.fsm.values import Value, show
 
-__all__ = ["ENDED", "IllegalTransition", "RequestMachine", "legal", "targets"]
+__all__ = [
+    "ENDED", "Action", "IllegalTransition", "Mirror", "RequestMachine", "State", "legal", "targets",
+]  # fmt: skip
+
+
+@frozen
+class State:
+    """A state of a spec: immutable, hashable, its variables as attributes (`state.st["r1"]`)."""
+
+    variables: tuple[str, ...] = field(eq=False, repr=False)
+    values: tuple[Value, ...]
+
+    def __getattr__(self, name: str) -> Value:
+        if name.startswith("__") or name not in self.variables:
+            raise AttributeError(f"the spec has no variable {name}; it has {self.variables}")
+        return self.values[self.variables.index(name)]
+
+
+@frozen
+class Action:
+    """An action with its arguments, by the spec's names: `Action("Schedule", ("r1", 2))`."""
+
+    name: str
+    args: tuple[Value, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.name}({', '.join(map(show, self.args))})" if self.args else self.name
+
+
+@final
+class Mirror:
+    """A spec as two pure functions over immutable states: what may happen, and what it leads to.
+
+    Args:
+        model: a spec with a configuration, as `load_model` reads them.
+
+    Example:
+        >>> specs = specs_directory()
+        >>> mirror = Mirror.load(specs / "MCLifecycle.tla", specs / "tiny.cfg")
+        >>> (state,) = mirror.initial
+        >>> [str(action) for action in mirror.enabled(state)]
+        ['Submit("r1")', 'Submit("r2")']
+        >>> (after,) = mirror.step(state, Action("Submit", ("r1",)))
+        >>> state.st["r1"], after.st["r1"], mirror.broken(after)
+        ('New', 'Waiting', ())
+
+    Attributes:
+        initial: the states that a behaviour may start in.
+        variables: in the spec's order.
+    """
+
+    def __init__(self, model: Model) -> None:
+        evaluator, config = model.evaluator, model.config
+        self.variables = evaluator.variables
+        self._successors = evaluator.successors(config.next)
+        self._invariants = {name: evaluator.predicate(name) for name in config.invariants}
+        self.initial = tuple(State(self.variables, s) for s in evaluator.initial(config.init))
+
+    @classmethod
+    def load(cls, spec: Path, config: Path) -> Mirror:
+        """Of a spec and a `.cfg`.
+
+        Raises:
+            SpecError: one of them is outside the subset.
+        """
+        return cls(load_model(spec, config))
+
+    def steps(self, state: State) -> tuple[tuple[Action, State], ...]:
+        """Every step out of a state, in the spec's order."""
+        return tuple(
+            (Action(name, args), State(self.variables, after))
+            for (name, args), after in self._successors(state.values)
+        )
+
+    def enabled(self, state: State) -> tuple[Action, ...]:
+        """The actions that a state allows, each once."""
+        return tuple(dict.fromkeys(action for action, _ in self.steps(state)))
+
+    def step(self, state: State, action: Action) -> tuple[State, ...]:
+        """Where an action leads: nowhere if it is not enabled, to several states if it leaves a
+        choice (`Complete` chooses who stops)."""
+        return tuple(after for taken, after in self.steps(state) if taken == action)
+
+    def broken(self, state: State) -> tuple[str, ...]:
+        """The configuration's invariants that do not hold in a state."""
+        return tuple(name for name, holds in self._invariants.items() if not holds(state.values))
 
 
 class IllegalTransition(Exception):

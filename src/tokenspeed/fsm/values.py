@@ -57,6 +57,9 @@ class Function:
         self.items = items
         self._hash: int | None = None
 
+    def __getitem__(self, key: Value) -> Value:
+        return self.items[key]
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Function) and self.items == other.items
 

@@ -1,0 +1,235 @@
+"""The real control plane by the spec's names: asked for its actions, seen as its state.
+
+Rule: nothing is decided here and nothing is remembered but what the runtime forgets by design: the
+requests that have ended. Ghosts, which nobody can look at, are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, combinations
+from typing import final
+
+from attrs import frozen
+
+from tokenspeed._core import Control
+from tokenspeed.errors import ConfigError
+from tokenspeed.fsm.evaluate import Evaluator
+from tokenspeed.fsm.mirror import ENDED, Action
+from tokenspeed.fsm.steps import Step
+from tokenspeed.fsm.values import Function, Value
+
+__all__ = ["VARIABLES", "Observed", "Replayed", "Runtime", "Tried", "observed", "replay"]
+
+VARIABLES = ("st", "age", "tab", "known", "planned", "done", "page", "plan", "inflight")
+Observed = tuple[Value, ...]
+"""The variables above, in their order: all of a state but `content`, a ghost."""
+
+IDLE = Function({"from": 0, "n": 0, "samples": False, "writes": frozenset(), "reads": frozenset()})
+Row = tuple[int, int, int, bool]
+
+
+def observed(state: Mapping[str, Value]) -> Observed:
+    """What can be seen of a state of the spec.
+
+    Raises:
+        ConfigError: it lacks a variable of the lifecycle.
+    """
+    missing = sorted(set(VARIABLES) - set(state))
+    if missing:
+        raise ConfigError(
+            "spec", f"variables {', '.join(state)}",
+            f"the lifecycle's, to drive the runtime by: {', '.join(missing)} are missing",
+        )  # fmt: skip
+    return tuple(state[name] for name in VARIABLES)
+
+
+# --- the runtime by the spec's names ------------------------------------------------------------
+
+
+@frozen
+class Tried:
+    """An action as the runtime is asked for it; `stop` is the choice that `Complete` leaves."""
+
+    action: Action
+    stop: frozenset[str] = frozenset()
+
+
+@final
+class Runtime:
+    """The control plane at the constants of a model: asked by the spec's names, seen as its state.
+
+    Args:
+        spec: `Lifecycle`, or a module that extends it, with its constants.
+
+    Attributes:
+        reported: names of the actions that the runtime traced when it was asked last.
+    """
+
+    def __init__(self, spec: Evaluator) -> None:
+        value = spec.value
+        self._content: dict[str, tuple[Value, ...]] = value("Content").items
+        self._prompt: dict[str, int] = value("PromptLen").items
+        self._requests = sorted(value("Req"))
+        self._pages = sorted(value("Page"))
+        self._tokens = sorted(value("Token"))
+        self._numbers = {
+            name: at for names in (self._requests, self._pages) for at, name in enumerate(names)
+        }
+        self._chunk: int = value("Chunk")
+        self._page_size: int = value("PageSize")
+        self._control = Control(
+            page_size=self._page_size, pages=len(self._pages), slots=value("Slots"),
+            chunk=self._chunk, in_flight_max=value("MaxInFlight"),
+        )  # fmt: skip
+        self._age: list[str] = []
+        self._known = dict(self._prompt)  # told by the trace: the runtime forgets who has ended
+        self._ended: dict[str, str] = {}
+        self.reported: frozenset[str] = frozenset()
+
+    def attempts(self) -> Iterator[Tried]:
+        """Everything that could be asked for, in any state: legal or not."""
+        for r in self._requests:
+            for name in ("Submit", "Admit", "Abort", "Release", "Preempt", "Publish"):
+                yield Tried(Action(name, (r,)))
+            yield from (Tried(Action("Acquire", (r, p))) for p in self._pages)
+            yield from (Tried(Action("Schedule", (r, n))) for n in range(self._chunk + 2))
+        yield from (Tried(Action("Evict", (p,))) for p in self._pages)
+        yield Tried(Action("Launch"))
+        rows = self._control.snapshot()["in_flight"]
+        batch = [self._requests[number] for number, *_ in rows[0]] if rows else []
+        for stop in chain.from_iterable(combinations(batch, n) for n in range(len(batch) + 1)):
+            yield Tried(Action("Complete"), frozenset(stop))
+
+    def take(self, tried: Tried) -> bool:
+        """Ask for an action; did it happen?"""
+        done = self._ask(tried.action.name, tried.action.args, tried.stop)
+        told = self._control.trace()
+        self.reported = frozenset(action for action, *_ in told)
+        for action, number, _, value, to in told:
+            if action == "Complete" and value >= 0 and number >= 0:
+                self._known[self._requests[number]] += 1
+            if to in ENDED:
+                self._ended[self._requests[number]] = to
+        return done
+
+    def _ask(self, name: str, args: tuple[Value, ...], stop: frozenset[str]) -> bool:
+        if name == "Submit":
+            return self._submit(args[0])
+        if name == "Complete":
+            return self._complete(stop)
+        action: Callable[..., bool] = getattr(self._control, name.lower())
+        return action(*(self._numbers.get(value, value) for value in args))
+
+    def _submit(self, r: str) -> bool:
+        if r in self._age:
+            return False  # one identity lives once; the runtime may have forgotten it
+        content = [self._tokens.index(token) for token in self._content[r]]
+        prompt = content[: self._prompt[r]]
+        done = self._control.submit(self._numbers[r], prompt, len(content))
+        self._age += [r] if done else []
+        return done
+
+    def _complete(self, stop: frozenset[str]) -> bool:
+        found = self._control.snapshot()
+        if not found["in_flight"]:
+            return self._control.complete([], [])
+        tokens, flags = [], []
+        for number, *_ in found["in_flight"][0]:
+            r = self._requests[number]
+            known = found["requests"][number][2]
+            content = self._content[r]
+            tokens.append(self._tokens.index(content[min(known, len(content) - 1)]))
+            flags.append(int(r in stop))
+        return self._control.complete(tokens, flags)
+
+    def state(self) -> Observed:
+        """What can be seen, as values of the spec."""
+        found = self._control.snapshot()
+        alive = {self._requests[number]: row for number, row in found["requests"].items()}
+        requests = {r: alive.get(r) or self._remembered(r) for r in self._requests}
+        tables = {r: tuple(self._pages[p] for p in row[1]) for r, row in requests.items()}
+        order = iter(alive)  # the runtime's order, among those that it has forgotten
+        pages = {
+            self._pages[at]: Function(
+                {"kind": kind, "ref": ref, "key": tuple(self._tokens[t] for t in key)}
+            )
+            for at, (kind, ref, key) in enumerate(found["pages"])
+        }
+        return (
+            Function({r: row[0] for r, row in requests.items()}),
+            tuple(next(order) if r in alive else r for r in self._age),
+            Function(tables),
+            *(Function({r: row[at] for r, row in requests.items()}) for at in (2, 3, 4)),
+            Function(pages),
+            self._work(found["plan"], tables),
+            tuple(self._work(rows, tables) for rows in found["in_flight"]),
+        )
+
+    def _remembered(self, r: str) -> tuple[str, tuple[()], int, int, int]:
+        """A request that the runtime does not know yet, or no longer."""
+        return self._ended.get(r, "New"), (), self._known[r], 0, 0
+
+    def _work(self, rows: Iterable[Row], tables: dict[str, tuple[str, ...]]) -> Function:
+        """A step's rows as the spec has them: pages by name, where the runtime has positions."""
+        work = dict.fromkeys(self._requests, IDLE)
+        for number, start, n, samples in rows:
+            r = self._requests[number]
+            last = -(-(start + n) // self._page_size)
+            work[r] = Function({
+                "from": start, "n": n, "samples": samples,
+                "writes": frozenset(tables[r][start // self._page_size : last]),
+                "reads": frozenset(tables[r][:last]),
+            })  # fmt: skip
+        return Function(work)
+
+
+# --- along one behaviour ------------------------------------------------------------------------
+
+
+@frozen
+class Replayed:
+    """How far the runtime followed a behaviour.
+
+    Attributes:
+        steps: that it took as told.
+        why: what it did at the next one; empty if it took all.
+    """
+
+    steps: int
+    why: str = ""
+
+
+def replay(spec: Evaluator, behaviour: Sequence[Step]) -> Replayed:
+    """Ask the runtime for the steps of a counterexample, one by one.
+
+    Args:
+        spec: what the behaviour is of, for its constants.
+        behaviour: the initial state first.
+
+    Raises:
+        ConfigError: the behaviour is not of the lifecycle.
+    """
+    way: list[Tried] = []
+    for number, step in enumerate(behaviour[1:]):
+        wanted = observed(step.state)
+        why = "it refuses"
+        for tried in _choices(spec, way, Action(step.action, step.args)):
+            runtime = Runtime(spec)
+            if not all(map(runtime.take, (*way, tried))):
+                continue
+            if runtime.state() == wanted:
+                way.append(tried)
+                break
+            why = "it does this, with another outcome"
+        else:
+            return Replayed(number, f"{Action(step.action, step.args)}: {why}")
+    return Replayed(len(behaviour) - 1)
+
+
+def _choices(spec: Evaluator, way: Iterable[Tried], action: Action) -> list[Tried]:
+    """The ways to ask for an action where a behaviour has led."""
+    runtime = Runtime(spec)
+    for tried in way:
+        runtime.take(tried)
+    return [tried for tried in runtime.attempts() if tried.action == action]

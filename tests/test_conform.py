@@ -1,0 +1,135 @@
+"""Rungs two and three: one labelled graph from compiled model, mirror and real runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import attrs
+import pytest
+
+from tokenspeed.errors import ConfigError
+from tokenspeed.fsm import compiled
+from tokenspeed.fsm.check import Settings, check
+from tokenspeed.fsm.conform import Graph, conform, mirrored, read_graph
+from tokenspeed.fsm.manifest import read_manifest
+from tokenspeed.fsm.mirror import Action, Mirror
+from tokenspeed.fsm.model import load_model
+from tokenspeed.fsm.museum import read_museum, try_exhibit
+from tokenspeed.fsm.runtime import Runtime, Tried, observed, replay
+
+ROOT = Path(__file__).resolve().parents[1]
+SPECS = ROOT / "specs"
+LIFECYCLE = SPECS / "MCLifecycle.tla"
+RECORDED = {model.name: model for model in read_manifest(SPECS)}
+
+needs_compiler = pytest.mark.skipif(compiled.compiler() is None, reason="no C++ compiler here")
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["tiny", "pages", "toolong", "keys"])
+def test_the_runtime_is_the_model_in_every_state(name: str) -> None:
+    model = RECORDED[name]
+    found = conform(SPECS / model.spec, SPECS / model.config)
+    assert found.divergence is None, str(found.divergence)
+    assert found.states == model.distinct
+    assert found.refused > found.states, "what is illegal was tried too"
+    assert found.graph == model.graph
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["tiny", "toolong"])
+def test_compiled_model_and_mirror_have_the_recorded_graph(name: str) -> None:
+    model = RECORDED[name]
+    compiled_graph = read_graph(SPECS / model.spec, SPECS / model.config)
+    assert compiled_graph.digest() == model.graph
+    assert mirrored(SPECS / model.spec, SPECS / model.config).digest() == model.graph
+
+
+@needs_compiler
+def test_a_digest_tells_one_step_from_another() -> None:
+    graph = read_graph(LIFECYCLE, SPECS / "toolong.cfg")
+    last = len(graph.steps) - 1
+    without = attrs.evolve(graph, steps=(graph.steps[0], (), *graph.steps[2:]))
+    moved = tuple((action, last) for action, _ in graph.steps[1])
+    elsewhere = attrs.evolve(graph, steps=(graph.steps[0], moved, *graph.steps[2:]))
+    digests = {g.digest() for g in (graph, without, elsewhere, Graph((), ()))}
+    assert len(digests) == 4
+
+
+def test_without_a_compiler_the_mirror_says_what_to_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "compiler", lambda: None)
+    found = conform(LIFECYCLE, SPECS / "toolong.cfg")
+    assert (found.divergence, found.graph) == (None, RECORDED["toolong"].graph)
+
+
+def test_another_spec_is_refused_by_what_it_lacks() -> None:
+    with pytest.raises(ConfigError, match=r"age, done, inflight, known.*missing"):
+        observed({"rmState": (), "tmState": "init"})
+
+
+# --- along a behaviour --------------------------------------------------------------------------
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["NeverEvicted", "NeverPreempted", "NeverDropped"])
+def test_the_runtime_follows_what_the_spec_allows(name: str) -> None:
+    config = SPECS / "reach" / f"{name}.cfg"
+    report = check(LIFECYCLE, config, Settings())
+    found = replay(load_model(LIFECYCLE, config).evaluator, report.trace)
+    assert (found.steps, found.why) == (len(report.trace) - 1, "")
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("bug", "why"),
+    [
+        ("NoReuseInFlight", 'Release("r1"): it refuses'),
+        ("ContentMatches", 'Publish("r1"): it refuses'),
+        ("MatchPins", "it does this, with another outcome"),
+    ],
+)
+def test_the_runtime_does_not_follow_a_bug(bug: str, why: str) -> None:
+    exhibit = next(e for e in read_museum(SPECS).exhibits if e.id == bug)
+    report = try_exhibit(SPECS, exhibit, Settings(), lambda _: None)
+    found = replay(load_model(LIFECYCLE, SPECS / exhibit.config).evaluator, report.trace)
+    assert found.steps == len(report.trace) - 2, "all but the last step, which is the bug"
+    assert why in found.why
+
+
+# --- the mirror, for research -------------------------------------------------------------------
+
+
+def test_the_mirror_is_two_pure_functions() -> None:
+    mirror = Mirror.load(LIFECYCLE, SPECS / "tiny.cfg")
+    (start,) = mirror.initial
+    before = start.values
+    (after,) = mirror.step(start, Action("Submit", ("r1",)))
+    assert (start.st["r1"], after.st["r1"]) == ("New", "Waiting")
+    assert start.values is before
+    assert mirror.step(start, Action("Admit", ("r1",))) == ()
+    assert mirror.step(start, Action("Submit", ("r1",))) == (after,)
+    assert {after: "a state is a key"}[after]
+    assert {*map(str, mirror.enabled(after))} == {'Submit("r2")', 'Admit("r1")', 'Abort("r1")'}
+    assert mirror.broken(after) == ()
+    with pytest.raises(AttributeError, match="no variable colour"):
+        after.colour  # noqa: B018
+    with pytest.raises(attrs.exceptions.FrozenInstanceError):
+        after.values = ()  # type: ignore[misc]
+
+
+def test_a_choice_leads_to_several_states() -> None:
+    """`Complete` chooses who stops; the runtime is told the choice."""
+    spec = load_model(LIFECYCLE, SPECS / "tiny.cfg").evaluator
+    way = [Action("Submit", ("r1",)), Action("Admit", ("r1",)), Action("Acquire", ("r1", "p1")),
+           Action("Schedule", ("r1", 1)), Action("Launch")]  # fmt: skip
+    mirror = Mirror.load(LIFECYCLE, SPECS / "tiny.cfg")
+    (state,) = mirror.initial
+    for action in way:
+        (state,) = mirror.step(state, action)
+    ends = {after.st["r1"] for after in mirror.step(state, Action("Complete"))}
+    assert ends == {"Decoding", "Finishing"}
+    for stop, end in ((frozenset[str](), "Decoding"), (frozenset({"r1"}), "Finishing")):
+        runtime = Runtime(spec)
+        assert all(runtime.take(Tried(action)) for action in way)
+        assert runtime.take(Tried(Action("Complete"), stop))
+        assert runtime.state()[0]["r1"] == end
