@@ -50,6 +50,12 @@ def test_help_fits_a_screen() -> None:
         assert len(done.stdout.splitlines()) <= 45
 
 
+def test_who_checks_a_spec_does_not_wait_for_torch() -> None:
+    script = "import sys; import tokenspeed.cli; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
+    assert done.stdout.strip() == b"False"
+
+
 def test_env_names_what_a_bug_report_needs() -> None:
     text = run("env").stdout
     for word in (tokenspeed.__version__, "python", "torch", "cuda", "compiler"):

@@ -1,11 +1,13 @@
 """The command line: click commands of a few lines each.
 
 Rule: flags become a validated config before anything is read or downloaded; what a person sees goes
-to the terminal through rich, what a program reads goes to stdout as JSON.
+to the terminal through rich, what a program reads goes to stdout as JSON; rooms that need torch are
+imported by the commands that need them, so that `--help` and `check` start at once.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import json
 import logging
@@ -15,29 +17,33 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import click
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import tokenspeed
-from tokenspeed.bench.serve import Workload, compare
 from tokenspeed.config import DEFAULT_MODEL, DTYPES, EngineConfig, ServeConfig
-from tokenspeed.engine import Engine
 from tokenspeed.errors import TokenSpeedError
 from tokenspeed.fsm import codegen as fsm_codegen
 from tokenspeed.fsm import commands as fsm_commands
 from tokenspeed.request import SamplingParams
-from tokenspeed.serve import check as check_server
-from tokenspeed.serve import run
+
+if TYPE_CHECKING:
+    from tokenspeed.bench.serve import Workload
+    from tokenspeed.engine import Engine
 
 __all__ = ["main"]
 
 _screen = Console(stderr=True)
+
+
+def _room(name: str) -> Any:
+    """A module that needs torch."""
+    return importlib.import_module(name)
 
 
 def _engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -88,7 +94,7 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 
 def _load(model: str, config: EngineConfig) -> Engine:
     with _progress() as report:
-        return Engine.from_pretrained(model, config=config, progress=report)
+        return tokenspeed.Engine.from_pretrained(model, config=config, progress=report)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -124,10 +130,11 @@ def serve(
         host=host, port=port, api_key_file=api_key_file, no_auth=no_auth, drain_s=drain_s
     )
     config = EngineConfig(**settings)
-    check_server(server)
+    room = _room("tokenspeed.serve")
+    room.check(server)
     engine = _load(model, config)
     try:
-        sys.exit(run(engine, server, on_ready=lambda url: _ready(engine, url)))
+        sys.exit(room.run(engine, server, on_ready=lambda url: _ready(engine, url)))
     finally:
         engine.close()
 
@@ -178,13 +185,14 @@ def chat(
 @cli.command()
 def env() -> None:
     """What a bug report needs: versions, machine, devices."""
+    torch = _room("torch")
     table = Table(show_header=False, box=None)
     rows = {
         "tokenspeed": tokenspeed.__version__,
         "python": platform.python_version(),
         "machine": f"{platform.machine()} {platform.system()} {platform.release()}",
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
-        "cuda": _cuda(),
+        "cuda": _cuda(torch),
         "compiler": shutil.which("c++") or "none",
     }
     for name in ("triton", "tokenizers", "safetensors", "gguf", "starlette", "hypercorn"):
@@ -201,7 +209,7 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def _cuda() -> str:
+def _cuda(torch: Any) -> str:
     if not torch.cuda.is_available():
         return "none"
     return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
@@ -239,8 +247,10 @@ def bench_serve(
     **settings: Any,
 ) -> None:
     """Output tokens/s beside transformers' generate on the same weights and prompts."""
-    workload = Workload(prompt_tokens=prompt_tokens, output_tokens=output_tokens, rounds=rounds)
-    report = compare(model, EngineConfig(**settings), workload, console=_screen)
+    room = _room("tokenspeed.bench.serve")
+    sizes = {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens, "rounds": rounds}
+    workload: Workload = room.Workload(**sizes)
+    report = room.compare(model, EngineConfig(**settings), workload, console=_screen)
     Console().print(report.table())
     text = json.dumps(report.as_json(), indent=2)
     if json_path is not None:
