@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import attrs
 import pytest
+from click.testing import CliRunner, Result
 
+from tokenspeed.cli import cli
 from tokenspeed.errors import ConfigError
-from tokenspeed.fsm import compiled
+from tokenspeed.fsm import commands, compiled
 from tokenspeed.fsm.check import Settings, check
 from tokenspeed.fsm.conform import Graph, conform, mirrored, read_graph
 from tokenspeed.fsm.manifest import read_manifest
@@ -94,6 +97,33 @@ def test_the_runtime_does_not_follow_a_bug(bug: str, why: str) -> None:
     found = replay(load_model(LIFECYCLE, SPECS / exhibit.config).evaluator, report.trace)
     assert found.steps == len(report.trace) - 2, "all but the last step, which is the bug"
     assert why in found.why
+
+
+def drive(*words: str | Path) -> Result:
+    return CliRunner().invoke(cli, ["check", *map(str, words)])
+
+
+@needs_compiler
+def test_the_command_drives_the_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = drive(LIFECYCLE, "--config", SPECS / "toolong.cfg", "--runtime", "--json")
+    assert done.exit_code == 0, done.output
+    (row,) = json.loads(done.stdout)
+    assert row["states"] == RECORDED["toolong"].distinct
+    assert (row["graph"], row["differs"]) == (RECORDED["toolong"].graph, None)
+
+    stale = attrs.evolve(RECORDED["toolong"], graph="0" * 64)
+    monkeypatch.setattr(commands, "read_manifest", lambda _: [stale, RECORDED["large"]])
+    done = drive("--runtime", "--json")
+    assert done.exit_code == 1
+    (row,) = json.loads(done.stdout)
+    assert row["differs"] == f"graph {RECORDED['toolong'].graph}, recorded {'0' * 64}"
+
+
+@needs_compiler
+def test_the_command_replays_a_counterexample() -> None:
+    done = drive(LIFECYCLE, "--config", SPECS / "reach" / "NeverEvicted.cfg", "--replay")
+    assert done.exit_code == 1
+    assert "the runtime took 9 steps as told: all of them" in done.stderr
 
 
 # --- the mirror, for research -------------------------------------------------------------------

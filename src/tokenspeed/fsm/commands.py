@@ -10,8 +10,9 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import click
 from rich.console import Console
@@ -22,12 +23,17 @@ from rich.table import Table
 from tokenspeed.errors import ConfigError, SpecError
 from tokenspeed.fsm.check import Report, Settings, simulate
 from tokenspeed.fsm.check import check as check_model
+from tokenspeed.fsm.conform import conform
 from tokenspeed.fsm.explain import collides, sentences
+from tokenspeed.fsm.graph import read_state_graph
 from tokenspeed.fsm.kv_adapters import ADAPTERS
 from tokenspeed.fsm.kv_events import monitor as monitor_events
 from tokenspeed.fsm.manifest import Recorded, read_manifest, specs_directory, write_manifest
+from tokenspeed.fsm.model import load_model
 from tokenspeed.fsm.museum import guards, read_museum, try_exhibit, try_guard
-from tokenspeed.fsm.pictures import sequence_svg, sequence_text
+from tokenspeed.fsm.pictures import graph_dot, graph_svg, refuse_large, sequence_svg, sequence_text
+from tokenspeed.fsm.runtime import Replayed
+from tokenspeed.fsm.runtime import replay as follow
 from tokenspeed.fsm.steps import Step, changes
 from tokenspeed.fsm.trace import read_trace, validate
 
@@ -35,7 +41,7 @@ __all__ = ["check", "monitor"]
 
 _screen = Console(stderr=True)
 _path = click.Path(path_type=Path, exists=True, dir_okay=False)
-_file = click.Path(path_type=Path, dir_okay=False, writable=True)
+_file = click.File("w", encoding="utf-8", lazy=True)
 
 
 @click.command()
@@ -52,7 +58,11 @@ _file = click.Path(path_type=Path, dir_okay=False, writable=True)
 @click.option("--simulate", "walks", type=click.IntRange(1), help="random behaviours, not all")
 @click.option("--depth", type=click.IntRange(1), default=100, show_default=True, help="of a walk")
 @click.option("--seed", type=click.IntRange(0), default=1, show_default=True, help="of the walks")
+@click.option("--runtime", is_flag=True, help="drive the real control plane through all states")
+@click.option("--replay", is_flag=True, help="ask the real control plane for the counterexample")
 @click.option("--sequence", type=_file, help="draw the counterexample here, as SVG")
+@click.option("--svg", type=_file, help="draw the state graph here, if it is small")
+@click.option("--dot", type=_file, help="write the state graph here, for Graphviz")
 @click.option("--trace", type=_path, help="judge a trace of serve --trace-lifecycle")
 @click.option("--museum", is_flag=True, help="put known bugs back, and find every one")
 @click.option("--record", is_flag=True, help="write what is found into the manifest")
@@ -69,6 +79,8 @@ def check(
     museum: bool,
     trace: Path | None,
     sequence: Path | None,
+    runtime: bool,
+    replay: bool,
     **settings: Any,
 ) -> None:
     """Model check SPEC; without one, every model of the manifest."""
@@ -77,11 +89,15 @@ def check(
         sys.exit(_judge(trace, as_json))
     if museum:
         sys.exit(_visit_museum(how, as_json))
+    if spec is None and runtime:
+        sys.exit(_drive(_with_graph(), how, as_json=as_json))
     if spec is None:
         sys.exit(_check_all(how, as_json=as_json, slow=slow, record=record))
     config = config or spec.with_suffix(".cfg")
     if not config.exists():
         raise ConfigError("--config", str(config), "a configuration that exists; name one")
+    if runtime:
+        sys.exit(_drive([(config.stem, spec, config, None)], how, as_json=as_json))
     with _watch(spec.stem) as progress:
         if walks is None:
             report = check_model(spec, config, how, progress)
@@ -93,7 +109,49 @@ def check(
     if sequence is not None and report.trace:
         title = f"{report.result}: {report.violated}"
         sequence.write_text(sequence_svg(report.trace, title, report.loop), encoding="utf-8")
+    if replay and report.trace:
+        _tell_replay(follow(load_model(spec, config).evaluator, report.trace))
     sys.exit({"ok": 0, "error": 2}.get(report.result, 1))
+
+
+Driven = tuple[str, Path, Path, str | None]
+"""A model to drive the runtime through: name, spec, configuration, the graph that is recorded."""
+
+
+def _with_graph() -> list[Driven]:
+    specs = specs_directory()
+    models = [model for model in read_manifest(specs) if model.graph]
+    return [(m.name, specs / m.spec, specs / m.config, m.graph) for m in models]
+
+
+def _drive(models: list[Driven], how: Settings, *, as_json: bool) -> int:
+    """The real control plane through every state of some models."""
+    rows, bad = [], 0
+    for name, spec, config, graph in models:
+        with _screen.status(f"driving through {name}"):
+            found = conform(spec, config, how)
+        differs = str(found.divergence or "")
+        if not differs and graph not in (None, found.graph):
+            differs = f"graph {found.graph}, recorded {graph}"
+        bad += bool(differs)
+        counts = {"states": found.states, "steps": found.steps, "refused": found.refused}
+        rows.append({"name": name, **counts, "graph": found.graph, "differs": differs or None})
+        _screen.print(
+            f"[bold]{name}[/] {found.states:,} states, {found.steps:,} steps taken, "
+            f"{found.refused:,} refused: "
+            + (f"[red]{escape(differs)}[/]" if differs else "[green]as the spec[/]"),
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+    return 1 if bad else 0
+
+
+def _tell_replay(found: Replayed) -> None:
+    """What the real control plane made of a counterexample."""
+    said = f"the runtime took {found.steps} steps as told"
+    text = f"{said}, then {found.why}" if found.why else f"{said}: all of them"
+    _screen.print(f"[bold]{escape(text)}[/]", highlight=False, soft_wrap=True)
 
 
 def _check_all(how: Settings, *, as_json: bool, slow: bool, record: bool) -> int:
