@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from tokenspeed._core import Committed, Plan, Scheduler
 from tokenspeed.errors import ConfigError
 from tokenspeed.fsm.evaluate import Evaluator, State
-from tokenspeed.fsm.generated import SPEC, SPEC_HASH
+from tokenspeed.fsm.generated import SPEC, SPEC_HASH, SPEC_VERSION
 from tokenspeed.fsm.model import load_module
 from tokenspeed.fsm.syntax import Expr, Span
 from tokenspeed.fsm.values import Function, Value
@@ -51,6 +51,7 @@ class TraceHeader:
     chunk: int
     overlap: int
     spec: str = SPEC
+    spec_version: str = SPEC_VERSION
     spec_hash: str = SPEC_HASH
 
 
@@ -211,8 +212,8 @@ def read_trace(path: Path) -> tuple[TraceHeader, list[TraceStep]]:
     header, *steps = rows
     if header.spec_hash != SPEC_HASH:
         raise ConfigError(
-            "trace", f"{header.spec} {header.spec_hash[:12]}",
-            f"a trace of {SPEC} {SPEC_HASH[:12]}; check it with the version that wrote it",
+            "trace", f"{header.spec} {header.spec_version} ({header.spec_hash[:12]})",
+            f"a trace of {SPEC} {SPEC_VERSION} ({SPEC_HASH[:12]}); check it with what wrote it",
         )  # fmt: skip
     return header, steps
 
