@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from itertools import combinations
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -12,12 +14,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokenspeed.cli import cli
-from tokenspeed.fsm import compiled
+from tokenspeed.errors import ConfigError
+from tokenspeed.fsm import compiled, layered
 from tokenspeed.fsm.check import Report, Settings, check, explore
+from tokenspeed.fsm.emit_diagram import emit_mermaid, emit_svg
 from tokenspeed.fsm.explain import TEMPLATES, collides, sentences
+from tokenspeed.fsm.generated import ACTIONS, EDGES, STATES
+from tokenspeed.fsm.graph import StateGraph, read_state_graph
+from tokenspeed.fsm.lifecycle import read_lifecycle
 from tokenspeed.fsm.model import Model, load_model
 from tokenspeed.fsm.museum import read_museum, try_exhibit
-from tokenspeed.fsm.pictures import COLUMNS_MAX, LIFELINES_MAX, sequence_svg, sequence_text
+from tokenspeed.fsm.pictures import (
+    COLUMNS_MAX,
+    LIFELINES_MAX,
+    STATES_MAX,
+    described,
+    graph_dot,
+    graph_svg,
+    sequence_svg,
+    sequence_text,
+)
 from tokenspeed.fsm.steps import Step
 from tokenspeed.fsm.svg import printable
 from tokenspeed.fsm.values import Function, Value
@@ -264,6 +280,128 @@ def test_any_drawing_is_xml_that_shows_its_text(steps: list[Step], title: str) -
         assert "".join(printable(sentence).split()) in shown
 
 
+# --- graphs ---------------------------------------------------------------------------------------
+
+
+@st.composite
+def graphs(draw: st.DrawFn) -> StateGraph:
+    count = draw(st.integers(1, 9))
+    states = [{"x": draw(values), "at": at} for at in range(count)]
+    ends = st.integers(0, count - 1)
+    steps = draw(st.lists(st.tuples(ends, st.text(max_size=6), ends), max_size=14, unique=True))
+    violating = draw(st.frozensets(ends, max_size=2))
+    return StateGraph(tuple(states), tuple(steps), frozenset({0}), violating)
+
+
+def unquoted(text: str) -> str:
+    """What Graphviz shows for the inside of a quoted label."""
+    meaning = {"l": "\n", '"': '"', "\\": "\\"}
+    shown = re.sub(r"\\(.)", lambda found: meaning[found[1]], text, flags=re.DOTALL)
+    return shown.removesuffix("\n")
+
+
+STRING = r'"((?:[^"\\]|\\.)*)"'
+
+
+@given(graphs())
+def test_dot_has_every_state_and_step_under_its_own_name(graph: StateGraph) -> None:
+    dot = graph_dot(graph)
+    found = re.findall(rf"(?ms)^  (\d+) \[label={STRING}([^\]]*)\];$", dot)
+    assert [int(at) for at, _, _ in found] == list(range(len(graph.states)))
+    shown = [unquoted(text) for _, text, _ in found]
+    assert shown == [described(state).removesuffix("\n") for state in graph.states]
+    assert {int(at) for at, _, marks in found if "red" in marks} == graph.violating
+    edges = re.findall(rf"(?ms)^  (\d+) -> (\d+) \[label={STRING}\];$", dot)
+    drawn = [(int(a), unquoted(name), int(b)) for a, b, name in edges]
+    assert drawn == [(a, name.removesuffix("\n"), b) for a, name, b in graph.steps]
+
+
+@given(graphs(), st.text(max_size=6))
+def test_a_drawn_graph_has_every_box_and_arrow(graph: StateGraph, title: str) -> None:
+    root = ElementTree.fromstring(graph_svg(graph, title))
+    pairs = {(a, b) for a, _, b in graph.steps}
+    heads = list(root.iter(f"{SVG}polygon"))
+    assert len(heads) == len(pairs) + len(graph.initial)
+    texts = ["".join(e.itertext()) for e in root.iter(f"{SVG}text")]
+    assert texts[0] == printable(title)
+    assert {str(at) for at in range(len(graph.states))} <= set(texts)
+    for _, name, _ in graph.steps:
+        assert printable(name) in texts
+    alarms = [e for e in root.iter(f"{SVG}rect") if "alarm" in e.attrib["class"]]
+    assert len(alarms) == len(graph.violating)
+
+
+@given(st.data())
+def test_nothing_is_drawn_over_anything(data: st.DataObject) -> None:
+    """Boxes and labels, loops aside, are apart; arrows begin and end at the border of a box."""
+    sizes = st.floats(10, 90)
+    boxes = data.draw(
+        st.lists(st.builds(layered.Box, sizes, sizes, st.integers(0, 4)), min_size=1, max_size=8)
+    )
+    ends = st.integers(0, len(boxes) - 1)
+    arrows = data.draw(st.lists(st.builds(layered.Arrow, ends, ends, sizes, sizes), max_size=12))
+    drawing = layered.layout(boxes, arrows)
+    taken = [(*at, box.wide, box.high) for box, at in zip(boxes, drawing.boxes, strict=True)]
+    for arrow, route in zip(arrows, drawing.routes, strict=True):
+        if arrow.source != arrow.target:
+            taken.append((*route.label, arrow.wide, arrow.high))
+        for number, point in ((arrow.source, route.points[0]), (arrow.target, route.points[-1])):
+            (x, y), box = drawing.boxes[number], boxes[number]
+            assert abs(point[0] - x) <= box.wide / 2 + 1e-6
+            assert abs(point[1] - y) <= box.high / 2 + 1e-6
+    for one, other in combinations(taken, 2):
+        (x0, y0, w0, h0), (x1, y1, w1, h1) = one, other
+        assert abs(x0 - x1) >= (w0 + w1) / 2 - 1e-6 or abs(y0 - y1) >= (h0 + h1) / 2 - 1e-6
+    for x, y, wide, high in taken:
+        assert x - wide / 2 >= -1e-6
+        assert x + wide / 2 <= drawing.wide + 1e-6
+        assert y - high / 2 >= -1e-6
+        assert y + high / 2 <= drawing.high + 1e-6
+
+
+def test_a_crossing_that_need_not_be_is_not_drawn() -> None:
+    boxes = [layered.Box(20, 20, layer) for layer in (0, 0, 1, 1)]
+    arrows = [layered.Arrow(0, 3, 9, 9), layered.Arrow(1, 2, 9, 9)]
+    (a, b, c, d) = (x for x, _ in layered.layout(boxes, arrows).boxes)
+    assert (a < b) == (d < c)
+
+
+def test_a_graph_that_nobody_could_see_is_refused() -> None:
+    states = tuple({"x": n} for n in range(STATES_MAX + 1))
+    with pytest.raises(ConfigError, match="--dot FILE"):
+        graph_svg(StateGraph(states, (), frozenset({0})))
+    assert "at most" not in graph_dot(StateGraph(states, (), frozenset({0})))
+
+
+@needs_compiler
+def test_both_engines_have_one_graph(broken_two_phase: Path) -> None:
+    config = broken_two_phase.with_suffix(".cfg")
+    config.write_text(config.read_text().replace("INVARIANT Consistent", "CHECK_DEADLOCK FALSE"))
+    found = []
+    for engine in ("compiled", "interpreter"):
+        how = Settings(engine=engine)
+        graph = read_state_graph(
+            broken_two_phase, config, how, check(broken_two_phase, config, how)
+        )
+        shown = [described(state) for state in graph.states]
+        found.append({(shown[a], name, shown[b]) for a, name, b in graph.steps})
+        assert [shown[at] for at in graph.initial] == shown[:1]
+    assert found[0] == found[1]
+    assert len(found[0]) > 100
+
+
+def test_the_lifecycle_is_drawn_from_its_table() -> None:
+    lifecycle = read_lifecycle(SPECS / "Lifecycle.tla")
+    lines = re.findall(r"(?m)^    (\w+) --> (\w+): (.+)$", emit_mermaid(lifecycle))
+    drawn = {(action, a, b) for a, b, names in lines for action in names.split(", ")}
+    assert drawn == {(action, a, b) for action, edges in EDGES.items() for a, b in edges}
+    assert len({(a, b) for a, b, _ in lines}) == len(lines)
+    root = ElementTree.fromstring(emit_svg(lifecycle))
+    texts = ["".join(e.itertext()) for e in root.iter(f"{SVG}text")]
+    assert {*STATES, *ACTIONS} <= set(texts)
+    assert len(list(root.iter(f"{SVG}polygon"))) == len(lines) + 1
+
+
 # --- the command ----------------------------------------------------------------------------------
 
 
@@ -276,3 +414,34 @@ def test_the_command_tells_and_reports_sentences(broken_two_phase: Path) -> None
     assert report["trace"][2]["action"] == "RcvCommit"
     assert '2  RcvCommit(rm2); rmState[rm2] becomes "committed"' in done.stderr
     assert 'rmState["rm2"]: "working" -> "committed"' in done.stderr
+
+
+@needs_compiler
+def test_the_command_draws_what_it_found(broken_two_phase: Path, tmp_path: Path) -> None:
+    files = {name: tmp_path / f"x.{name}" for name in ("sequence", "svg", "dot")}
+    options = [word for name, file in files.items() for word in (f"--{name}", str(file))]
+    done = CliRunner().invoke(cli, ["check", str(broken_two_phase), *options])
+    assert done.exit_code == 1
+    assert "RcvCommit(rm2)" in files["sequence"].read_text()
+    assert "mistyrose" in files["dot"].read_text()
+    assert 'class="alarm' in files["svg"].read_text()
+
+
+@needs_compiler
+def test_the_command_refuses_what_it_cannot_draw(broken_two_phase: Path, tmp_path: Path) -> None:
+    config = broken_two_phase.with_suffix(".cfg")
+    config.write_text(
+        config.read_text()
+        .replace("rm1, rm2", "a, b, c, d")
+        .replace("INVARIANT", "")
+        .replace("Consistent", "CHECK_DEADLOCK FALSE")
+    )
+    options = ["check", str(broken_two_phase), "--svg", str(tmp_path / "x.svg")]
+    done = CliRunner().invoke(cli, options)
+    assert isinstance(done.exception, ConfigError)
+    assert not (tmp_path / "x.svg").exists()
+    done = CliRunner().invoke(cli, [*options, "--simulate", "3"])
+    assert isinstance(done.exception, ConfigError)
+    done = CliRunner().invoke(cli, [*options[:2], "--dot", str(tmp_path / "no" / "x.dot")])
+    assert done.exit_code == 1
+    assert "No such file or directory" in done.stderr

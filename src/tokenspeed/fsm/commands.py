@@ -10,7 +10,6 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -78,7 +77,9 @@ def check(
     record: bool,
     museum: bool,
     trace: Path | None,
-    sequence: Path | None,
+    sequence: TextIO | None,
+    svg: TextIO | None,
+    dot: TextIO | None,
     runtime: bool,
     replay: bool,
     **settings: Any,
@@ -107,11 +108,29 @@ def check(
         click.echo(json.dumps(_json(report), indent=2))
     _tell(report)
     if sequence is not None and report.trace:
-        title = f"{report.result}: {report.violated}"
-        sequence.write_text(sequence_svg(report.trace, title, report.loop), encoding="utf-8")
+        title = f"{spec.stem}: {report.violated}"
+        sequence.write(sequence_svg(report.trace, title, report.loop))
+    _draw_graph(spec, config, how, report, svg, dot)
     if replay and report.trace:
         _tell_replay(follow(load_model(spec, config).evaluator, report.trace))
     sys.exit({"ok": 0, "error": 2}.get(report.result, 1))
+
+
+def _draw_graph(
+    spec: Path, config: Path, how: Settings, report: Report, svg: TextIO | None, dot: TextIO | None
+) -> None:
+    """The states that a check has seen, as the pictures that are asked for."""
+    if svg is None and dot is None:
+        return
+    if report.distinct == 0:
+        raise ConfigError("--simulate", "random behaviours", "all states; leave it out to draw")
+    if svg is not None:
+        refuse_large(report.distinct)
+    graph = read_state_graph(spec, config, how, report)
+    if svg is not None:
+        svg.write(graph_svg(graph, f"{spec.stem}: {report.violated or report.result}"))
+    if dot is not None:
+        dot.write(graph_dot(graph))
 
 
 Driven = tuple[str, Path, Path, str | None]

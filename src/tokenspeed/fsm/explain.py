@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from attrs import frozen
 
 from tokenspeed.fsm.generated import OWNS
-from tokenspeed.fsm.steps import Step, differences
-from tokenspeed.fsm.values import Function, Value, ordered, show
+from tokenspeed.fsm.steps import Step, called, differences, named, spoken
+from tokenspeed.fsm.values import Value, ordered
 
-__all__ = ["CHANGES_MAX", "TEMPLATES", "called", "collides", "is_lifecycle", "sentences", "spoken"]
+__all__ = ["CHANGES_MAX", "TEMPLATES", "collides", "is_lifecycle", "sentences"]
 
 CHANGES_MAX = 4
 """Changes that a sentence of a spec that is not ours names; it counts the others."""
@@ -83,12 +83,6 @@ def _told(before: Step, step: Step) -> str:
     return f"{called(step)}; {said}"
 
 
-def called(step: Step) -> str:
-    """A step's action as people write it, names without quotes: `RcvPrepared(rm1)`."""
-    args = ", ".join(map(_named, step.args))
-    return f"{step.action}({args})" if args else step.action
-
-
 def _initially(state: Mapping[str, Value]) -> str:
     if is_lifecycle(state):
         pages = {p: state["page"][p]["kind"] for p in _names(state["page"])}
@@ -101,7 +95,7 @@ def _initially(state: Mapping[str, Value]) -> str:
 def _became(before: Step, step: Step) -> Iterator[str]:
     """What changed, each in a few words."""
     for path, old, new in differences(before, step):
-        place = path[0] + "".join(f"[{_named(key)}]" for key in path[1:])
+        place = path[0] + "".join(f"[{named(key)}]" for key in path[1:])
         if isinstance(old, frozenset) and isinstance(new, frozenset):
             gains, loses = ordered(new - old), ordered(old - new)
             words = [f"gains {_listed([*map(spoken, gains)])}"] if gains else []
@@ -111,24 +105,6 @@ def _became(before: Step, step: Step) -> Iterator[str]:
             yield f"{place} ends in {spoken(new[-1])}"
         else:
             yield f"{place} becomes {spoken(new)}"
-
-
-def _named(value: Value) -> str:
-    """As an argument or an index: names without quotes."""
-    return value if isinstance(value, str) else spoken(value)
-
-
-def spoken(value: Value) -> str:
-    """A value in TLA+ syntax, records as records: `[type |-> "Commit"]`."""
-    match value:
-        case frozenset():
-            return "{" + ", ".join(spoken(item) for item in ordered(value)) + "}"
-        case tuple():
-            return "<<" + ", ".join(map(spoken, value)) + ">>"
-        case Function() if all(isinstance(k, str) and k.isidentifier() for k in value.items):
-            fields = (f"{k} |-> {spoken(v)}" for k, v in sorted(value.items.items()))
-            return f"[{', '.join(fields)}]"
-    return show(value)
 
 
 def _names(fn: Value) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Behaviours and lifecycles as pictures: sequence diagrams, state graphs, in text, SVG and DOT.
+"""Behaviours and state graphs as pictures, in text, SVG and DOT.
 
 Rule: values in, text out. A picture shows what the values say and leaves out only what it counts.
 """
@@ -6,23 +6,35 @@ Rule: values in, text out. A picture shows what the values say and leaves out on
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
 from attrs import frozen
 
-from tokenspeed.fsm.explain import called, collides, is_lifecycle, sentences
-from tokenspeed.fsm.steps import Step
+from tokenspeed.errors import ConfigError
+from tokenspeed.fsm import boxes, layered
+from tokenspeed.fsm.explain import collides, is_lifecycle, sentences
+from tokenspeed.fsm.graph import StateGraph
+from tokenspeed.fsm.steps import Step, called, named, spoken
 from tokenspeed.fsm.svg import MONO, arrow, document, element, label, printable, width
-from tokenspeed.fsm.values import Function, ordered
+from tokenspeed.fsm.values import Function, Value, ordered
 
-__all__ = ["COLUMNS_MAX", "LIFELINES_MAX", "sequence_svg", "sequence_text"]
+__all__ = [
+    "COLUMNS_MAX", "LIFELINES_MAX", "STATES_MAX", "described", "graph_dot", "graph_svg",
+    "refuse_large", "sequence_svg", "sequence_text",
+]  # fmt: skip
 
 COLUMNS_MAX = 120
 """Of a diagram in text."""
 
 LIFELINES_MAX = 7
 """Of a diagram; further actors share the one called `others`."""
+
+STATES_MAX = 300
+"""Of a state graph in SVG; beyond it nobody sees anything."""
+
+LINES_MAX, LETTERS_MAX = 6, 48
+"""Of the text of a state in SVG; what is left out is in its tooltip."""
 
 SYSTEM, OTHERS = "system", "others"
 
@@ -306,3 +318,100 @@ def _ever(first: float, last: float, below: float, loop: int) -> Iterator[str]:
     yield element("path", d=f"M{x + 12} {last}H{x}V{first}H{x + 8}", class_="stroke accent-line")
     yield arrow(x + 14, first, 1, 0, "accent")
     yield label(x, below, f"and back to step {loop}, for ever", "small accent")
+
+
+# --- state graphs ---------------------------------------------------------------------------------
+
+
+def described(state: Mapping[str, Value]) -> str:
+    """A state in full, a line a variable."""
+    return "\n".join(f"{name} = {spoken(value)}" for name, value in state.items())
+
+
+def graph_dot(graph: StateGraph, label: Callable[[Mapping[str, Value]], str] = described) -> str:
+    """A state graph for Graphviz: `dot -Tsvg`.
+
+    Args:
+        label: what a state is called, of any characters; a line break stays one.
+    """
+    lines = [
+        "digraph states {",
+        '  node [shape=box style="rounded,filled" fillcolor=white fontname=monospace];',
+        "  edge [fontname=monospace];",
+    ]
+    for at, state in enumerate(graph.states):
+        marks = " penwidth=2 color=blue" if at in graph.initial else ""
+        marks += " fillcolor=mistyrose color=red" if at in graph.violating else ""
+        lines.append(f"  {at} [label={_quoted(label(state))}{marks}];")
+    for source, name, target in graph.steps:
+        lines.append(f"  {source} -> {target} [label={_quoted(name)}];")
+    return "\n".join([*lines, "}"]) + "\n"
+
+
+def _quoted(text: str) -> str:
+    """A DOT string whose lines are set flush left."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    lines = escaped.split("\n")
+    return f'"{lines[0]}"' if len(lines) == 1 else '"' + "".join(f"{x}\\l" for x in lines) + '"'
+
+
+def refuse_large(states: int) -> None:
+    """Refuse a graph that is too large to be drawn here.
+
+    Raises:
+        ConfigError: it has more than `STATES_MAX` states.
+    """
+    if states > STATES_MAX:
+        raise ConfigError(
+            "--svg", f"{states} states",
+            f"at most {STATES_MAX}; write --dot FILE and lay it out with Graphviz, "
+            "or make the constants smaller",
+        )  # fmt: skip
+
+
+def graph_svg(graph: StateGraph, title: str = "States") -> str:
+    """A state graph in layers by depth, each state with what tells it from the others.
+
+    Raises:
+        ConfigError: it has more than `STATES_MAX` states.
+    """
+    refuse_large(len(graph.states))
+    pairs: dict[tuple[int, int], list[str]] = {}
+    for source, name, target in graph.steps:
+        pairs.setdefault((source, target), []).append(_cut(name, LETTERS_MAX))
+    layers = layered.depths(len(graph.states), list(pairs), sorted(graph.initial))
+    telling = _telling(graph.states)
+    nodes = [
+        boxes.Node(
+            (str(at), *_lines(state, telling)),
+            layers[at],
+            tone="alarm" if at in graph.violating else "node",
+            initial=at in graph.initial,
+            tooltip=described(state),
+        )
+        for at, state in enumerate(graph.states)
+    ]
+    links = [boxes.Link(source, target, tuple(names)) for (source, target), names in pairs.items()]
+    return boxes.draw(nodes, links, title)
+
+
+def _telling(states: Sequence[Mapping[str, Value]]) -> list[str]:
+    """The variables that are not the same in all states."""
+    first, *others = states
+    return [name for name in first if any(other[name] != first[name] for other in others)]
+
+
+def _lines(state: Mapping[str, Value], names: Sequence[str]) -> Iterator[str]:
+    """As much of a state as its box has room for."""
+    shown = [_line(name, state[name]) for name in names]
+    short = [line for line in shown if len(line) <= LETTERS_MAX][:LINES_MAX]
+    yield from short
+    if len(short) < len(shown):
+        yield f"and {len(shown) - len(short)} more"
+
+
+def _line(name: str, value: Value) -> str:
+    if isinstance(value, Function):
+        keys = ordered(frozenset(value.items))
+        return f"{name}: " + ", ".join(f"{named(k)} {named(value.items[k])}" for k in keys)
+    return f"{name} = {spoken(value)}"

@@ -12,7 +12,7 @@ from attrs import frozen
 
 from tokenspeed.fsm.values import Function, Value, ordered, show
 
-__all__ = ["Step", "changes", "differences"]
+__all__ = ["Step", "called", "changes", "differences", "named", "spoken"]
 
 
 @frozen
@@ -75,3 +75,27 @@ def _differences(
             yield from _differences((*path, key), old.items[key], new.items[key])
     else:
         yield path, old, new
+
+
+def called(step: Step) -> str:
+    """A step's action as people write it, names without quotes: `RcvPrepared(rm1)`."""
+    args = ", ".join(map(named, step.args))
+    return f"{step.action}({args})" if args else step.action
+
+
+def named(value: Value) -> str:
+    """As an argument or an index: names without quotes."""
+    return value if isinstance(value, str) else spoken(value)
+
+
+def spoken(value: Value) -> str:
+    """A value in TLA+ syntax, records as records: `[type |-> "Commit"]`."""
+    match value:
+        case frozenset():
+            return "{" + ", ".join(spoken(item) for item in ordered(value)) + "}"
+        case tuple():
+            return "<<" + ", ".join(map(spoken, value)) + ">>"
+        case Function() if all(isinstance(k, str) and k.isidentifier() for k in value.items):
+            fields = (f"{k} |-> {spoken(v)}" for k, v in sorted(value.items.items()))
+            return f"[{', '.join(fields)}]"
+    return show(value)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from xml.sax.saxutils import escape, quoteattr
 
-__all__ = ["MONO", "SANS", "arrow", "document", "element", "label", "printable", "width"]
+__all__ = ["MONO", "SANS", "arrow", "document", "element", "label", "printable", "text", "width"]
 
 SANS, MONO = "sans", "mono"
 _FACTOR = {SANS: 0.56, MONO: 0.605}  # of the font's size, the mean advance of a letter
@@ -42,7 +42,7 @@ _STYLE = (
 
 def document(wide: float, high: float, title: str, body: Iterable[str]) -> str:
     """A whole drawing of a size in pixels, under a title that screen readers speak."""
-    head = element("title", escape(printable(title))) + element("style", escape(_STYLE))
+    head = element("title", text(printable(title))) + element("style", escape(_STYLE))
     paper = element("rect", width=wide, height=high, rx=8, class_="paper")
     inside = "\n".join([head, paper, *body])
     return (
@@ -65,9 +65,9 @@ def element(name: str, content: str = "", **attributes: object) -> str:
     return f"<{name}{given}>{content}</{name}>" if content else f"<{name}{given}/>"
 
 
-def label(x: float, y: float, text: str, style: str, anchor: str = "start") -> str:
+def label(x: float, y: float, words: str, style: str, anchor: str = "start") -> str:
     """Text at a place, its middle or one end."""
-    return element("text", escape(printable(text)), x=x, y=y, class_=style, text_anchor=anchor)
+    return element("text", text(words), x=x, y=y, class_=style, text_anchor=anchor)
 
 
 def arrow(x: float, y: float, dx: float, dy: float, style: str) -> str:
@@ -79,14 +79,19 @@ def arrow(x: float, y: float, dx: float, dy: float, style: str) -> str:
     return element("polygon", points=points, class_=style)
 
 
-def width(text: str, font: str = SANS, size: float = 13) -> float:
+def width(words: str, font: str = SANS, size: float = 13) -> float:
     """How wide a text will be, roughly, in pixels."""
-    return _FACTOR[font] * (12 if font == MONO else size) * len(text)
+    return _FACTOR[font] * (12 if font == MONO else size) * len(words)
 
 
-def printable(text: str) -> str:
+def text(words: str) -> str:
+    """Words as markup; a line break stays one."""
+    return escape("\n".join(map(printable, words.split("\n"))))
+
+
+def printable(words: str) -> str:
     """A text on one line, in characters that XML may contain."""
-    return "".join(char if char.isprintable() else "\N{MIDDLE DOT}" for char in text)
+    return "".join(char if char.isprintable() else "\N{MIDDLE DOT}" for char in words)
 
 
 def _number(value: object) -> str:

@@ -1,0 +1,107 @@
+"""The state graph of a model as values: what can be reached, and by which steps.
+
+Rule: the checker searches, here its result is read; states are numbered as they were found.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from attrs import frozen
+
+from tokenspeed.fsm import compiled
+from tokenspeed.fsm.check import Report, Settings, explore, state_graph
+from tokenspeed.fsm.model import Model, load_model
+from tokenspeed.fsm.steps import Step, called
+from tokenspeed.fsm.values import Value
+
+__all__ = ["StateGraph", "read_state_graph"]
+
+State = Mapping[str, Value]
+
+
+@frozen
+class StateGraph:
+    """States and the labelled steps between them, by number.
+
+    Attributes:
+        states: variable -> value, in the order in which they were found.
+        steps: (from, label, to), each once.
+        initial: states that a behaviour may start in.
+        violating: states that break what was checked.
+    """
+
+    states: tuple[State, ...]
+    steps: tuple[tuple[int, str, int], ...]
+    initial: frozenset[int]
+    violating: frozenset[int] = frozenset()
+
+
+def read_state_graph(spec: Path, config: Path, settings: Settings, report: Report) -> StateGraph:
+    """The graph of a model that has been checked, up to where the check ended.
+
+    Args:
+        report: what the check said.
+
+    Raises:
+        SpecError: the spec or the configuration is outside the subset.
+        TokenSpeedError: the model could not be compiled or run.
+    """
+    model = load_model(spec, config)
+    names = model.evaluator.variables
+    if report.engine == "compiled":
+        found, steps = _compiled(spec, config, settings)
+    else:
+        found, steps = _interpreted(model, settings)
+    starts = set(model.evaluator.initial(model.config.init))
+    values = [tuple(state[name] for name in names) for state in found]
+    if report.violated in model.config.invariants:
+        holds = model.evaluator.predicate(report.violated)
+        violating = {at for at, state in enumerate(values) if not holds(state)}
+    else:
+        bad = [step.state for step in report.trace[-1:]]
+        violating = {at for at, state in enumerate(found) if state in bad}
+    return StateGraph(
+        tuple(found),
+        tuple(dict.fromkeys(steps)),
+        frozenset(at for at, state in enumerate(values) if state in starts),
+        frozenset(violating),
+    )
+
+
+def _compiled(
+    spec: Path, config: Path, settings: Settings
+) -> tuple[list[State], list[tuple[int, str, int]]]:
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "graph.ndjson"
+        state_graph(spec, config, path, settings)
+        with path.open(encoding="utf-8") as file:
+            lines = [json.loads(line) for line in file]
+    decode = compiled.decode
+    states = [{name: decode(v) for name, v in line["state"].items()} for line in lines]
+    steps = [
+        (at, called(Step(action, tuple(map(decode, args)), states[to])), to)
+        for at, line in enumerate(lines)
+        for action, args, to in line["steps"]
+    ]
+    return list(states), steps
+
+
+def _interpreted(
+    model: Model, settings: Settings
+) -> tuple[list[State], list[tuple[int, str, int]]]:
+    _, reached = explore(model, settings.states_max)
+    numbers = {state: at for at, state in enumerate(reached)}
+    successors = model.evaluator.successors(model.config.next)
+    names = model.evaluator.variables
+    states = [dict(zip(names, state, strict=True)) for state in reached]
+    steps = [
+        (at, called(Step(action, args, states[numbers[after]])), numbers[after])
+        for state, at in numbers.items()
+        for (action, args), after in successors(state)
+        if after in numbers
+    ]
+    return list(states), steps
