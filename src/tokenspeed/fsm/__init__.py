@@ -3,7 +3,7 @@
 Rule: the spec is the source. Nothing here decides what is legal, and nothing here imports torch.
 
     specs/*.tla ─ syntax ─► Module ─ model ─► Evaluator ─ check ─► counts, shortest traces
-                             └─ lifecycle ─► Lifecycle ─ emit_cpp, emit_python ─► generated
+                             └─ lifecycle ─► Lifecycle ─ emit_* ─► generated
 """
 
 from tokenspeed.fsm.check import Report as Report

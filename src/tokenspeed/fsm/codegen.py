@@ -13,6 +13,7 @@ from pathlib import Path
 from tokenspeed.errors import ConfigError
 from tokenspeed.fsm.emit_c import emit_c
 from tokenspeed.fsm.emit_cpp import emit_cpp
+from tokenspeed.fsm.emit_diagram import emit_mermaid, emit_svg
 from tokenspeed.fsm.emit_python import emit_python
 from tokenspeed.fsm.lifecycle import read_lifecycle
 
@@ -50,6 +51,8 @@ def generate(root: Path) -> dict[Path, str]:
         mirror: _formatted(
             ["ruff", "format", "--stdin-filename", str(mirror), "-"], emit_python(lifecycle)
         ),
+        root / "specs" / "Lifecycle.svg": emit_svg(lifecycle),
+        root / "specs" / "Lifecycle.mmd": emit_mermaid(lifecycle),
     }
 
 
