@@ -114,6 +114,28 @@ def test_a_known_bug_collides_in_its_last_step(name: str, clause: str) -> None:
     assert not any(" while " in sentence for sentence in before)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        (frozenset({1}), frozenset({1, 2}), "x gains 2"),
+        (frozenset({1, 3}), frozenset({2}), "x gains 2 and loses 1 and 3"),
+        (("a",), ("a", "b"), 'x ends in "b"'),
+        (("a", "b"), ("b",), 'x becomes <<"b">>'),
+        (Function({"a": 1, "b": 2}), Function({"a": 1, "b": 3}), "x[b] becomes 3"),
+        (1, Function({"a": True}), "x becomes [a |-> TRUE]"),
+        ((1,), (1,), "nothing changes"),
+    ],
+)
+def test_changes_in_words(old: Value, new: Value, said: str) -> None:
+    before, after = Step("", (), {"x": old}), Step("Go", (7, "a"), {"x": new})
+    assert sentences([before, after])[1] == f"Go(7, a); {said}"
+
+
+def test_a_step_that_changes_much_is_cut_short() -> None:
+    before, after = (Step("Go", (), {f"x{n}": at for n in range(9)}) for at in range(2))
+    assert sentences([before, after])[1].endswith("x3 becomes 1, 5 more changes")
+
+
 def moved(
     step: Step, *, tab: dict[str, Value], writes: str = "p1", action: str = "Acquire"
 ) -> Step:
@@ -371,6 +393,16 @@ def test_a_graph_that_nobody_could_see_is_refused() -> None:
     with pytest.raises(ConfigError, match="--dot FILE"):
         graph_svg(StateGraph(states, (), frozenset({0})))
     assert "at most" not in graph_dot(StateGraph(states, (), frozenset({0})))
+
+
+@needs_compiler
+def test_a_graph_ends_where_the_check_ended(broken_two_phase: Path) -> None:
+    config, how = broken_two_phase.with_suffix(".cfg"), Settings(states_max=9)
+    report = check(broken_two_phase, config, how)
+    graph = read_state_graph(broken_two_phase, config, how, report)
+    assert report.result == "error"
+    assert len(graph.states) == report.distinct == 9
+    assert graph.violating == frozenset()
 
 
 @needs_compiler

@@ -111,10 +111,7 @@ def check(
     core = read_model(model)
     if core.symmetric and core.properties.debts:
         raise SpecError(config, 1, 1, "SYMMETRY with a liveness property is unsound; leave one out")
-    options: dict[str, object] = {"workers": settings.workers, "memory_mb": settings.memory_mb}
-    if settings.states_max is not None:
-        options["states_max"] = settings.states_max
-    found = compiled.run(core, options, progress)
+    found = compiled.run(core, _options(settings), progress)
     notes = _symmetry_notes(walk(tuple(a.body for a in core.actions)), core.symmetric)
     return _report(found, notes)
 
@@ -175,7 +172,15 @@ def state_graph(spec: Path, config: Path, path: Path, settings: Settings | None 
     """
     settings = settings or Settings()
     core = read_model(load_model(spec, config))
-    return _report(compiled.run(core, {"workers": settings.workers, "graph": path}, _quiet), ())
+    return _report(compiled.run(core, {**_options(settings), "graph": path}, _quiet), ())
+
+
+def _options(settings: Settings) -> dict[str, object]:
+    """What the compiled model is told."""
+    options: dict[str, object] = {"workers": settings.workers, "memory_mb": settings.memory_mb}
+    if settings.states_max is not None:
+        options["states_max"] = settings.states_max
+    return options
 
 
 # --- the interpreter ----------------------------------------------------------------------------

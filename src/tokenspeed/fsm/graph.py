@@ -62,7 +62,8 @@ def read_state_graph(spec: Path, config: Path, settings: Settings, report: Repor
         holds = model.evaluator.predicate(report.violated)
         violating = {at for at, state in enumerate(values) if not holds(state)}
     else:
-        bad = [step.state for step in report.trace[-1:]]
+        broke = report.result in ("invariant", "deadlock")  # in one state, not by a whole behaviour
+        bad = [step.state for step in report.trace[-1:]] if broke else []
         violating = {at for at, state in enumerate(found) if state in bad}
     return StateGraph(
         tuple(found),

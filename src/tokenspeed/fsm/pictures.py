@@ -82,7 +82,8 @@ def _sequence(steps: Sequence[Step]) -> _Sequence:
     ends = [_ends(before, step) for before, step in pairwise(steps)]
     actors = dict.fromkeys(source for source, _ in ends)
     if steps and is_lifecycle(steps[0].state):
-        requests = [r for r in ordered(frozenset(steps[0].state["st"].items)) if r in actors]
+        involved = {name for source, targets in ends for name in (source, *targets)}
+        requests = [r for r in ordered(frozenset(steps[0].state["st"].items)) if r in involved]
         actors = dict.fromkeys((*requests, "steps", "pages", *actors))
     lifelines = tuple(actors) or (SYSTEM,)
     if len(lifelines) > LIFELINES_MAX:
