@@ -477,3 +477,14 @@ def test_the_command_refuses_what_it_cannot_draw(broken_two_phase: Path, tmp_pat
     done = CliRunner().invoke(cli, [*options[:2], "--dot", str(tmp_path / "no" / "x.dot")])
     assert done.exit_code == 1
     assert "No such file or directory" in done.stderr
+
+
+@needs_compiler
+def test_the_command_says_when_there_is_nothing_to_draw(tmp_path: Path) -> None:
+    (tmp_path / "TwoPhase.cfg").write_text("CONSTANT RM = {a}\nINIT TPInit NEXT TPNext\n")
+    drawing = ["--sequence", str(tmp_path / "x.svg")]
+    config = ["--config", str(tmp_path / "TwoPhase.cfg")]
+    done = CliRunner().invoke(cli, ["check", str(TWO_PHASE), *config, *drawing])
+    assert "no counterexample" in done.stderr
+    assert not (tmp_path / "x.svg").exists()
+    assert isinstance(CliRunner().invoke(cli, ["check", *drawing]).exception, ConfigError)

@@ -90,6 +90,8 @@ def check(
         sys.exit(_judge(trace, as_json))
     if museum:
         sys.exit(_visit_museum(how, as_json))
+    if spec is None and (sequence or svg or dot):
+        raise ConfigError("SPEC", None, "the one to draw; name it, and perhaps its --config")
     if spec is None and runtime:
         sys.exit(_drive(_with_graph(), how, as_json=as_json))
     if spec is None:
@@ -107,13 +109,20 @@ def check(
     if as_json:
         click.echo(json.dumps(_json(report), indent=2))
     _tell(report)
-    if sequence is not None and report.trace:
-        title = f"{spec.stem}: {report.violated}"
-        sequence.write(sequence_svg(report.trace, title, report.loop))
+    _draw_sequence(spec, report, sequence)
     _draw_graph(spec, config, how, report, svg, dot)
     if replay and report.trace:
         _tell_replay(follow(load_model(spec, config).evaluator, report.trace))
     sys.exit({"ok": 0, "error": 2}.get(report.result, 1))
+
+
+def _draw_sequence(spec: Path, report: Report, file: TextIO | None) -> None:
+    """The counterexample, if there is one."""
+    if file is not None and report.trace:
+        title = f"{spec.stem}: {report.violated}"
+        file.write(sequence_svg(report.trace, title, report.loop))
+    elif file is not None:
+        _screen.print("no counterexample, so nothing was drawn", style="yellow")
 
 
 def _draw_graph(
