@@ -122,6 +122,34 @@ def test_every_construct_means_the_same_compiled_and_interpreted(tmp_path: Path)
     assert len(graph) > 10_000
 
 
+# A function of names that looks like a record until it is used as one: by name, by EXCEPT, by DOMAIN.
+SIDES = """---- MODULE Sides ----
+EXTENDS Naturals
+VARIABLES alive, left
+Die(side) == /\\ \\A each \\in DOMAIN alive : alive[each]
+             /\\ alive' = [alive EXCEPT ![side] = FALSE]
+             /\\ UNCHANGED left
+Fence == /\\ alive["Sender"] # alive["Receiver"]
+         /\\ left' = {side \\in left : alive[side]}
+         /\\ UNCHANGED alive
+Wake == /\\ ~alive["Sender"]
+        /\\ alive' = [alive EXCEPT !["Sender"] = TRUE]
+        /\\ UNCHANGED left
+Init == alive = [side \\in {"Sender", "Receiver"} |-> TRUE] /\\ left = DOMAIN alive
+Next == Fence \\/ Wake \\/ \\E side \\in DOMAIN alive : Die(side)
+====
+"""
+
+
+def test_a_function_of_names_is_applied_by_name(tmp_path: Path) -> None:
+    spec = tmp_path / "Sides.tla"
+    spec.write_text(SIDES)
+    config = configured(tmp_path / "Sides.cfg", "INIT Init\nNEXT Next\n")
+    graph = compiled_graph(spec, config, tmp_path / "graph")
+    assert graph == interpreted_graph(spec, config)
+    assert {action for _, (action, *_), _ in graph} == {"Die", "Fence", "Wake"}
+
+
 @needs_draft
 def test_the_draft_has_its_recorded_graph(tmp_path: Path) -> None:
     """59,802 distinct (state, action, state') triples; see the draft's README."""

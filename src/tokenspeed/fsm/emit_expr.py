@@ -384,7 +384,7 @@ class Expressions:
         at = fn.type.root()
         domain, key = self.types.domain(at, span), self.types.name(at.key, span)
         if at.key.root().kind == "atom" and len(at.keys) == len(at.key.root().names):
-            return f"({self.expr(arg)}).v"
+            return f"static_cast<const {key}&>({self.expr(arg)}).v"  # no other type's index
         where = self.where(span, "an argument outside the function's domain")
         return f"place_of<{domain}>(Rank<{key}>::find({self.expr(arg)}), {where})"
 

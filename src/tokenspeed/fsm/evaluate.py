@@ -187,11 +187,16 @@ class Evaluator:
     # --- actions --------------------------------------------------------------------------------
 
     def _action(self, expr: Expr, names: Names, *, prime: bool = True) -> Steps:
-        """Compile to the successors that satisfy it; `prime` false reads `x = v` as the assignment.
+        """Compile to the successors that satisfy it; `prime` false reads `x = v` as the assignment,
+        and a variable as what it has been assigned.
 
         A disjunction or an existential gives a successor for each branch that holds, guards
         included: that is how the standard tools count `generated`.
         """
+        found = self._parts(expr, names, prime)
+        return found if prime else lambda _, t, env: found(t, t, env)
+
+    def _parts(self, expr: Expr, names: Names, prime: bool) -> Steps:
         match expr.op:
             case "and":
                 return _sequence([self._action(arg, names, prime=prime) for arg in expr.exprs()])

@@ -220,6 +220,7 @@ class Inference:
     def __init__(self, variables: list[Type]) -> None:
         self._variables = variables
         self._waiting: list[tuple[Span, str, Callable[[], bool]]] = []
+        self._by_name: list[tuple[Type, Type, Span]] = []  # a record that may yet be a function
 
     def run(self, roots: Iterable[Node]) -> None:
         """Type some trees.
@@ -238,6 +239,9 @@ class Inference:
             if len(self._waiting) == len(before):
                 span, what, _ = before[0]
                 raise span.error(f"cannot tell the type of {what}; nothing says what it holds")
+        for kind, name, span in self._by_name:
+            if kind.root().kind == "fn":
+                unify(name, kind.root().key, span)
 
     def infer(self, node: Node) -> Type:
         """Type a node and all below it."""
@@ -383,6 +387,7 @@ class Inference:
                 unify(arg.type, Type("int"), arg.span)
             case "record" if constant in at.fields:
                 unify(out, at.fields[str(constant)], arg.span)
+                self._by_name.append((fn, arg.type, arg.span))
             case "record":
                 unify(at, Type.fn(tuple(sorted(at.fields)), arg.type, out), arg.span)
                 unify(arg.type, type_of(frozenset(at.fields), arg.span).of, arg.span)
@@ -421,6 +426,7 @@ class Inference:
                 unify(keys, at.key, node.span)
             elif at.kind == "record":
                 unify(keys, type_of(frozenset(at.fields), node.span).of, node.span)
+                self._by_name.append((fn.type, keys, node.span))
             else:
                 unify(keys, Type("int"), node.span)
             return True
