@@ -122,7 +122,7 @@ def test_every_construct_means_the_same_compiled_and_interpreted(tmp_path: Path)
     assert len(graph) > 10_000
 
 
-# A function of names that looks like a record until it is used as one: by name, by EXCEPT, by DOMAIN.
+# A function of names looks like a record until it is applied, updated, or asked for its domain.
 SIDES = """---- MODULE Sides ----
 EXTENDS Naturals
 VARIABLES alive, left

@@ -29,7 +29,9 @@ needs_compiler = pytest.mark.skipif(compiled.compiler() is None, reason="no C++ 
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", ["tiny", "pages", "toolong", "keys"])
+@pytest.mark.parametrize(
+    "name", ["tiny", "pages", "toolong", "keys", pytest.param("oneslot", marks=pytest.mark.slow)]
+)
 def test_the_runtime_is_the_model_in_every_state(name: str) -> None:
     model = RECORDED[name]
     found = conform(SPECS / model.spec, SPECS / model.config)
@@ -40,7 +42,7 @@ def test_the_runtime_is_the_model_in_every_state(name: str) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", ["tiny", "toolong"])
+@pytest.mark.parametrize("name", ["tiny", "toolong", pytest.param("pages", marks=pytest.mark.slow)])
 def test_compiled_model_and_mirror_have_the_recorded_graph(name: str) -> None:
     model = RECORDED[name]
     compiled_graph = read_graph(SPECS / model.spec, SPECS / model.config)
@@ -124,6 +126,28 @@ def test_the_command_replays_a_counterexample() -> None:
     done = drive(LIFECYCLE, "--config", SPECS / "reach" / "NeverEvicted.cfg", "--replay")
     assert done.exit_code == 1
     assert "the runtime took 9 steps as told: all of them" in done.stderr
+    done = drive(LIFECYCLE, "--config", SPECS / "reach" / "NeverEvicted.cfg", "--replay", "--json")
+    assert json.loads(done.stdout)["replay"] == {"steps": 9, "why": ""}
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        ("wide.cfg", "wide.cfg with Symmetric"),
+        ("reach/NeverEvicted.cfg", "NeverEvicted.cfg: invariant, NeverEvicted"),
+    ],
+)
+def test_a_part_of_a_graph_proves_nothing(config: str, why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        conform(LIFECYCLE, SPECS / config)
+    with pytest.raises(ConfigError, match="error, the limit of states was reached"):
+        conform(LIFECYCLE, SPECS / "tiny.cfg", Settings(states_max=100))
+
+
+def test_options_that_would_do_nothing_are_refused() -> None:
+    assert isinstance(drive("--replay").exception, ConfigError)
+    assert isinstance(drive(LIFECYCLE, "--runtime", "--replay").exception, ConfigError)
 
 
 # --- the mirror, for research -------------------------------------------------------------------

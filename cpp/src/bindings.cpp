@@ -138,13 +138,13 @@ py::dict snapshot(const Control& self) {
   for (const auto& [kind, references, key] : found.pages) {
     pages.append(py::make_tuple(kind, references, py::tuple(py::cast(key))));
   }
-  py::list in_flight;
-  for (const auto& step : found.in_flight) in_flight.append(rows(self, step));
+  py::list inflight;
+  for (const auto& step : found.inflight) inflight.append(rows(self, step));
   py::dict out;
   out["requests"] = requests;
   out["pages"] = pages;
   out["plan"] = rows(self, found.plan);
-  out["in_flight"] = in_flight;
+  out["inflight"] = inflight;
   return out;
 }
 
@@ -168,13 +168,7 @@ void bind_control(py::module_& m) {
             return self.submit(number, prompt, length_max, "").has_value();
           },
           py::arg("number"), py::arg("prompt"), py::arg("length_max"))
-      .def(
-          "admit",
-          [](Control& self, std::int64_t number) {
-            const auto index = self.find(number);
-            return index && self.admit(*index);
-          },
-          py::arg("number"))
+      .def("admit", &act<&Control::admit>, py::arg("number"))
       .def("acquire", &act<&Control::acquire, PageId>, py::arg("number"), py::arg("page"))
       .def("schedule", &act<&Control::schedule, std::int32_t>, py::arg("number"), py::arg("tokens"))
       .def("publish", &act<&Control::publish>, py::arg("number"))

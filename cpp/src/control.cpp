@@ -33,7 +33,7 @@ Control::Control(const ControlConfig& config)
 Control::~Control() {
   const auto abandon = [this]<class R>(std::vector<R>& requests) {
     for (R& request : requests) {
-      if constexpr (lifecycle::owns_pages(R::kState)) empty(request.pages());
+      if constexpr (lifecycle::owns_pages(R::kState)) drain(request.pages());
       request.abandon();
     }
   };
@@ -41,7 +41,7 @@ Control::~Control() {
 }
 
 // The last page first, so that the index can let leaves go.
-void Control::empty(PageTable& pages) {
+void Control::drain(PageTable& pages) {
   while (!pages.empty()) {
     auto entry = pages.pop();
     if (auto* own = std::get_if<ExclusivePage>(&entry)) pool_.give_back(std::move(*own));
@@ -50,7 +50,7 @@ void Control::empty(PageTable& pages) {
 }
 
 void Control::give_back(PageTable&& pages, Slot&& slot) {
-  empty(pages);
+  drain(pages);
   free_slots_.push_back(slot.index());
 }
 
@@ -192,14 +192,20 @@ void Control::trace(std::string_view action, PageId page, std::int64_t value) {
 
 std::optional<RequestIndex> Control::submit(std::int64_t number, std::span<const Token> prompt,
                                             std::int32_t length_max, std::string_view salt) {
+  if (prompt.empty() || std::ssize(prompt) >= length_max) return std::nullopt;
   if (by_number_.contains(number)) return std::nullopt;
+  std::vector<Token> tokens;  // what may throw comes before anybody knows of the request
+  tokens.reserve(static_cast<std::size_t>(length_max));
+  tokens.assign(prompt.begin(), prompt.end());
+  std::string owner(salt);
   const RequestIndex index = new_record();
+  by_number_.emplace(number, index);
   Record& record = records_[index];
   record.number = number;
   record.arrival = arrivals_;
   record.length_max = length_max;
-  record.salt = salt;
-  by_number_.emplace(number, index);
+  record.salt = std::move(owner);
+  record.tokens = std::move(tokens);
   auto created = lifecycle::create<Control>(RequestId{index, record.incarnation});
   auto verdict = lifecycle::permit_Submit(*this, created);
   if (!verdict) {
@@ -207,19 +213,28 @@ std::optional<RequestIndex> Control::submit(std::int64_t number, std::span<const
     retire(index);
     return std::nullopt;
   }
-  record.tokens.reserve(static_cast<std::size_t>(length_max));
-  record.tokens.assign(prompt.begin(), prompt.end());
   put(lifecycle::Submit(*this, std::move(created), std::move(verdict).take()));
   queued_.emplace(arrivals_++, index);
   return index;
 }
 
-// The longest cached prefix, held. The last known token is always computed: its logits are what is
-// asked for.
+// Pages that could be found: the last known token is always computed, its logits are what is asked
+// for.
+std::size_t Control::matchable(const Record& record) const noexcept {
+  const auto size = static_cast<std::size_t>(config_.page_size);
+  return config_.prefix_cache ? (record.tokens.size() - 1) / size : 0;
+}
+
+PrefixIndex::Found Control::cached(RequestIndex index) const {
+  const Record& record = records_[index];
+  return index_.look(record.salt, record.tokens, matchable(record));
+}
+
+// The longest cached prefix, held.
 PageTable Control::match(Record& record) {
   PageTable pages;
   const auto size = static_cast<std::size_t>(config_.page_size);
-  const std::size_t most = config_.prefix_cache ? (record.tokens.size() - 1) / size : 0;
+  const std::size_t most = matchable(record);
   record.cursor = index_.find_root(record.salt);
   while (pages.size() < most &&
          index_.match(record.cursor, std::span(record.tokens).subspan(pages.size() * size, size),
@@ -228,7 +243,7 @@ PageTable Control::match(Record& record) {
   return pages;
 }
 
-bool Control::admit(RequestIndex index, std::optional<std::int64_t> promised) {
+bool Control::admit(RequestIndex index) {
   return with(index, [&]<State S>() -> bool {
     if constexpr (lifecycle::can(Action::Admit, S)) {
       auto verdict = lifecycle::permit_Admit(*this, handle<S>(index));
@@ -236,11 +251,6 @@ bool Control::admit(RequestIndex index, std::optional<std::int64_t> promised) {
       Record& record = records_[index];
       PageTable pages = match(record);
       const auto matched = static_cast<std::int32_t>(pages.size());
-      const std::int64_t needs = pages_for(record.known(), config_.page_size) - matched;
-      if (promised && needs > pool_.free() + index_.unheld() - *promised) {
-        empty(pages);
-        return false;
-      }
       Slot slot(free_slots_.back());
       free_slots_.pop_back();
       record.pages = record.published = matched;

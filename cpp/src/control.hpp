@@ -45,16 +45,16 @@ struct Record {
   std::int64_t arrival = 0;
   std::uint32_t incarnation = 0;
   lifecycle::State state = lifecycle::State::New;
-  std::int32_t place = 0;       // in the container of its state
-  std::int32_t length_max = 0;  // prompt and output tokens
-  std::int32_t pages = 0;       // in its table
-  std::int32_t planned = 0;     // positions that a step has been planned for
-  std::int32_t done = 0;        // positions whose KV is there
-  std::int32_t published = 0;   // leading pages that are in the prefix index
-  std::int32_t pins = 0;        // planned and launched steps that touch its pages
-  bool in_plan = false;         // the step being assembled has work for it
-  bool lacks = false;           // as `Lacks` says; counted
-  PrefixIndex::Cursor cursor;   // of the last published page
+  std::int32_t place = 0;           // in the container of its state
+  std::int32_t length_max = 0;      // prompt and output tokens
+  std::int32_t pages = 0;           // in its table
+  std::int32_t planned = 0;         // positions that a step has been planned for
+  std::int32_t done = 0;            // positions whose KV is there
+  std::int32_t published = 0;       // leading pages that are in the prefix index
+  std::int32_t pins = 0;            // planned and launched steps that touch its pages
+  bool in_plan = false;             // the step being assembled has work for it
+  bool lacks = false;               // as `Lacks` says; counted
+  PrefixIndex::Cursor cursor = -1;  // of the last published page
   std::string salt;
   std::vector<Token> tokens;  // prompt and accepted output
   std::int32_t known() const noexcept { return static_cast<std::int32_t>(tokens.size()); }
@@ -114,7 +114,7 @@ struct Snapshot {
   std::vector<Request> requests;  // alive, oldest first
   std::vector<Page> pages;
   std::vector<Row> plan;
-  std::vector<std::vector<Row>> in_flight;
+  std::vector<std::vector<Row>> inflight;
 };
 
 class Control final {
@@ -130,9 +130,7 @@ class Control final {
   // --- the actions
   std::optional<RequestIndex> submit(std::int64_t number, std::span<const Token> prompt,
                                      std::int32_t length_max, std::string_view salt);
-  // With `promised`, also no if the pages that nobody holds do not suffice for the request's known
-  // tokens beside so many that are promised to others.
-  bool admit(RequestIndex index, std::optional<std::int64_t> promised = {});
+  bool admit(RequestIndex index);
   bool acquire(RequestIndex index, PageId page);
   bool schedule(RequestIndex index, std::int32_t tokens);
   bool launch();
@@ -158,6 +156,8 @@ class Control final {
   const PagePool& pool() const noexcept { return pool_; }
   const PrefixIndex& index() const noexcept { return index_; }
   std::int64_t steps() const noexcept { return step_; }
+  // Leading pages of a request that are cached, and those of them that nobody holds.
+  PrefixIndex::Found cached(RequestIndex index) const;
   // Positions that could be computed now: known tokens, or the one that a launched step samples.
   std::int32_t wanted(RequestIndex index) const noexcept;
   std::int32_t slot(RequestIndex index) const noexcept;       // -1: it has none
@@ -233,9 +233,10 @@ class Control final {
   RequestIndex new_record();
   void retire(RequestIndex index) noexcept;
   void recount(RequestIndex index) noexcept;
+  std::size_t matchable(const Record& record) const noexcept;
   PageTable match(Record& record);
   Outcome complete(const Row& row, Token token, bool stop);
-  void empty(PageTable& pages);
+  void drain(PageTable& pages);
   void give_back(PageTable&& pages, Slot&& slot);
   void note(PageId page, std::int64_t value) noexcept;
   void trace(std::string_view action, PageId page, std::int64_t value);

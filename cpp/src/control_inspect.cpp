@@ -34,15 +34,19 @@ std::int64_t Control::transitions(Action action, State from, State to) const noe
 
 Snapshot Control::snapshot() const {
   Snapshot out;
+  out.pages.resize(static_cast<std::size_t>(pool_.total()));
   for (const auto& [number, index] : by_number_) {
     Snapshot::Request request{&records_[index], {}};
     if (const PageTable* pages = table(index)) {
-      for (std::size_t at = 0; at < pages->size(); ++at) request.table.push_back(pages->id(at));
+      for (std::size_t at = 0; at < pages->size(); ++at) {
+        const PageId page = pages->id(at);
+        request.table.push_back(page);
+        if (pages->exclusive(at)) out.pages[static_cast<std::size_t>(page)].kind = "Exclusive";
+      }
     }
     out.requests.push_back(std::move(request));
   }
   std::ranges::sort(out.requests, {}, [](const auto& request) { return request.record->arrival; });
-  out.pages.assign(static_cast<std::size_t>(pool_.total()), {"Exclusive", 0, {}});
   for (const PageId page : pool_.free_ids())
     out.pages[static_cast<std::size_t>(page)].kind = "Free";
   for (const auto& [node, page] : index_.pages()) {
@@ -50,7 +54,7 @@ Snapshot Control::snapshot() const {
                                                  index_.key(node)};
   }
   out.plan = plan_;
-  for (const Ticket& ticket : launched_) out.in_flight.push_back(ticket.rows);
+  for (const Ticket& ticket : launched_) out.inflight.push_back(ticket.rows);
   return out;
 }
 
@@ -66,7 +70,9 @@ std::vector<std::string> Control::check() const {
   for (const PageId page : pool_.free_ids()) hold(page, "the free list");
   for (const auto& [node, page] : index_.pages()) hold(page, "the prefix index");
   std::int32_t lacking = 0;
+  std::vector<std::int32_t> slots = free_slots_;
   for (const auto& [number, index] : by_number_) {
+    if (slot(index) >= 0) slots.push_back(slot(index));
     lacking += Lacks({index, records_[index].incarnation}) ? 1 : 0;
     const PageTable* pages = table(index);
     for (std::size_t at = 0; pages && at < pages->size(); ++at) {
@@ -88,6 +94,13 @@ std::vector<std::string> Control::check() const {
     unheld += references[node] == 0 ? 1 : 0;
   }
   if (unheld != index_.unheld()) wrong.push_back("the count of cached pages is off");
+  std::ranges::sort(slots);
+  for (std::int32_t at = 0; at < config_.slots; ++at) {
+    if (std::ssize(slots) != config_.slots || slots[static_cast<std::size_t>(at)] != at) {
+      wrong.push_back("slot " + std::to_string(at) + " is lost, or held twice");
+      break;
+    }
+  }
   if (lacking != lacking_) wrong.push_back("the count of requests that lack a page is off");
   return wrong;
 }

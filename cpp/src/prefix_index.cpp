@@ -1,6 +1,7 @@
 #include "prefix_index.hpp"
 
 #include <algorithm>
+#include <cassert>
 
 namespace tokenspeed {
 
@@ -15,6 +16,21 @@ PrefixIndex::Cursor PrefixIndex::root(std::string_view salt) {
 PrefixIndex::Cursor PrefixIndex::find_root(std::string_view salt) const {
   const auto found = roots_.find(std::string(salt));
   return found == roots_.end() ? -1 : found->second;
+}
+
+PrefixIndex::Found PrefixIndex::look(std::string_view salt, std::span<const Token> wanted,
+                                     std::size_t most) const {
+  Found out;
+  Cursor at = find_root(salt);
+  const auto size = static_cast<std::size_t>(page_size_);
+  while (at >= 0 && static_cast<std::size_t>(out.pages) < most) {
+    const auto page = wanted.subspan(static_cast<std::size_t>(out.pages) * size, size);
+    at = find(at, hash(at, page), page);
+    if (at < 0) break;
+    ++out.pages;
+    if (nodes_[index(at)].references == 0) ++out.unheld;
+  }
+  return out;
 }
 
 bool PrefixIndex::match(Cursor& at, std::span<const Token> wanted, PageTable& table) {
@@ -33,6 +49,7 @@ bool PrefixIndex::match(Cursor& at, std::span<const Token> wanted, PageTable& ta
 }
 
 SharedPage PrefixIndex::publish(Cursor& at, std::span<const Token> content, ExclusivePage&& page) {
+  assert(!contains(at, content) && "the same content twice");
   const std::uint64_t key = hash(at, content);
   const NodeId child = make();
   const NodeId parent = at;
@@ -47,7 +64,6 @@ SharedPage PrefixIndex::publish(Cursor& at, std::span<const Token> content, Excl
             node_tokens_.begin() + static_cast<std::ptrdiff_t>(index(child)) * page_size_);
   children_.emplace(key, child);
   nodes_by_page_[index(node.page)] = child;
-  ++size_;
   at = child;
   return SharedPage(child, node.page);
 }
@@ -76,7 +92,6 @@ bool PrefixIndex::evict(PageId page, PagePool& pool) {
   const auto [first, last] = children_.equal_range(node.hash);
   children_.erase(std::find_if(first, last, [id](const auto& item) { return item.second == id; }));
   pool.give_back(ExclusivePage(node.page));
-  --size_;
   --unheld_;
   const NodeId parent = node.parent;
   node.page = -1;

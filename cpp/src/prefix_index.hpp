@@ -30,9 +30,17 @@ class PrefixIndex final {
   PrefixIndex(const PrefixIndex&) = delete;
   PrefixIndex& operator=(const PrefixIndex&) = delete;
 
-  // The root of a salt: made if there is none, or -1, where nothing hangs.
+  // The root of a salt, made if there is none; or -1, from where nothing hangs.
   Cursor root(std::string_view salt);
   Cursor find_root(std::string_view salt) const;
+
+  // How many leading pages of some tokens are there, of at most `most`, and how many of them nobody
+  // holds. Nothing is held by looking.
+  struct Found {
+    std::int32_t pages = 0;
+    std::int32_t unheld = 0;
+  };
+  Found look(std::string_view salt, std::span<const Token> tokens, std::size_t most) const;
 
   // One step down: a reference to the child whose page holds exactly `tokens`, and the cursor
   // there. Looking it up and holding it are one action. False if there is none.
@@ -56,8 +64,7 @@ class PrefixIndex final {
   bool evict(PageId page, PagePool& pool);
 
   bool none_evictable() const noexcept { return evictable_.empty(); }
-  // Pages in the index, and those that no request holds.
-  PageId size() const noexcept { return size_; }
+  // Pages that no request holds.
   PageId unheld() const noexcept { return unheld_; }
   void tick() noexcept { ++now_; }
 
@@ -87,7 +94,6 @@ class PrefixIndex final {
   }
 
   std::int32_t page_size_;
-  PageId size_ = 0;
   PageId unheld_ = 0;
   std::uint64_t now_ = 0;
   std::vector<Node> nodes_;

@@ -9,27 +9,31 @@ using lifecycle::State;
 // --- configuration
 // ----------------------------------------------------------------------------------
 
+ControlConfig Scheduler::constants(const SchedulerConfig& config) {
+  return {config.page_size,   config.pages,       config.slots,
+          config.step_tokens, config.overlap + 1, config.prefix_cache};
+}
+
 std::string Scheduler::invalid(const SchedulerConfig& config) {
-  const auto below = [](const char* field, std::int32_t value, std::int32_t least) {
-    return std::string(field) + ": got " + std::to_string(value) + "; expected at least " +
-           std::to_string(least);
+  const auto expected = [](const char* field, std::int32_t value, const std::string& what) {
+    return std::string(field) + ": got " + std::to_string(value) + "; expected " + what;
   };
-  if (config.page_size < 1) return below("page_size", config.page_size, 1);
-  if (config.pages < 1) return below("pages", config.pages, 1);
-  if (config.slots < 1) return below("slots", config.slots, 1);
-  if (config.waiting_max < 1) return below("waiting_max", config.waiting_max, 1);
-  if (config.step_tokens < config.slots) {
-    return below("step_tokens", config.step_tokens, config.slots);
+  if (config.waiting_max < 1) return expected("waiting_max", config.waiting_max, "at least 1");
+  if (config.context_max < 2) return expected("context_max", config.context_max, "at least 2");
+  if (config.overlap < 0 || config.overlap > kOverlapMax) {
+    return expected("overlap", config.overlap, "0 to " + std::to_string(kOverlapMax));
   }
-  if (config.context_max < 2) return below("context_max", config.context_max, 2);
-  if (config.overlap < 0) return below("overlap", config.overlap, 0);
-  return {};
+  // One token for each slot; before Control looks at it, under a name that a caller does not know.
+  if (config.step_tokens < std::max(config.slots, 1)) {
+    return expected(
+        "step_tokens", config.step_tokens,
+        "at least " + std::to_string(std::max(config.slots, 1)) + ", one for each of the slots");
+  }
+  return Control::invalid(constants(config));
 }
 
 Scheduler::Scheduler(const SchedulerConfig& config)
-    : config_(config),
-      control_({config.page_size, config.pages, config.slots, config.step_tokens,
-                config.overlap + 1, config.prefix_cache}) {}
+    : config_(config), control_(constants(config)) {}
 
 // --- submission
 // -------------------------------------------------------------------------------------
@@ -171,7 +175,10 @@ std::int64_t Scheduler::promised() const noexcept {
 bool Scheduler::admit(RequestIndex index, Plan& plan) {
   const Record& record = control_.record(index);
   const bool first = record.state == State::Waiting;
-  if (!control_.admit(index, promised())) return false;
+  const auto [pages, unheld] = control_.cached(index);
+  const std::int64_t left = control_.pool().free() + control_.index().unheld() - unheld;
+  if (pages_for(record.known(), config_.page_size) - pages > left - promised()) return false;
+  if (!control_.admit(index)) return false;
   const std::int32_t slot = control_.slot(index);
   for (std::int32_t at = 0; at < record.pages; ++at) {
     const PageId page = control_.table(index)->id(static_cast<std::size_t>(at));

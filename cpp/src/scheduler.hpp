@@ -102,6 +102,8 @@ class Scheduler final {
   std::vector<TraceStep> take_trace() noexcept { return control_.take_trace(); }
 
  private:
+  static constexpr std::int32_t kOverlapMax = 64;
+  static ControlConfig constants(const SchedulerConfig& config);
   bool schedule_running(Plan& plan, std::int32_t& budget);
   void admit_waiting(Plan& plan, std::int32_t& budget);
   bool admit(RequestIndex index, Plan& plan);

@@ -170,7 +170,7 @@ class Control:
         """All of it as values.
 
         `requests`: number -> (state, pages, known, planned, done), oldest first; `pages`: by id,
-        (kind, references, tokens of the key); `plan`: rows; `in_flight`: rows of each launched
+        (kind, references, tokens of the key); `plan`: rows; `inflight`: rows of each launched
         step, oldest first.
         """
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+import attrs
 import click
 from rich.console import Console
 from rich.markup import escape
@@ -90,29 +91,35 @@ def check(
         sys.exit(_judge(trace, as_json))
     if museum:
         sys.exit(_visit_museum(how, as_json))
-    if spec is None and (sequence or svg or dot):
-        raise ConfigError("SPEC", None, "the one to draw; name it, and perhaps its --config")
+    of_one = {"--replay": replay, "--sequence": sequence, "--svg": svg, "--dot": dot}
+    given = ", ".join(name for name, value in of_one.items() if value)
+    if given and (spec is None or runtime):
+        raise ConfigError(given, "given", "a check of one SPEC, without --runtime")
     if spec is None and runtime:
-        sys.exit(_drive(_with_graph(), how, as_json=as_json))
+        sys.exit(_drive(_with_graph(), how, as_json=as_json, record=record))
     if spec is None:
         sys.exit(_check_all(how, as_json=as_json, slow=slow, record=record))
     config = config or spec.with_suffix(".cfg")
     if not config.exists():
         raise ConfigError("--config", str(config), "a configuration that exists; name one")
     if runtime:
-        sys.exit(_drive([(config.stem, spec, config, None)], how, as_json=as_json))
+        sys.exit(_drive([(config.stem, spec, config, None)], how, as_json=as_json, record=False))
     with _watch(spec.stem) as progress:
         if walks is None:
             report = check_model(spec, config, how, progress)
         else:
             report = simulate(spec, config, walks=walks, depth=depth, seed=seed, progress=progress)
+    replayed = None
+    if replay and report.trace:
+        replayed = follow(load_model(spec, config).evaluator, report.trace)
     if as_json:
-        click.echo(json.dumps(_json(report), indent=2))
+        out = _json(report) | ({"replay": attrs.asdict(replayed)} if replayed else {})
+        click.echo(json.dumps(out, indent=2))
     _tell(report)
     _draw_sequence(spec, report, sequence)
     _draw_graph(spec, config, how, report, svg, dot)
-    if replay and report.trace:
-        _tell_replay(follow(load_model(spec, config).evaluator, report.trace))
+    if replayed:
+        _tell_replay(report, replayed)
     sys.exit({"ok": 0, "error": 2}.get(report.result, 1))
 
 
@@ -152,14 +159,16 @@ def _with_graph() -> list[Driven]:
     return [(m.name, specs / m.spec, specs / m.config, m.graph) for m in models]
 
 
-def _drive(models: list[Driven], how: Settings, *, as_json: bool) -> int:
+def _drive(models: list[Driven], how: Settings, *, as_json: bool, record: bool) -> int:
     """The real control plane through every state of some models."""
     rows, bad = [], 0
+    graphs: dict[str, str] = {}
     for name, spec, config, graph in models:
         with _screen.status(f"driving through {name}"):
             found = conform(spec, config, how)
         differs = str(found.divergence or "")
-        if not differs and graph not in (None, found.graph):
+        graphs[name] = found.graph or graph or ""
+        if not differs and not record and graph not in (None, found.graph):
             differs = f"graph {found.graph}, recorded {graph}"
         bad += bool(differs)
         counts = {"states": found.states, "steps": found.steps, "refused": found.refused}
@@ -170,15 +179,20 @@ def _drive(models: list[Driven], how: Settings, *, as_json: bool) -> int:
             + (f"[red]{escape(differs)}[/]" if differs else "[green]as the spec[/]"),
             highlight=False, soft_wrap=True,
         )  # fmt: skip
+    if record:
+        specs = specs_directory()
+        kept = read_manifest(specs)
+        write_manifest(specs, [attrs.evolve(m, graph=graphs.get(m.name)) for m in kept])
     if as_json:
         click.echo(json.dumps(rows, indent=2))
     return 1 if bad else 0
 
 
-def _tell_replay(found: Replayed) -> None:
+def _tell_replay(report: Report, found: Replayed) -> None:
     """What the real control plane made of a counterexample."""
     said = f"the runtime took {found.steps} steps as told"
-    text = f"{said}, then {found.why}" if found.why else f"{said}: all of them"
+    end = "all of them" if report.loop is None else "once round the loop"
+    text = f"{said}, then {found.why}" if found.why else f"{said}: {end}"
     _screen.print(f"[bold]{escape(text)}[/]", highlight=False, soft_wrap=True)
 
 
@@ -254,7 +268,8 @@ def _visit_museum(how: Settings, as_json: bool) -> int:
         if exhibit.cpp:
             _screen.print(f"  in C++: {exhibit.cpp}", style="dim", highlight=False)
         _screen.print(f"  {_path_of(report)}", highlight=False, soft_wrap=True)
-        _screen.print(f"  {escape(sentences(report.trace)[-1])}\n", highlight=False, soft_wrap=True)
+        last = sentences(report.trace)[-1:] or ("nothing was violated",)
+        _screen.print(f"  {escape(last[0])}\n", highlight=False, soft_wrap=True)
         rows.append({"id": exhibit.id, "found": found, **_json(report)})
     for guard in guards(specs / "Lifecycle.tla"):
         with _watch(guard.name) as progress:

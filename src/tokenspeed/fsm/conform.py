@@ -1,16 +1,14 @@
 """Rung three: the real control plane, driven through every reachable state of a small model.
 
-Rule: the model says what to try and what must come of it; the runtime, with its real pages and its
-real prefix index, is what is judged. In every state every action is tried with every argument: what
-the spec allows must happen and lead where the spec leads, what it does not must be refused and
-change nothing.
+Rule: the model says what to try and what must come of it; the control plane, with its real pages
+and its real prefix index, is what is judged. In every state every action is tried with every
+argument: what the spec allows must happen and lead where the spec leads, what it does not must be
+refused and change nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,8 +18,9 @@ from attrs import frozen
 
 from tokenspeed.errors import ConfigError
 from tokenspeed.fsm import compiled
-from tokenspeed.fsm.check import Settings, state_graph
+from tokenspeed.fsm.check import Settings
 from tokenspeed.fsm.evaluate import Evaluator
+from tokenspeed.fsm.graph import compiled_steps
 from tokenspeed.fsm.mirror import Action, Mirror
 from tokenspeed.fsm.model import load_model
 from tokenspeed.fsm.runtime import VARIABLES, Observed, Runtime, Tried, observed
@@ -33,7 +32,7 @@ __all__ = ["Conformance", "Divergence", "Graph", "conform", "mirrored", "read_gr
 
 @frozen
 class Graph:
-    """A labelled state graph, as far as it can be seen.
+    """A whole labelled state graph, as far as it can be seen.
 
     Attributes:
         states: in the order in which they are found, breadth first; the first is initial.
@@ -58,21 +57,18 @@ def read_graph(spec: Path, config: Path, settings: Settings | None = None) -> Gr
     """The graph of the compiled model.
 
     Raises:
-        ConfigError: the spec lacks a variable of the lifecycle.
+        ConfigError: the spec lacks a variable of the lifecycle, or the check ended early.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "graph.ndjson"
-        state_graph(spec, config, path, settings)
-        states, steps = [], []
-        with path.open(encoding="utf-8") as file:
-            for line in file:
-                row = json.loads(line)
-                states.append(observed({k: compiled.decode(v) for k, v in row["state"].items()}))
-                steps.append(
-                    tuple((Action(name, tuple(map(compiled.decode, args))), to)
-                          for name, args, to in row["steps"])
-                )  # fmt: skip
-    return Graph(tuple(states), tuple(steps))
+    report, states, found = compiled_steps(spec, config, settings or Settings())
+    if report.result != "ok":
+        raise ConfigError(
+            "config", f"{config.name}: {report.result}, {report.violated}",
+            "a model that holds, reached to its end; a part of its graph proves nothing",
+        )  # fmt: skip
+    steps: list[list[tuple[Action, int]]] = [[] for _ in states]
+    for at, step, to in found:
+        steps[at].append((Action(step.action, step.args), to))
+    return Graph(tuple(map(observed, states)), tuple(map(tuple, steps)))
 
 
 def mirrored(spec: Path, config: Path) -> Graph:
@@ -113,12 +109,12 @@ class Divergence:
 
 @frozen
 class Conformance:
-    """What driving the runtime through a model showed.
+    """What driving the control plane through a model showed.
 
     Attributes:
-        states, steps: of the model; all were reached and taken, unless there is a divergence.
-        refused: actions that were tried where the spec does not have them.
-        graph: `Graph.digest` of what the runtime did.
+        states, steps: that were reached and taken.
+        refused: actions that it was asked for and refused, where the spec does not have them.
+        graph: `Graph.digest` of what it did.
         divergence: the first one, or None.
     """
 
@@ -130,15 +126,33 @@ class Conformance:
 
 
 def conform(spec: Path, config: Path, settings: Settings | None = None) -> Conformance:
-    """Drive the runtime through every reachable state of a model.
+    """Drive the control plane through every reachable state of a model.
 
     Raises:
         SpecError: the model is outside the subset.
-        ConfigError: it is not one of the lifecycle.
+        ConfigError: it is not one of the lifecycle, does not hold, or is reduced, so that its
+            graph is not the whole one.
     """
+    model = load_model(spec, config)
+    asked = model.config
+    reduced = [asked.symmetry, *asked.constraints, *asked.action_constraints]
+    if any(reduced):
+        raise ConfigError(
+            "config", f"{config.name} with {', '.join(filter(None, reduced))}",
+            "a model without SYMMETRY and CONSTRAINT: what they leave out is not illegal",
+        )  # fmt: skip
     without = compiled.compiler() is None
     graph = mirrored(spec, config) if without else read_graph(spec, config, settings)
-    return _Walk(load_model(spec, config).evaluator, graph).through_all()
+    if len(set(graph.states)) < len(graph.states):
+        raise ConfigError(
+            "config", f"{config.name}, where states differ in what cannot be seen alone",
+            f"a model whose states differ in one of {', '.join(VARIABLES)}",
+        )  # fmt: skip
+    if len(list(model.evaluator.initial(asked.init))) != 1:
+        raise ConfigError(
+            "config", f"{config.name} with several initial states", "a model with one"
+        )
+    return _Walk(model.evaluator, graph).through_all()
 
 
 @final
@@ -148,25 +162,23 @@ class _Walk:
     def __init__(self, spec: Evaluator, graph: Graph) -> None:
         self._spec = spec
         self._graph = graph
+        self._numbers = {state: at for at, state in enumerate(graph.states)}
         self._ways: dict[int, tuple[Tried, ...]] = {0: ()}
+        self._seen: list[Observed] = []
         self._taken: list[tuple[tuple[Action, int], ...]] = []
         self._refused = 0
 
     def through_all(self) -> Conformance:
-        graph = self._graph
-        if len(set(graph.states)) < len(graph.states):
-            raise ConfigError("spec", "states that differ in ghosts alone", "ghosts that follow")
-        numbers = {state: at for at, state in enumerate(graph.states)}
         divergence = None
-        for at in range(len(graph.states)):
-            divergence = self._visit(at, numbers)
+        for at in range(len(self._graph.states)):
+            divergence = self._visit(at)
             if divergence:
                 break
-        done = Graph(graph.states, tuple(self._taken))
-        steps = sum(map(len, graph.steps))
-        return Conformance(len(graph.states), steps, self._refused, done.digest(), divergence)
+        whole = Graph(tuple(self._seen), tuple(self._taken)).digest() if not divergence else ""
+        steps = sum(map(len, self._taken))
+        return Conformance(len(self._seen), steps, self._refused, whole, divergence)
 
-    def _visit(self, at: int, numbers: dict[Observed, int]) -> Divergence | None:
+    def _visit(self, at: int) -> Divergence | None:
         """Try everything in one state."""
         way = self._ways[at]
         allowed: dict[Action, set[int]] = defaultdict(set)
@@ -174,23 +186,24 @@ class _Walk:
             allowed[action].add(to)
         led: dict[Action, set[int]] = defaultdict(set)
         runtime = self._at(way)
+        self._seen.append(runtime.state())
+        before = runtime.snapshot()
         for tried in tuple(runtime.attempts()):
             if not runtime.take(tried):
                 self._refused += 1
+                if runtime.reported or runtime.snapshot() != before:
+                    return Divergence(way, tried, "it is refused, and yet something changed")
                 continue
-            if runtime.reported != {tried.action.name}:
-                return Divergence(way, tried, f"it reports {', '.join(runtime.reported)}")
-            after = numbers.get(runtime.state())
-            if after is None or after not in allowed[tried.action]:
-                return Divergence(way, tried, self._odd(at, tried, runtime.state()))
+            why = self._wrong(at, tried, runtime)
+            if why:
+                return Divergence(way, tried, why)
+            after = self._numbers[runtime.state()]
             led[tried.action].add(after)
             self._ways.setdefault(after, (*way, tried))
             runtime = self._at(way)
         for action, targets in allowed.items():
             if targets - led[action]:
                 return Divergence(way, Tried(action), "the spec allows it, the runtime refuses it")
-        if runtime.state() != self._graph.states[at]:
-            return Divergence(way, Tried(Action("refused actions")), "they changed something")
         self._taken.append(tuple((a, to) for a, targets in led.items() for to in targets))
         return None
 
@@ -200,13 +213,20 @@ class _Walk:
             runtime.take(tried)
         return runtime
 
-    def _odd(self, at: int, tried: Tried, got: Observed) -> str:
-        """What an outcome that the spec does not have differs in."""
+    def _wrong(self, at: int, tried: Tried, runtime: Runtime) -> str:
+        """What an action that was taken should not have done; empty if it is the spec's."""
+        if runtime.reported != {tried.action.name}:
+            return f"it reports {', '.join(sorted(runtime.reported)) or 'nothing'}"
+        if amiss := runtime.amiss():
+            return "; ".join(amiss)
         wanted = [self._graph.states[to] for a, to in self._graph.steps[at] if a == tried.action]
         if not wanted:
             return "the spec forbids it, the runtime does it"
+        got = runtime.state()
+        if got in wanted:
+            return ""
         old, new = (Step("", (), dict(zip(VARIABLES, s, strict=True))) for s in (wanted[0], got))
-        said = "; ".join(
+        differs = "; ".join(
             f"{path} is {is_}, the spec has {was}" for path, was, is_ in changes(old, new)
         )
-        return f"it leads elsewhere: {said}"
+        return f"it leads elsewhere: {differs}"

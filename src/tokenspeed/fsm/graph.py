@@ -18,7 +18,10 @@ from tokenspeed.fsm.model import Model, load_model
 from tokenspeed.fsm.steps import Step, called
 from tokenspeed.fsm.values import Value
 
-__all__ = ["StateGraph", "read_state_graph"]
+__all__ = ["StateGraph", "Steps", "compiled_steps", "read_state_graph"]
+
+Steps = list[tuple[int, Step, int]]
+"""(from, what happened, to), by the states' numbers."""
 
 State = Mapping[str, Value]
 
@@ -53,7 +56,7 @@ def read_state_graph(spec: Path, config: Path, settings: Settings, report: Repor
     model = load_model(spec, config)
     names = model.evaluator.variables
     if report.engine == "compiled":
-        found, steps = _compiled(spec, config, settings)
+        _, found, steps = compiled_steps(spec, config, settings)
     else:
         found, steps = _interpreted(model, settings)
     starts = set(model.evaluator.initial(model.config.init))
@@ -67,42 +70,41 @@ def read_state_graph(spec: Path, config: Path, settings: Settings, report: Repor
         violating = {at for at, state in enumerate(found) if state in bad}
     return StateGraph(
         tuple(found),
-        tuple(dict.fromkeys(steps)),
+        tuple(dict.fromkeys((at, called(step), to) for at, step, to in steps)),
         frozenset(at for at, state in enumerate(values) if state in starts),
         frozenset(violating),
     )
 
 
-def _compiled(
+def compiled_steps(
     spec: Path, config: Path, settings: Settings
-) -> tuple[list[State], list[tuple[int, str, int]]]:
+) -> tuple[Report, list[State], Steps]:
+    """All that the compiled model reaches, and what its check said: was it all?"""
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "graph.ndjson"
-        state_graph(spec, config, path, settings)
+        report = state_graph(spec, config, path, settings)
         with path.open(encoding="utf-8") as file:
             lines = [json.loads(line) for line in file]
     decode = compiled.decode
-    states = [{name: decode(v) for name, v in line["state"].items()} for line in lines]
+    states: list[State] = [{name: decode(v) for name, v in line["state"].items()} for line in lines]
     steps = [
-        (at, called(Step(action, tuple(map(decode, args)), states[to])), to)
+        (at, Step(action, tuple(map(decode, args)), dict(states[to])), to)
         for at, line in enumerate(lines)
         for action, args, to in line["steps"]
     ]
-    return list(states), steps
+    return report, states, steps
 
 
-def _interpreted(
-    model: Model, settings: Settings
-) -> tuple[list[State], list[tuple[int, str, int]]]:
+def _interpreted(model: Model, settings: Settings) -> tuple[list[State], Steps]:
     _, reached = explore(model, settings.states_max)
     numbers = {state: at for at, state in enumerate(reached)}
     successors = model.evaluator.successors(model.config.next)
     names = model.evaluator.variables
-    states = [dict(zip(names, state, strict=True)) for state in reached]
+    states: list[State] = [dict(zip(names, state, strict=True)) for state in reached]
     steps = [
-        (at, called(Step(action, args, states[numbers[after]])), numbers[after])
+        (at, Step(action, args, dict(states[numbers[after]])), numbers[after])
         for state, at in numbers.items()
         for (action, args), after in successors(state)
         if after in numbers
     ]
-    return list(states), steps
+    return states, steps

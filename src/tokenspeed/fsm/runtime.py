@@ -1,14 +1,15 @@
 """The real control plane by the spec's names: asked for its actions, seen as its state.
 
 Rule: nothing is decided here and nothing is remembered but what the runtime forgets by design: the
-requests that have ended. Ghosts, which nobody can look at, are left out.
+requests that have ended. What the runtime does not have is left out of the comparison: `content`, a
+ghost that nobody can look at, and the pages of a piece of work, which follow from its positions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, combinations
-from typing import final
+from typing import Any, final
 
 from attrs import frozen
 
@@ -23,9 +24,10 @@ __all__ = ["VARIABLES", "Observed", "Replayed", "Runtime", "Tried", "observed", 
 
 VARIABLES = ("st", "age", "tab", "known", "planned", "done", "page", "plan", "inflight")
 Observed = tuple[Value, ...]
-"""The variables above, in their order: all of a state but `content`, a ghost."""
+"""The variables above, in their order, as far as they can be seen."""
 
-IDLE = Function({"from": 0, "n": 0, "samples": False, "writes": frozenset(), "reads": frozenset()})
+SEEN = ("from", "n", "samples")  # of a piece of work
+IDLE = Function({"from": 0, "n": 0, "samples": False})
 Row = tuple[int, int, int, bool]
 
 
@@ -41,7 +43,14 @@ def observed(state: Mapping[str, Value]) -> Observed:
             "spec", f"variables {', '.join(state)}",
             f"the lifecycle's, to drive the runtime by: {', '.join(missing)} are missing",
         )  # fmt: skip
-    return tuple(state[name] for name in VARIABLES)
+    seen = {name: state[name] for name in VARIABLES}
+    seen["plan"] = _work_seen(state["plan"])
+    seen["inflight"] = tuple(map(_work_seen, state["inflight"]))
+    return tuple(seen.values())
+
+
+def _work_seen(step: Value) -> Function:
+    return Function({r: Function({k: work[k] for k in SEEN}) for r, work in step.items.items()})
 
 
 # --- the runtime by the spec's names ------------------------------------------------------------
@@ -77,9 +86,8 @@ class Runtime:
             name: at for names in (self._requests, self._pages) for at, name in enumerate(names)
         }
         self._chunk: int = value("Chunk")
-        self._page_size: int = value("PageSize")
         self._control = Control(
-            page_size=self._page_size, pages=len(self._pages), slots=value("Slots"),
+            page_size=value("PageSize"), pages=len(self._pages), slots=value("Slots"),
             chunk=self._chunk, in_flight_max=value("MaxInFlight"),
         )  # fmt: skip
         self._age: list[str] = []
@@ -88,18 +96,32 @@ class Runtime:
         self.reported: frozenset[str] = frozenset()
 
     def attempts(self) -> Iterator[Tried]:
-        """Everything that could be asked for, in any state: legal or not."""
+        """Everything that could be asked for, in any state: legal or not.
+
+        Not the identity of a request that has ended: the runtime has forgotten it, and would take
+        it for a new one.
+        """
         for r in self._requests:
-            for name in ("Submit", "Admit", "Abort", "Release", "Preempt", "Publish"):
+            if r not in self._ended:
+                yield Tried(Action("Submit", (r,)))
+            for name in ("Admit", "Abort", "Release", "Preempt", "Publish"):
                 yield Tried(Action(name, (r,)))
             yield from (Tried(Action("Acquire", (r, p))) for p in self._pages)
             yield from (Tried(Action("Schedule", (r, n))) for n in range(self._chunk + 2))
         yield from (Tried(Action("Evict", (p,))) for p in self._pages)
         yield Tried(Action("Launch"))
-        rows = self._control.snapshot()["in_flight"]
+        rows = self.snapshot()["inflight"]
         batch = [self._requests[number] for number, *_ in rows[0]] if rows else []
         for stop in chain.from_iterable(combinations(batch, n) for n in range(len(batch) + 1)):
             yield Tried(Action("Complete"), frozenset(stop))
+
+    def snapshot(self) -> dict[str, Any]:
+        """All of the control plane as plain values."""
+        return self._control.snapshot()
+
+    def amiss(self) -> list[str]:
+        """What the control plane finds wrong with itself, counting from scratch."""
+        return self._control.check()
 
     def take(self, tried: Tried) -> bool:
         """Ask for an action; did it happen?"""
@@ -122,8 +144,6 @@ class Runtime:
         return action(*(self._numbers.get(value, value) for value in args))
 
     def _submit(self, r: str) -> bool:
-        if r in self._age:
-            return False  # one identity lives once; the runtime may have forgotten it
         content = [self._tokens.index(token) for token in self._content[r]]
         prompt = content[: self._prompt[r]]
         done = self._control.submit(self._numbers[r], prompt, len(content))
@@ -131,11 +151,11 @@ class Runtime:
         return done
 
     def _complete(self, stop: frozenset[str]) -> bool:
-        found = self._control.snapshot()
-        if not found["in_flight"]:
+        found = self.snapshot()
+        if not found["inflight"]:
             return self._control.complete([], [])
         tokens, flags = [], []
-        for number, *_ in found["in_flight"][0]:
+        for number, *_ in found["inflight"][0]:
             r = self._requests[number]
             known = found["requests"][number][2]
             content = self._content[r]
@@ -145,7 +165,7 @@ class Runtime:
 
     def state(self) -> Observed:
         """What can be seen, as values of the spec."""
-        found = self._control.snapshot()
+        found = self.snapshot()
         alive = {self._requests[number]: row for number, row in found["requests"].items()}
         requests = {r: alive.get(r) or self._remembered(r) for r in self._requests}
         tables = {r: tuple(self._pages[p] for p in row[1]) for r, row in requests.items()}
@@ -162,25 +182,20 @@ class Runtime:
             Function(tables),
             *(Function({r: row[at] for r, row in requests.items()}) for at in (2, 3, 4)),
             Function(pages),
-            self._work(found["plan"], tables),
-            tuple(self._work(rows, tables) for rows in found["in_flight"]),
+            self._work(found["plan"]),
+            tuple(self._work(rows) for rows in found["inflight"]),
         )
 
     def _remembered(self, r: str) -> tuple[str, tuple[()], int, int, int]:
         """A request that the runtime does not know yet, or no longer."""
         return self._ended.get(r, "New"), (), self._known[r], 0, 0
 
-    def _work(self, rows: Iterable[Row], tables: dict[str, tuple[str, ...]]) -> Function:
-        """A step's rows as the spec has them: pages by name, where the runtime has positions."""
+    def _work(self, rows: Iterable[Row]) -> Function:
         work = dict.fromkeys(self._requests, IDLE)
         for number, start, n, samples in rows:
-            r = self._requests[number]
-            last = -(-(start + n) // self._page_size)
-            work[r] = Function({
-                "from": start, "n": n, "samples": samples,
-                "writes": frozenset(tables[r][start // self._page_size : last]),
-                "reads": frozenset(tables[r][:last]),
-            })  # fmt: skip
+            work[self._requests[number]] = Function(
+                dict(zip(SEEN, (start, n, samples), strict=True))
+            )
         return Function(work)
 
 
