@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from click.testing import CliRunner
@@ -396,16 +397,33 @@ def test_broken_specs_are_refused_with_their_place(
     assert ".tla:" in str(caught.value) or ".cfg:" in str(caught.value)
 
 
-def test_what_has_no_value_is_an_error_with_its_place(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["compiled", "interpreter"])
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [
+        ("x' = Append(Tail(x), Head(x)) /\\ x[3] = 1", "outside"),
+        ("x' = Tail(x)", "Tail of an empty sequence"),
+        ("x' = SubSeq(x, 2, 3)", "beyond the sequence"),
+        ("x' = Append(SubSeq(x, 0, 1), 1)", "beyond the sequence"),
+        ("x' = SubSeq(x, Head(x), Len(x) - 1)", "Head of an empty sequence"),
+        ("x' = <<1 \\div (Head(x) - 1)>>", "divi"),
+        ("x' = <<CHOOSE y \\in {1, 2} : y > 2>>", "CHOOSE"),
+    ],
+)
+def test_what_has_no_value_is_an_error_with_its_place(
+    tmp_path: Path, engine: Literal["compiled", "interpreter"], step: str, words: str
+) -> None:
     path = tmp_path / "M.tla"
     path.write_text(
         "---- MODULE M ----\nEXTENDS Naturals, Sequences\nVARIABLE x\nInit == x = <<1, 2>>\n"
-        "Next == Step\nStep == x' = Append(Tail(x), Head(x)) /\\ x[3] = 1\n====\n"
+        f"Next == Step\nStep == {step}\n====\n"
     )
-    report = check(path, configured(tmp_path / "M.cfg", "INIT Init NEXT Next\n"))
+    settings = configured(tmp_path / "M.cfg", "INIT Init NEXT Next\n")
+    report = check(path, settings, Settings(engine=engine))
     assert report.result == "error"
+    assert report.distinct >= 1, "what was found before stands"
     assert "M.tla:6:" in str(report.violated)
-    assert "outside the sequence" in str(report.violated)
+    assert words in str(report.violated)
 
 
 # --- simulation, command line ---------------------------------------------------------------------

@@ -169,11 +169,14 @@ struct Seq {
     out.push(value);
     return out;
   }
-  Seq slice(long from, long to) const {
+  Seq slice(long from, long to, const char* where) const {
     Seq out;
-    for (long i = from < 1 ? 1 : from; i <= to && i <= n; ++i)
-      out.push(items[static_cast<std::size_t>(i - 1)]);
+    for (long i = from; i <= to; ++i) out.push(at(i, where));
     return out;
+  }
+  Seq tail(const char* where) const {
+    if (n == 0) undefined(where);
+    return slice(2, n, where);
   }
   Seq concat(const Seq& other) const {
     Seq out = *this;

@@ -210,7 +210,6 @@ def explore(
     invariants = [(name, evaluator.predicate(name)) for name in config.invariants]
     successors = evaluator.successors(config.next)
     reached: dict[State, tuple[State, Label] | None] = {}
-    frontier: list[State] = []
     generated, depth = 0, 0
     actions = dict.fromkeys(evaluator.action_names(evaluator.definition(config.next).body), 0)
 
@@ -223,34 +222,42 @@ def explore(
             engine="interpreter",
         )  # fmt: skip
 
-    for state in evaluator.initial(config.init):
-        generated += 1
-        if state not in reached:
-            reached[state] = None
-            frontier.append(state)
-    for state in frontier:
-        if not all(holds(state) for _, holds in invariants):
-            return report("invariant", state), reached
-    while frontier:
-        depth += 1
-        following: list[State] = []
+    def search() -> Report:
+        nonlocal generated, depth
+        frontier: list[State] = []
+        for state in evaluator.initial(config.init):
+            generated += 1
+            if state not in reached:
+                reached[state] = None
+                frontier.append(state)
         for state in frontier:
-            before = generated
-            for label, after in successors(state):
-                generated += 1
-                actions[label[0]] += 1
-                if after in reached:
-                    continue
-                if states_max is not None and len(reached) >= states_max:
-                    return report("error", None, "the limit of states was reached"), reached
-                reached[after] = (state, label)
-                following.append(after)
-                if not all(holds(after) for _, holds in invariants):
-                    return report("invariant", after), reached
-            if config.check_deadlock and generated == before:
-                return report("deadlock", state, "deadlock"), reached
-        frontier = following
-    return report("ok"), reached
+            if not all(holds(state) for _, holds in invariants):
+                return report("invariant", state)
+        while frontier:
+            depth += 1
+            following: list[State] = []
+            for state in frontier:
+                before = generated
+                for label, after in successors(state):
+                    generated += 1
+                    actions[label[0]] += 1
+                    if after in reached:
+                        continue
+                    if states_max is not None and len(reached) >= states_max:
+                        return report("error", None, "the limit of states was reached")
+                    reached[after] = (state, label)
+                    following.append(after)
+                    if not all(holds(after) for _, holds in invariants):
+                        return report("invariant", after)
+                if config.check_deadlock and generated == before:
+                    return report("deadlock", state, "deadlock")
+            frontier = following
+        return report("ok")
+
+    try:
+        return search(), reached
+    except SpecError as error:  # something has no value; what was found so far stands
+        return report("error", None, str(error)), reached
 
 
 def _trace(

@@ -22,7 +22,9 @@ _INFIX = {
     "union": "|", "intersect": "&", "minus_set": "-",
 }  # fmt: skip
 # Constructs whose value may not exist: a LET of one is computed when it is first asked for.
-_PARTIAL = {"choose", "apply", "Head", "case", "div", "mod", "field", "call"}
+_PARTIAL = {
+    "choose", "apply", "Head", "Tail", "SubSeq", "case", "div", "mod", "field", "call",
+}  # fmt: skip
 
 
 @final
@@ -433,7 +435,7 @@ class Expressions:
         return f"({self.expr(node.args[0])}).at(1, {self.where(node.span, 'Head of an empty sequence')})"
 
     def _Tail(self, node: Node) -> str:  # noqa: N802
-        return f"({self.expr(node.args[0])}).slice(2, 255)"
+        return f"({self.expr(node.args[0])}).tail({self.where(node.span, 'Tail of an empty sequence')})"
 
     def _Append(self, node: Node) -> str:  # noqa: N802
         items, item = map(self.expr, node.nodes())
@@ -441,7 +443,8 @@ class Expressions:
 
     def _SubSeq(self, node: Node) -> str:  # noqa: N802
         items, low, high = map(self.expr, node.nodes())
-        return f"({items}).slice({low}, {high})"
+        where = self.where(node.span, "SubSeq beyond the sequence")
+        return f"({items}).slice({low}, {high}, {where})"
 
     def _concat(self, node: Node) -> str:
         left, right = map(self.expr, node.nodes())

@@ -301,6 +301,8 @@ class Evaluator:
             return code
         if expr.op in INFIX:
             infix, (left, right) = INFIX[expr.op], self._codes(expr, names)
+            if expr.op in ("div", "mod"):
+                return _partial(expr, lambda s, t, env: infix(left(s, t, env), right(s, t, env)))
             return lambda s, t, env: infix(left(s, t, env), right(s, t, env))
         if expr.op in PREFIX:
             prefix, (only,) = PREFIX[expr.op], self._codes(expr, names)
@@ -338,7 +340,7 @@ class Evaluator:
             builtin = BUILTIN.get(name)
             if builtin is None:
                 raise expr.span.error(f"unknown operator {name}")
-            return lambda s, t, env: builtin(*(arg(s, t, env) for arg in args))
+            return _partial(expr, lambda s, t, env: builtin(*(arg(s, t, env) for arg in args)))
         self._check_arity(expr, self._definitions[name], len(args))
         body = self._body(name)
         if len(args) == 1:
@@ -431,11 +433,11 @@ class Evaluator:
 
     def _apply(self, expr: Expr, names: Names) -> Code:
         fn, arg = self._codes(expr, names)
-        return lambda s, t, env: apply(fn(s, t, env), arg(s, t, env))
+        return _partial(expr, lambda s, t, env: apply(fn(s, t, env), arg(s, t, env)))
 
     def _field(self, expr: Expr, names: Names) -> Code:
         record, name = self._code(expr.expr(0), names), expr.args[1]
-        return lambda s, t, env: record(s, t, env).items[name]
+        return _partial(expr, lambda s, t, env: record(s, t, env).items[name])
 
     def _except(self, expr: Expr, names: Names) -> Code:
         base = self._code(expr.expr(0), names)
@@ -584,3 +586,15 @@ def _unchanged(indexes: list[int]) -> Steps:
         yield tuple(after)
 
     return steps
+
+
+def _partial(expr: Expr, code: Code) -> Code:
+    """An operator that has no value for some arguments: then an error that names its place."""
+
+    def run(s: State, t: State, env: Env) -> Value:
+        try:
+            return code(s, t, env)
+        except (LookupError, ZeroDivisionError) as error:
+            raise expr.span.error(f"no value: {error}") from error
+
+    return run

@@ -283,6 +283,27 @@ def _sequences(items: Value) -> Space:
     return Space("Seq", lambda v: type(v) is tuple and all(member(x, items) for x in v))
 
 
+def _head(s: Value) -> Value:
+    if not s:
+        raise IndexError("Head of an empty sequence")
+    return s[0]
+
+
+def _tail(s: Value) -> Value:
+    if not s:
+        raise IndexError("Tail of an empty sequence")
+    return s[1:]
+
+
+def _sub_sequence(s: Value, first: int, last: int) -> Value:
+    """Items `first` to `last`, as the standard module defines it: all of them must be there."""
+    if first > last:
+        return ()
+    if first < 1 or last > len(s):
+        raise IndexError(f"SubSeq({show(s)}, {first}, {last}) is beyond the sequence")
+    return s[first - 1 : last]
+
+
 INFIX: dict[str, Callable[[Value, Value], Value]] = {
     "eq": _same,
     "ne": operator.ne,
@@ -316,10 +337,10 @@ PREFIX: dict[str, Callable[[Value], Value]] = {
 }
 BUILTIN: dict[str, Callable[..., Value]] = {
     "Len": len,
-    "Head": operator.itemgetter(0),
-    "Tail": lambda s: s[1:],
+    "Head": _head,
+    "Tail": _tail,
     "Append": lambda s, x: (*s, x),
-    "SubSeq": lambda s, a, b: s[a - 1 : b],
+    "SubSeq": _sub_sequence,
     "Seq": _sequences,
     "Cardinality": lambda s: len(elements(s)),
 }
