@@ -16,6 +16,7 @@ from tokenspeed.fsm.evaluate import State
 from tokenspeed.fsm.generated import STATES
 from tokenspeed.fsm.manifest import Recorded, read_manifest
 from tokenspeed.fsm.model import Model, load_model
+from tokenspeed.fsm.values import ordered
 
 ROOT = Path(__file__).resolve().parents[1]
 SPECS = ROOT / "specs"
@@ -149,3 +150,8 @@ def test_an_operator_of_init_assigns(tmp_path: Path) -> None:
     )
     settings.write_text("INIT Init NEXT Next\n")
     assert counts(spec, settings) == ("ok", 4, 2, 1)
+
+
+def test_a_set_of_numbers_is_not_taken_for_one_of_truth_values() -> None:
+    assert repr(ordered(frozenset({False, True}))) == "(False, True)"
+    assert repr(ordered(frozenset({0, 1}))) == "(0, 1)"

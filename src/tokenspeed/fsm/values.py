@@ -168,9 +168,14 @@ def order_key(value: Value) -> tuple[Any, ...]:
     raise TypeError(f"{value!r} is no TLA+ value")
 
 
-@lru_cache(maxsize=1 << 16)
 def ordered(values: frozenset[Value]) -> tuple[Value, ...]:
     """The members of a set in their order."""
+    return _ordered(values, frozenset(map(type, values)))
+
+
+# To Python {0, 1} is {FALSE, TRUE}: a cache has to tell them apart by the types of their members.
+@lru_cache(maxsize=1 << 16)
+def _ordered(values: frozenset[Value], _: frozenset[type]) -> tuple[Value, ...]:
     return tuple(sorted(values, key=order_key))
 
 
