@@ -23,6 +23,7 @@ CONSTANTS
   Token,        \* what contents are made of
   Content,      \* [Req -> Seq(Token)]  all tokens that a request may have, prompt first
   PromptLen,    \* [Req -> Nat]         how many of these are prompt
+  Salt,         \* [Req -> Token]       whose cache it uses: prefixes of two salts never meet
   PageSize,     \* tokens in a page
   Chunk,        \* tokens of one request in one step, at most
   Slots,        \* requests that may hold pages at once
@@ -32,6 +33,7 @@ PagesFor(n) == (n + PageSize - 1) \div PageSize
 
 ASSUME /\ \A r \in Req : /\ Content[r] \in Seq(Token)
                          /\ PromptLen[r] \in 1..(Len(Content[r]) - 1)
+                         /\ Salt[r] \in Token
        /\ {PageSize, Chunk, Slots, MaxInFlight} \subseteq Nat \ {0}
 
 VARIABLES
@@ -132,7 +134,8 @@ Youngest(r)    == \A q \in Running \ {r} : Older(q, r)
 Alone(r)       == Running = {r}
 Full           == Len(inflight) >= MaxInFlight
 
-KeyOf(r, i)    == SubSeq(Content[r], 1, i * PageSize)  \* page i of r, and all before it
+KeyOf(r, i)    == \* page i of r, and all before it, under the root that its salt is
+  <<Salt[r]>> \o SubSeq(Content[r], 1, i * PageSize)
 Hit(k)         == {p \in Page : page[p].kind = "Shared" /\ page[p].key = k}
 Match(r)       == \* longest shared prefix; the last known token is always computed again
   LET most == (known[r] - 1) \div PageSize
@@ -342,7 +345,7 @@ NoReuseInFlight ==       \* what a planned or launched step touches has not been
 MatchPins ==             \* ... and is pinned by the request that it is touched for
   \A r \in Req : /\ Touches(r) \subseteq Range(tab[r])
                   /\ \A p \in Range(tab[r]) : page[p].kind = "Shared" => page[p].ref > 0
-KeyInjective ==          \* a hit is on the same tokens, not on a key that looks alike
+KeyInjective ==          \* a hit is on the same tokens and salt, not on a key that looks alike
   \A r \in Req : \A i \in DOMAIN tab[r] :
     page[tab[r][i]].kind = "Shared" => page[tab[r][i]].key = KeyOf(r, i)
 OneWriter ==             \* a page is written for one request, while it alone holds it
@@ -354,13 +357,13 @@ ContentMatches ==        \* whoever reads a page finds the KV of its own tokens 
   /\ \A r \in Req : \A i \in DOMAIN tab[r] :
        done[r] > (i - 1) * PageSize =>
          content[tab[r][i]] = SubSeq(Content[r], 1, Min(i * PageSize, done[r]))
-  /\ \A p \in Page : page[p].kind = "Shared" => content[p] = page[p].key
+  /\ \A p \in Page : page[p].kind = "Shared" => content[p] = Tail(page[p].key)
 OneCopyPerKey ==
   \A p, q \in Page :
     page[p].kind = "Shared" /\ page[q].kind = "Shared" /\ page[p].key = page[q].key => p = q
 NoDangling ==            \* a shared page stands on its shared parents
   \A p \in Page : page[p].kind = "Shared" =>
-    \A i \in 1..(Len(page[p].key) \div PageSize) : Cached(SubSeq(page[p].key, 1, i * PageSize))
+    \A i \in 1..((Len(page[p].key) - 1) \div PageSize) : Cached(SubSeq(page[p].key, 1, i * PageSize + 1))
 TerminalReleasesAll ==   \* what a state does not own, a request in it does not hold
   \A r \in Req : "Pages" \notin Owns[st[r]] => tab[r] = <<>> /\ ~Pinned(r)
 AdmitSound ==            \* nobody is let in who could not finish alone, nor more than there is room for

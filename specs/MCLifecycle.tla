@@ -1,14 +1,16 @@
 ---------------------------- MODULE MCLifecycle ----------------------------
 (* Bounded models of Lifecycle.  All requests have `Length` tokens, `Prompt`  *)
 (* of them prompt; the first `Common` are the same, then each has its own.    *)
-(* The request `TooLong`, if there is one, could never fit.                   *)
+(* The request `TooLong`, if there is one, could never fit; `Salted` has a    *)
+(* salt of its own.                                                           *)
 EXTENDS Lifecycle, TLC
-CONSTANTS Prompt, Length, Common, TooLong
+CONSTANTS Prompt, Length, Common, TooLong, Salted
 
 MCToken     == Req \cup {"common"}
 MCLength(r) == IF r = TooLong THEN PageSize * Cardinality(Page) + 2 ELSE Length
 MCContent   == [r \in Req |-> [i \in 1..MCLength(r) |-> IF i <= Common THEN "common" ELSE r]]
 MCPromptLen == [r \in Req |-> Prompt]
+MCSalt      == [r \in Req |-> IF r = Salted THEN r ELSE "common"]
 Symmetric   == Permutations(Req) \cup Permutations(Page)
 
 ----------------------------------------------------------------------------
@@ -23,6 +25,8 @@ NeverAborting   == \A r \in Req : st[r] # "Aborting"
 NeverFinished   == \A r \in Req : st[r] # "Finished"
 NeverAborted    == \A r \in Req : st[r] # "Aborted"
 NeverResumed    == [][\A r \in Req : st[r] = "Preempted" => st'[r] # "Prefilling"]_vars
+NeverTwins      == \A p, q \in Page : p # q /\ page[p].kind = "Shared" /\ page[q].kind = "Shared"
+                                    => content[p] # content[q]
 NeverTwoHolders == \A p \in Page : Cardinality(Holders(p)) < 2
 NeverHit        == \A r \in Req : ~(st[r] = "Prefilling" /\ done[r] > 0 /\ InFlight(r) = FALSE
                                     /\ page[tab[r][1]].ref = 1 /\ planned[r] = done[r])

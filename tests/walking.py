@@ -31,6 +31,7 @@ def specification(prompt: int) -> Evaluator:
         "Token": frozenset((*ALIKE, *OTHER)),
         "Content": function({"r1": ALIKE, "r2": ALIKE, "r3": OTHER}),
         "PromptLen": function(dict.fromkeys(REQUESTS, prompt)),
+        "Salt": function(dict.fromkeys(REQUESTS, "a")),
         "PageSize": 2,
         "Chunk": 3,
         "Slots": 2,

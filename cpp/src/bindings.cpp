@@ -135,8 +135,8 @@ py::dict snapshot(const Control& self) {
         py::make_tuple(name(record->state), table, record->known(), record->planned, record->done);
   }
   py::list pages;
-  for (const auto& [kind, references, key] : found.pages) {
-    pages.append(py::make_tuple(kind, references, py::tuple(py::cast(key))));
+  for (const auto& [kind, references, key, salt] : found.pages) {
+    pages.append(py::make_tuple(kind, references, salt, py::tuple(py::cast(key))));
   }
   py::list inflight;
   for (const auto& step : found.inflight) inflight.append(rows(self, step));
@@ -164,10 +164,10 @@ void bind_control(py::module_& m) {
       .def(
           "submit",
           [](Control& self, std::int64_t number, const std::vector<Token>& prompt,
-             std::int32_t length_max) {
-            return self.submit(number, prompt, length_max, "").has_value();
+             std::int32_t length_max, std::string_view salt) {
+            return self.submit(number, prompt, length_max, salt).has_value();
           },
-          py::arg("number"), py::arg("prompt"), py::arg("length_max"))
+          py::arg("number"), py::arg("prompt"), py::arg("length_max"), py::arg("salt"))
       .def("admit", &act<&Control::admit>, py::arg("number"))
       .def("acquire", &act<&Control::acquire, PageId>, py::arg("number"), py::arg("page"))
       .def("schedule", &act<&Control::schedule, std::int32_t>, py::arg("number"), py::arg("tokens"))

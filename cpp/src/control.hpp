@@ -110,6 +110,7 @@ struct Snapshot {
     std::string_view kind;  // as the spec's PageKind
     std::int32_t references = 0;
     std::vector<Token> key;  // the tokens of it and of all before it
+    std::string_view salt;   // of the root above them
   };
   std::vector<Request> requests;  // alive, oldest first
   std::vector<Page> pages;

@@ -51,7 +51,7 @@ Snapshot Control::snapshot() const {
     out.pages[static_cast<std::size_t>(page)].kind = "Free";
   for (const auto& [node, page] : index_.pages()) {
     out.pages[static_cast<std::size_t>(page)] = {"Shared", index_.references(node),
-                                                 index_.key(node)};
+                                                 index_.key(node), index_.salt(node)};
   }
   out.plan = plan_;
   for (const Ticket& ticket : launched_) out.inflight.push_back(ticket.rows);

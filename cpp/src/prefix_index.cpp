@@ -128,6 +128,11 @@ std::vector<Token> PrefixIndex::key(NodeId node) const {
   return out;
 }
 
+std::string_view PrefixIndex::salt(NodeId node) const {
+  while (nodes_[index(node)].page >= 0) node = nodes_[index(node)].parent;
+  return salts_.at(node);
+}
+
 std::span<const Token> PrefixIndex::tokens(NodeId node) const noexcept {
   const auto size = static_cast<std::size_t>(page_size_);
   return {node_tokens_.data() + index(node) * size, size};

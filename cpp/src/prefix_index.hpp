@@ -72,6 +72,7 @@ class PrefixIndex final {
   std::int32_t references(NodeId node) const { return nodes_[index(node)].references; }
   std::vector<std::pair<NodeId, PageId>> pages() const;
   std::vector<Token> key(NodeId node) const;  // the tokens of its page and of all above
+  std::string_view salt(NodeId node) const;   // of the root above it
 
  private:
   struct Node {

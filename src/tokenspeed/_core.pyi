@@ -153,7 +153,7 @@ class Control:
     def __init__(
         self, *, page_size: int, pages: int, slots: int, chunk: int, in_flight_max: int
     ) -> None: ...
-    def submit(self, number: int, prompt: Sequence[int], length_max: int) -> bool: ...
+    def submit(self, number: int, prompt: Sequence[int], length_max: int, salt: str) -> bool: ...
     def admit(self, number: int) -> bool: ...
     def acquire(self, number: int, page: int) -> bool: ...
     def schedule(self, number: int, tokens: int) -> bool: ...
@@ -170,8 +170,8 @@ class Control:
         """All of it as values.
 
         `requests`: number -> (state, pages, known, planned, done), oldest first; `pages`: by id,
-        (kind, references, tokens of the key); `plan`: rows; `inflight`: rows of each launched
-        step, oldest first.
+        (kind, references, salt, tokens of the key); `plan`: rows; `inflight`: rows of each
+        launched step, oldest first.
         """
 
     def trace(self) -> list[tuple[str, int, int, int, str]]:

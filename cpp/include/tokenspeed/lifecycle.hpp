@@ -19,7 +19,7 @@ namespace tokenspeed::lifecycle {
 
 inline constexpr std::string_view kSpec = "specs/Lifecycle.tla";
 inline constexpr std::string_view kSpecHash =
-    "5b7ec59b56717c5103e2dfdbd9250ba38df29ab94ffab60580e6a095707c8ff8";
+    "e64c29a8d650b6155ac90e402ce7760f4e7acad5da5f2c0e6b99621cc9203900";
 inline constexpr std::string_view kSpecVersion = "1.0.0";
 
 enum class State : std::uint8_t {

@@ -307,9 +307,9 @@ def _misjudged(
     if kind == "Shared" and references != len(holders):
         counts, tables = _counted(references, "reference"), _counted(len(holders), "table")
         yield ("counted", p), f"{p} counts {counts} and is in {tables}"
-    if kind == "Shared" and content != record["key"]:
+    if kind == "Shared" and content != record["key"][1:]:
         holds = spoken(content) if content else "nothing"
-        yield ("content", p), f"{p} is cached as {spoken(record['key'])} and holds {holds}"
+        yield ("content", p), f"{p} is cached as {spoken(record['key'][1:])} and holds {holds}"
 
 
 def _dangling(

@@ -11,7 +11,7 @@ __all__ = [
 ]  # fmt: skip
 
 SPEC = "specs/Lifecycle.tla"
-SPEC_HASH = "5b7ec59b56717c5103e2dfdbd9250ba38df29ab94ffab60580e6a095707c8ff8"
+SPEC_HASH = "e64c29a8d650b6155ac90e402ce7760f4e7acad5da5f2c0e6b99621cc9203900"
 SPEC_VERSION = "1.0.0"
 
 STATES = (

@@ -79,6 +79,7 @@ class Runtime:
         value = spec.value
         self._content: dict[str, tuple[Value, ...]] = value("Content").items
         self._prompt: dict[str, int] = value("PromptLen").items
+        self._salt: dict[str, Value] = value("Salt").items
         self._requests = sorted(value("Req"))
         self._pages = sorted(value("Page"))
         self._tokens = sorted(value("Token"))
@@ -146,7 +147,8 @@ class Runtime:
     def _submit(self, r: str) -> bool:
         content = [self._tokens.index(token) for token in self._content[r]]
         prompt = content[: self._prompt[r]]
-        done = self._control.submit(self._numbers[r], prompt, len(content))
+        salt = str(self._tokens.index(self._salt[r]))
+        done = self._control.submit(self._numbers[r], prompt, len(content), salt)
         self._age += [r] if done else []
         return done
 
@@ -171,10 +173,8 @@ class Runtime:
         tables = {r: tuple(self._pages[p] for p in row[1]) for r, row in requests.items()}
         order = iter(alive)  # the runtime's order, among those that it has forgotten
         pages = {
-            self._pages[at]: Function(
-                {"kind": kind, "ref": ref, "key": tuple(self._tokens[t] for t in key)}
-            )
-            for at, (kind, ref, key) in enumerate(found["pages"])
+            self._pages[at]: Function({"kind": kind, "ref": ref, "key": self._key(salt, key)})
+            for at, (kind, ref, salt, key) in enumerate(found["pages"])
         }
         return (
             Function({r: row[0] for r, row in requests.items()}),
@@ -185,6 +185,10 @@ class Runtime:
             self._work(found["plan"]),
             tuple(self._work(rows) for rows in found["inflight"]),
         )
+
+    def _key(self, salt: str, tokens: Sequence[int]) -> tuple[Value, ...]:
+        """As the spec has it: the salt is the root; nothing for a page that is not cached."""
+        return tuple(self._tokens[t] for t in (int(salt), *tokens)) if tokens else ()
 
     def _remembered(self, r: str) -> tuple[str, tuple[()], int, int, int]:
         """A request that the runtime does not know yet, or no longer."""

@@ -238,9 +238,10 @@ class _Judge:
         constants = {
             "Req": frozenset(contents),
             "Page": frozenset(range(header.pages)),
-            "Token": frozenset(t for content, _ in contents.values() for t in content),
-            "Content": Function({r: content for r, (content, _) in contents.items()}),
-            "PromptLen": Function({r: prompt for r, (_, prompt) in contents.items()}),
+            "Token": frozenset(t for r in contents.values() for t in (r.salt, *r.content)),
+            "Content": Function({r: found.content for r, found in contents.items()}),
+            "PromptLen": Function({r: found.prompt for r, found in contents.items()}),
+            "Salt": Function({r: found.salt for r, found in contents.items()}),
             "PageSize": header.page_size,
             "Chunk": header.chunk,
             "Slots": header.slots,
@@ -313,22 +314,30 @@ def _name(request: int) -> str:
     return f"r{request}"
 
 
-def _contents(steps: Sequence[TraceStep]) -> dict[str, tuple[tuple[str, ...], int]]:
-    """Every request's tokens, as far as the trace knows them, and how many are prompt.
+@frozen
+class _Content:
+    """A request's tokens, as far as the trace knows them, how many are prompt, and its salt."""
 
-    Tokens bear their tenant's salt, so that equal prompts of different tenants are different.
-    """
-    found: dict[str, tuple[list[str], int, int, str]] = {}
+    content: tuple[str, ...]
+    prompt: int
+    salt: str
+
+
+def _contents(steps: Sequence[TraceStep]) -> dict[str, _Content]:
+    tokens: dict[str, list[str]] = {}
+    submitted: dict[str, TraceStep] = {}
     for step in steps:
         if step.request is None:
             continue
         name = _name(step.request)
         if step.action == "Submit":
-            prompt = [f"{step.salt}:{token}" for token in step.prompt or ()]
-            found[name] = (prompt, len(prompt), step.length or 0, step.salt or "")
-        elif step.action == "Complete" and step.value is not None and name in found:
-            found[name][0].append(f"{found[name][3]}:{step.value}")
-    return {
-        name: ((*tokens, *(f"{name}?" for _ in range(length - len(tokens)))), prompt)
-        for name, (tokens, prompt, length, _) in found.items()
-    }
+            submitted[name] = step
+            tokens[name] = [str(token) for token in step.prompt or ()]
+        elif step.action == "Complete" and step.value is not None and name in tokens:
+            tokens[name].append(str(step.value))
+    found = {}
+    for name, step in submitted.items():
+        unknown = (step.length or 0) - len(tokens[name])
+        content = (*tokens[name], *(f"{name}?" for _ in range(unknown)))
+        found[name] = _Content(content, len(step.prompt or ()), f"salt {step.salt}")
+    return found
