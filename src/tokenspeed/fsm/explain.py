@@ -280,7 +280,7 @@ def _collisions(
             found["kept", r] = f"{r} still holds {_listed(tab[r])}"
     for p, q in ((p, q) for p in _names(page) for q in _names(page) if p < q):
         if page[p]["kind"] == page[q]["kind"] == "Shared" and page[p]["key"] == page[q]["key"]:
-            found["copies", p, q] = f"{p} and {q} are both cached as {spoken(page[p]['key'])}"
+            found["copies", p, q] = f"{p} and {q} are both cached as {spoken(page[p]['key'][1:])}"
     return found
 
 
@@ -320,7 +320,7 @@ def _dangling(
     lost = {before["page"][p]["key"] for p in keys if before["page"][p]["kind"] == "Shared"}
     lost -= {key for p, key in keys.items() if after["page"][p]["kind"] == "Shared"}
     return {
-        ("dangling", p): f"{p} is cached as {spoken(key)}, which continues {spoken(gone)}"
+        ("dangling", p): f"{p} is cached as {spoken(key[1:])}, which continues {spoken(gone[1:])}"
         for p, key in keys.items()
         for gone in sorted(lost, key=len)
         if after["page"][p]["kind"] == "Shared" and key[: len(gone)] == gone
