@@ -51,7 +51,7 @@ py::array view(const std::vector<In>& data, py::handle owner, py::ssize_t column
 }
 
 template <class Out, auto member, int columns = 0>
-void array(py::class_<Plan>& plan, const char* name) {
+void array(py::class_<Plan, PlanPointer>& plan, const char* name) {
   plan.def_property_readonly(
       name, [](py::object self) { return view<Out>(self.cast<Plan&>().*member, self, columns); });
 }
@@ -73,12 +73,12 @@ void submit(Native& self, std::int64_t number, const Ints& prompt, std::int32_t 
   if (refusal.refused()) throw py::value_error(refusal.field + ": " + refusal.message);
 }
 
-Committed commit(Native& self, std::int64_t step, const Ints& token_ids, const Flags& stop) {
+CommittedPointer commit(Native& self, std::int64_t step, const Ints& token_ids, const Flags& stop) {
   const auto tokens = span<std::int32_t>(token_ids);
   const auto flags = span<std::uint8_t>(stop);
-  Committed out =
+  CommittedPointer out =
       self.run([&](Scheduler& scheduler) { return scheduler.commit(step, tokens, flags); });
-  if (!out.error.empty()) throw py::value_error(out.error);
+  if (!out->error.empty()) throw py::value_error(out->error);
   return out;
 }
 
@@ -207,7 +207,7 @@ PYBIND11_MODULE(_core, m) {
   m.attr("SPEC_HASH") = std::string(lifecycle::kSpecHash);
   py::register_exception<QueueFull>(m, "QueueFull");
 
-  py::class_<Plan> plan(m, "Plan");
+  py::class_<Plan, PlanPointer> plan(m, "Plan");
   plan.def_readonly("step", &Plan::step);
   array<std::int64_t, &Plan::numbers>(plan, "numbers");
   array<std::int32_t, &Plan::incarnations>(plan, "incarnations");
@@ -221,7 +221,7 @@ PYBIND11_MODULE(_core, m) {
   array<std::int32_t, &Plan::cached>(plan, "cached");
   array<std::int64_t, &Plan::preempted>(plan, "preempted");
 
-  py::class_<Committed>(m, "Committed")
+  py::class_<Committed, CommittedPointer>(m, "Committed")
       .def_property_readonly(
           "accepted",
           [](py::object self) { return view<bool>(self.cast<Committed&>().accepted, self); })
