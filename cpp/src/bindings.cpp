@@ -1,11 +1,11 @@
 // Registration only: the scheduler as Python sees it. Rule: no decision is made here. Calls release
 // the GIL and take the scheduler's lock, so that any thread may look while one drives.
-#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <mutex>
 
+#include "arrays.hpp"
 #include "scheduler.hpp"
 
 namespace py = pybind11;
@@ -40,33 +40,12 @@ class Native {
   Scheduler scheduler_;
 };
 
-// A view of a vector that lives as long as its plan.
-template <class Out, class In>
-py::array view(const std::vector<In>& data, py::handle owner, py::ssize_t columns = 0) {
-  static_assert(sizeof(Out) == sizeof(In));
-  const auto count = static_cast<py::ssize_t>(data.size());
-  const auto* first = reinterpret_cast<const Out*>(data.data());
-  if (columns == 0) return py::array_t<Out>(count, first, owner);
-  return py::array_t<Out>({count / columns, columns}, first, owner);
-}
-
-template <class Out, auto member, int columns = 0>
-void array(py::class_<Plan, PlanPointer>& plan, const char* name) {
-  plan.def_property_readonly(
-      name, [](py::object self) { return view<Out>(self.cast<Plan&>().*member, self, columns); });
-}
-
-using Ints = py::array_t<std::int32_t, py::array::c_style | py::array::forcecast>;
-using Flags = py::array_t<bool, py::array::c_style | py::array::forcecast>;
-
-template <class T>
-std::span<const T> span(const auto& array) {
-  return {reinterpret_cast<const T*>(array.data()), static_cast<std::size_t>(array.size())};
-}
+using Ints = arrays::Input<std::int32_t>;
+using Flags = arrays::Input<bool>;
 
 void submit(Native& self, std::int64_t number, const Ints& prompt, std::int32_t max_tokens,
             const std::string& salt) {
-  const auto tokens = span<Token>(prompt);
+  const auto tokens = prompt.span();
   const Refusal refusal = self.run(
       [&](Scheduler& scheduler) { return scheduler.submit(number, tokens, max_tokens, salt); });
   if (refusal.queue_full) throw QueueFull(refusal.message);
@@ -74,8 +53,8 @@ void submit(Native& self, std::int64_t number, const Ints& prompt, std::int32_t 
 }
 
 CommittedPointer commit(Native& self, std::int64_t step, const Ints& token_ids, const Flags& stop) {
-  const auto tokens = span<std::int32_t>(token_ids);
-  const auto flags = span<std::uint8_t>(stop);
+  const auto tokens = token_ids.span();
+  const auto flags = stop.span<std::uint8_t>();
   CommittedPointer out =
       self.run([&](Scheduler& scheduler) { return scheduler.commit(step, tokens, flags); });
   if (!out->error.empty()) throw py::value_error(out->error);
@@ -208,23 +187,22 @@ PYBIND11_MODULE(_core, m) {
   py::register_exception<QueueFull>(m, "QueueFull");
 
   py::class_<Plan, PlanPointer> plan(m, "Plan");
-  plan.def_readonly("step", &Plan::step);
-  array<std::int64_t, &Plan::numbers>(plan, "numbers");
-  array<std::int32_t, &Plan::incarnations>(plan, "incarnations");
-  array<std::int32_t, &Plan::slots>(plan, "slots");
-  array<std::int32_t, &Plan::query_start>(plan, "query_start");
-  array<std::int32_t, &Plan::token_ids>(plan, "token_ids");
-  array<std::int32_t, &Plan::context_lens>(plan, "context_lens");
-  array<bool, &Plan::sampled>(plan, "sampled");
-  array<std::int32_t, &Plan::page_delta, 3>(plan, "page_delta");
-  array<std::int64_t, &Plan::joined, 2>(plan, "joined");
-  array<std::int32_t, &Plan::cached>(plan, "cached");
-  array<std::int64_t, &Plan::preempted>(plan, "preempted");
+  arrays::number<&Plan::step>(plan, "step");
+  arrays::array<std::int64_t, &Plan::numbers>(plan, "numbers");
+  arrays::array<std::int32_t, &Plan::incarnations>(plan, "incarnations");
+  arrays::array<std::int32_t, &Plan::slots>(plan, "slots");
+  arrays::array<std::int32_t, &Plan::query_start>(plan, "query_start");
+  arrays::array<std::int32_t, &Plan::token_ids>(plan, "token_ids");
+  arrays::array<std::int32_t, &Plan::context_lens>(plan, "context_lens");
+  arrays::array<bool, &Plan::sampled>(plan, "sampled");
+  arrays::array<std::int32_t, &Plan::page_delta, 3>(plan, "page_delta");
+  arrays::array<std::int64_t, &Plan::joined, 2>(plan, "joined");
+  arrays::array<std::int32_t, &Plan::cached>(plan, "cached");
+  arrays::array<std::int64_t, &Plan::preempted>(plan, "preempted");
 
-  py::class_<Committed, CommittedPointer>(m, "Committed")
-      .def_property_readonly(
-          "accepted",
-          [](py::object self) { return view<bool>(self.cast<Committed&>().accepted, self); })
+  py::class_<Committed, CommittedPointer> committed(m, "Committed");
+  arrays::array<bool, &Committed::accepted>(committed, "accepted");
+  committed
       .def_property_readonly("finished",
                              [](const Committed& self) {
                                py::list out;

@@ -12,27 +12,25 @@ namespace tokenspeed {
 
 template <class T>
 class Recycler final {
+  struct Shelf;
+  // A value that is out knows where it belongs, and keeps that place alive.
+  struct Kept final : T {
+    std::shared_ptr<Shelf> shelf;
+  };
   struct Shelf {
-    std::mutex mutex;  // a value may be dropped on any thread, at any time
-    std::vector<std::unique_ptr<T>> spare;
+    std::mutex mutex;  // a value may be let go on any thread, at any time
+    std::vector<std::unique_ptr<Kept>> spare;
   };
 
  public:
-  // Puts a value back; it holds the shelf, which so outlives whoever made it.
-  class Back {
-   public:
-    Back() = default;
+  // Puts a value back. It has no size, so that a pointer is one word.
+  struct Back {
     void operator()(T* value) const noexcept {
-      std::unique_ptr<T> owned(value);
-      const std::lock_guard lock(shelf_->mutex);
-      if (shelf_->spare.size() < shelf_->spare.capacity())
-        shelf_->spare.push_back(std::move(owned));
+      std::unique_ptr<Kept> kept(static_cast<Kept*>(value));
+      const std::shared_ptr<Shelf> shelf = std::move(kept->shelf);
+      const std::lock_guard lock(shelf->mutex);
+      if (shelf->spare.size() < shelf->spare.capacity()) shelf->spare.push_back(std::move(kept));
     }
-
-   private:
-    friend class Recycler;
-    explicit Back(std::shared_ptr<Shelf> shelf) noexcept : shelf_(std::move(shelf)) {}
-    std::shared_ptr<Shelf> shelf_;
   };
   using Pointer = std::unique_ptr<T, Back>;
 
@@ -41,22 +39,27 @@ class Recycler final {
     shelf_->spare.reserve(spare_max);
   }
 
-  // One that was let go, as it was left; else what `make` makes.
-  template <class Make>
-  Pointer take(Make&& make) {
-    std::unique_ptr<T> value;
-    {
-      const std::lock_guard lock(shelf_->mutex);
-      if (!shelf_->spare.empty()) {
-        value = std::move(shelf_->spare.back());
-        shelf_->spare.pop_back();
-      }
+  // One that was let go, as it was left; or a new one, once `prepare` has seen it.
+  template <class Prepare>
+  Pointer take(Prepare&& prepare) {
+    std::unique_ptr<Kept> kept = spare();
+    if (!kept) {
+      kept = std::make_unique<Kept>();
+      prepare(static_cast<T&>(*kept));
     }
-    if (!value) value = make();
-    return Pointer(value.release(), Back(shelf_));
+    kept->shelf = shelf_;
+    return Pointer(kept.release());
   }
 
  private:
+  std::unique_ptr<Kept> spare() {
+    const std::lock_guard lock(shelf_->mutex);
+    if (shelf_->spare.empty()) return nullptr;
+    auto kept = std::move(shelf_->spare.back());
+    shelf_->spare.pop_back();
+    return kept;
+  }
+
   std::shared_ptr<Shelf> shelf_;
 };
 

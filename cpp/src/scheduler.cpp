@@ -110,11 +110,9 @@ PlanPointer Scheduler::plan() {
   if (control_.running().empty() && control_.queue().empty()) return {};
   control_.tick();
   short_ = false;
-  PlanPointer plan = plans_.take([this] {
-    auto made = std::make_unique<Plan>();
-    made->reserve(static_cast<std::size_t>(config_.slots),
-                  static_cast<std::size_t>(config_.step_tokens));
-    return made;
+  PlanPointer plan = plans_.take([this](Plan& made) {
+    made.reserve(static_cast<std::size_t>(config_.slots),
+                 static_cast<std::size_t>(config_.step_tokens));
   });
   plan->clear();
   plan->step = control_.steps();
@@ -288,11 +286,8 @@ std::string Scheduler::refuse_results(const Ticket& ticket, std::int64_t step,
 
 CommittedPointer Scheduler::commit(std::int64_t step, std::span<const Token> token_ids,
                                    std::span<const std::uint8_t> stop) {
-  CommittedPointer out = commits_.take([this] {
-    auto made = std::make_unique<Committed>();
-    made->reserve(static_cast<std::size_t>(config_.slots));
-    return made;
-  });
+  CommittedPointer out = commits_.take(
+      [this](Committed& made) { made.reserve(static_cast<std::size_t>(config_.slots)); });
   out->clear();
   if (control_.launched().empty()) {
     out->error = "commit: no step is in flight";
