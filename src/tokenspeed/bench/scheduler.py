@@ -62,7 +62,9 @@ class Sizes:
     repeats: int = 15
 
     def __attrs_post_init__(self) -> None:
-        for name, least in (("steps", BLOCK), ("prompt_tokens", 16 * PAGE), ("repeats", 1)):
+        grown = _pages(DECODE_CONTEXT + self.steps + 2 * BLOCK) - _pages(DECODE_CONTEXT)
+        prompt_min = 2 * PAGE * (DECODES * grown + 1)  # or what runs leaves room for one that waits
+        for name, least in (("steps", BLOCK), ("prompt_tokens", prompt_min), ("repeats", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(name, getattr(self, name), f"at least {least}")
         for name, least in (("rows", 1), ("contexts", PAGE + 1)):
