@@ -1,14 +1,18 @@
-// numpy arrays in and out, at the price of the array itself. Rule: nothing is copied that need not
-// be. A small step is mostly calls, and pybind11's property, `array_t` and its caster each cost as
-// much as what they wrap, so that what every step passes goes around them here.
+// What every step passes between C++ and Python, at its own price. Rule: nothing is copied, and an
+// array keeps what it shows. A small step is mostly calls; pybind11's instances, properties and
+// arrays each cost several times what they wrap, so that plans and results go around them here.
 #pragma once
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
 #include <cstddef>
+#include <new>
 #include <span>
+#include <utility>
 #include <vector>
+
+#include "recycler.hpp"
 
 namespace tokenspeed::arrays {
 
@@ -35,45 +39,71 @@ PyObject* view(const std::vector<In>& data, PyObject* owner, py::ssize_t columns
   return nullptr;
 }
 
-// The value that an instance of a bound class holds; null, and a TypeError, if it holds none.
+// A value as Python sees it: an object of two words, and getters that numpy and Python call
+// directly. Python cannot make one.
 template <class T>
-const T* held(PyObject* self) noexcept {
-  auto* instance = reinterpret_cast<py::detail::instance*>(self);
-  void* value = instance->simple_layout ? instance->simple_value_holder[0]
-                                        : instance->nonsimple.values_and_holders[0];
-  if (value == nullptr) PyErr_SetString(PyExc_TypeError, "this object was never made");
-  return static_cast<const T*>(value);
-}
+struct Boxed {
+  using Pointer = typename Recycler<T>::Pointer;
+  PyObject_HEAD Pointer value;
 
-template <class T, auto member, class Out, int columns>
-PyObject* get_view(PyObject* self, void*) noexcept {
-  const T* value = held<T>(self);
-  return value == nullptr ? nullptr : view<Out>(value->*member, self, columns);
-}
+  static inline PyTypeObject* type = nullptr;
 
-template <class T, auto member>
-PyObject* get_int(PyObject* self, void*) noexcept {
-  const T* value = held<T>(self);
-  return value == nullptr ? nullptr : PyLong_FromLongLong(value->*member);
-}
+  // `name` is dotted; the getters end with an empty one. Both live as long as the program.
+  static void bind(py::module_& module, const char* name, const char* shown, PyGetSetDef* getters) {
+    PyType_Slot slots[] = {
+        {Py_tp_dealloc, reinterpret_cast<void*>(&dealloc)}, {Py_tp_getset, getters}, {0, nullptr}};
+    PyType_Spec spec{name, sizeof(Boxed), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+                     slots};
+    const auto made = py::reinterpret_steal<py::object>(PyType_FromSpec(&spec));
+    if (!made) throw py::error_already_set();
+    module.attr(shown) = made;
+    type = reinterpret_cast<PyTypeObject*>(made.inc_ref().ptr());
+  }
 
-// A read-only attribute; numpy and Python call its getter directly.
-inline void attribute(py::handle type, const char* name, getter get) {
-  auto* definition = new PyGetSetDef{name, get, nullptr, nullptr, nullptr};  // lives with the type
-  auto* descriptor = PyDescr_NewGetSet(reinterpret_cast<PyTypeObject*>(type.ptr()), definition);
-  if (descriptor == nullptr) throw py::error_already_set();
-  type.attr(name) = py::reinterpret_steal<py::object>(descriptor);
-}
+  static py::object box(Pointer value) {
+    if (!value) return py::none();
+    auto* self = reinterpret_cast<Boxed*>(type->tp_alloc(type, 0));
+    if (self == nullptr) throw py::error_already_set();
+    new (&self->value) Pointer(std::move(value));
+    return py::reinterpret_steal<py::object>(reinterpret_cast<PyObject*>(self));
+  }
 
-template <class Out, auto member, int columns = 0, class T, class... Options>
-void array(py::class_<T, Options...>& type, const char* name) {
-  attribute(type, name, &get_view<T, member, Out, columns>);
-}
+  static const T& of(PyObject* self) noexcept { return *reinterpret_cast<Boxed*>(self)->value; }
 
-template <auto member, class T, class... Options>
-void number(py::class_<T, Options...>& type, const char* name) {
-  attribute(type, name, &get_int<T, member>);
-}
+  static void dealloc(PyObject* self) {
+    PyTypeObject* mine = Py_TYPE(self);
+    reinterpret_cast<Boxed*>(self)->value.~Pointer();
+    mine->tp_free(self);
+    Py_DECREF(mine);  // an object of a type that is made at run time holds it
+  }
+
+  template <auto member, class Out, int columns = 0>
+  static constexpr PyGetSetDef array(const char* name) {
+    return {name, [](PyObject* self, void*) { return view<Out>(of(self).*member, self, columns); },
+            nullptr, nullptr, nullptr};
+  }
+  template <auto member>
+  static constexpr PyGetSetDef number(const char* name) {
+    return {name, [](PyObject* self, void*) { return PyLong_FromLongLong(of(self).*member); },
+            nullptr, nullptr, nullptr};
+  }
+  // What `make` makes of the value, as Python's own objects.
+  template <auto make>
+  static constexpr PyGetSetDef object(const char* name) {
+    return {name, &made<make>, nullptr, nullptr, nullptr};
+  }
+  template <auto make>
+  static PyObject* made(PyObject* self, void*) {
+    try {
+      return make(of(self)).release().ptr();
+    } catch (py::error_already_set& error) {  // Python's C code knows no exceptions
+      error.restore();
+    } catch (const std::bad_alloc&) {
+      PyErr_NoMemory();
+    }
+    return nullptr;
+  }
+};
 
 // An argument: any array, used as it is if its type and layout are right, else converted.
 template <class Element>

@@ -52,13 +52,13 @@ void submit(Native& self, std::int64_t number, const Ints& prompt, std::int32_t 
   if (refusal.refused()) throw py::value_error(refusal.field + ": " + refusal.message);
 }
 
-CommittedPointer commit(Native& self, std::int64_t step, const Ints& token_ids, const Flags& stop) {
+py::object commit(Native& self, std::int64_t step, const Ints& token_ids, const Flags& stop) {
   const auto tokens = token_ids.span();
   const auto flags = stop.span<std::uint8_t>();
   CommittedPointer out =
       self.run([&](Scheduler& scheduler) { return scheduler.commit(step, tokens, flags); });
   if (!out->error.empty()) throw py::value_error(out->error);
-  return out;
+  return arrays::Boxed<Committed>::box(std::move(out));
 }
 
 py::dict transitions(Native& self) {
@@ -127,6 +127,46 @@ py::dict snapshot(const Control& self) {
   return out;
 }
 
+py::list finished(const Committed& self) {
+  py::list out;
+  for (const auto& [number, reason] : self.finished) {
+    out.append(py::make_tuple(number, reason == FinishReason::Stop ? "stop" : "length"));
+  }
+  return out;
+}
+
+py::list released(const Committed& self) {
+  return py::cast(self.released);
+}
+
+void bind_step(py::module_& m) {
+  using P = arrays::Boxed<Plan>;
+  static PyGetSetDef plan[] = {
+      P::number<&Plan::step>("step"),
+      P::array<&Plan::numbers, std::int64_t>("numbers"),
+      P::array<&Plan::incarnations, std::int32_t>("incarnations"),
+      P::array<&Plan::slots, std::int32_t>("slots"),
+      P::array<&Plan::query_start, std::int32_t>("query_start"),
+      P::array<&Plan::token_ids, std::int32_t>("token_ids"),
+      P::array<&Plan::context_lens, std::int32_t>("context_lens"),
+      P::array<&Plan::sampled, bool>("sampled"),
+      P::array<&Plan::page_delta, std::int32_t, 3>("page_delta"),
+      P::array<&Plan::joined, std::int64_t, 2>("joined"),
+      P::array<&Plan::cached, std::int32_t>("cached"),
+      P::array<&Plan::preempted, std::int64_t>("preempted"),
+      {},
+  };
+  P::bind(m, "tokenspeed._core.Plan", "Plan", plan);
+  using C = arrays::Boxed<Committed>;
+  static PyGetSetDef committed[] = {
+      C::array<&Committed::accepted, bool>("accepted"),
+      C::object<&finished>("finished"),
+      C::object<&released>("released"),
+      {},
+  };
+  C::bind(m, "tokenspeed._core.Committed", "Committed", committed);
+}
+
 void bind_control(py::module_& m) {
   py::class_<Control>(m, "Control")
       .def(py::init([](std::int32_t page_size, std::int32_t pages, std::int32_t slots,
@@ -186,33 +226,7 @@ PYBIND11_MODULE(_core, m) {
   m.attr("SPEC_HASH") = std::string(lifecycle::kSpecHash);
   py::register_exception<QueueFull>(m, "QueueFull");
 
-  py::class_<Plan, PlanPointer> plan(m, "Plan");
-  arrays::number<&Plan::step>(plan, "step");
-  arrays::array<std::int64_t, &Plan::numbers>(plan, "numbers");
-  arrays::array<std::int32_t, &Plan::incarnations>(plan, "incarnations");
-  arrays::array<std::int32_t, &Plan::slots>(plan, "slots");
-  arrays::array<std::int32_t, &Plan::query_start>(plan, "query_start");
-  arrays::array<std::int32_t, &Plan::token_ids>(plan, "token_ids");
-  arrays::array<std::int32_t, &Plan::context_lens>(plan, "context_lens");
-  arrays::array<bool, &Plan::sampled>(plan, "sampled");
-  arrays::array<std::int32_t, &Plan::page_delta, 3>(plan, "page_delta");
-  arrays::array<std::int64_t, &Plan::joined, 2>(plan, "joined");
-  arrays::array<std::int32_t, &Plan::cached>(plan, "cached");
-  arrays::array<std::int64_t, &Plan::preempted>(plan, "preempted");
-
-  py::class_<Committed, CommittedPointer> committed(m, "Committed");
-  arrays::array<bool, &Committed::accepted>(committed, "accepted");
-  committed
-      .def_property_readonly("finished",
-                             [](const Committed& self) {
-                               py::list out;
-                               for (const auto& [number, reason] : self.finished) {
-                                 const bool stop = reason == FinishReason::Stop;
-                                 out.append(py::make_tuple(number, stop ? "stop" : "length"));
-                               }
-                               return out;
-                             })
-      .def_readonly("released", &Committed::released);
+  bind_step(m);
 
   py::class_<Stats>(m, "Stats")
       .def_readonly("running", &Stats::running)
@@ -240,7 +254,10 @@ PYBIND11_MODULE(_core, m) {
            py::arg("overlap") = 0, py::arg("prefix_cache") = true)
       .def("submit", &submit, py::arg("number"), py::arg("prompt"), py::arg("max_tokens"),
            py::arg("salt") = "")
-      .def("plan", [](Native& self) { return self.run([](Scheduler& s) { return s.plan(); }); })
+      .def("plan",
+           [](Native& self) {
+             return arrays::Boxed<Plan>::box(self.run([](Scheduler& s) { return s.plan(); }));
+           })
       .def("commit", &commit, py::arg("step"), py::arg("token_ids"), py::arg("stop"))
       .def(
           "abort",
