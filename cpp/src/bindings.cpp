@@ -228,7 +228,8 @@ PYBIND11_MODULE(_core, m) {
 
   bind_step(m);
 
-  py::class_<Stats>(m, "Stats")
+  // Of this module alone: such a type is found with one look instead of two.
+  py::class_<Stats>(m, "Stats", py::module_local())
       .def_readonly("running", &Stats::running)
       .def_readonly("waiting", &Stats::waiting)
       .def_readonly("draining", &Stats::draining)
@@ -241,7 +242,7 @@ PYBIND11_MODULE(_core, m) {
       .def_readonly("evictions", &Stats::evictions)
       .def_readonly("steps", &Stats::steps);
 
-  py::class_<Native>(m, "Scheduler")
+  py::class_<Native>(m, "Scheduler", py::module_local())
       .def(py::init([](std::int32_t page_size, std::int32_t pages, std::int32_t slots,
                        std::int32_t waiting_max, std::int32_t step_tokens, std::int32_t context_max,
                        std::int32_t overlap, bool prefix_cache) {

@@ -1,9 +1,9 @@
 """What the control plane costs: thread-CPU time of its calls, as the engine makes them.
 
 Rule: what is clocked is the whole of a step through the Python API, with the executor's part left
-out: `plan()`, reading the arrays that the engine reads, two arrays of results, `commit()`. A figure
-is the median over blocks of steps of a block's mean; nothing else happens inside a block. Pages of
-64 tokens, contexts staggered over a page, no overlap, prefix cache on.
+out: `plan()`, the arrays that a decode step reads, two arrays of results, `commit()`. A figure is
+the median over blocks of steps of a block's mean; nothing else happens inside a block. Pages of 64
+tokens, contexts staggered over a page, no overlap, prefix cache on.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from tokenspeed.errors import ConfigError
 
 __all__ = ["Report", "Sizes", "measure"]
 
+INT32, BOOL = np.dtype(np.int32), np.dtype(np.bool_)
 Tokens = NDArray[np.int32]
 Tell = Callable[[str, int, int], None]
 """Called with (what is measured, done, total)."""
@@ -235,17 +236,18 @@ def _decoding(rows: int, context: int, steps: int) -> _Bed:
 
 def _blocks(scheduler: Scheduler, steps: int) -> Iterator[float]:
     """The mean of a step in each block of steps, in microseconds."""
+    plan_step, commit, zeros = scheduler.plan, scheduler.commit, np.zeros
     for _ in range(steps // BLOCK):
         start_ns = time.thread_time_ns()
         for _ in range(BLOCK):
-            plan = scheduler.plan()
+            plan = plan_step()
             assert plan is not None
             read = (
                 plan.numbers, plan.slots, plan.query_start, plan.token_ids, plan.context_lens,
-                plan.sampled, plan.page_delta, plan.joined, plan.cached,
+                plan.sampled, plan.page_delta,
             )  # fmt: skip
             rows = len(read[0])
-            scheduler.commit(plan.step, np.zeros(rows, np.int32), np.zeros(rows, np.bool_))
+            commit(plan.step, zeros(rows, INT32), zeros(rows, BOOL))
         yield (time.thread_time_ns() - start_ns) / BLOCK / 1e3
 
 
