@@ -228,6 +228,7 @@ std::optional<RequestIndex> Control::submit(std::int64_t number, std::span<const
   record.length_max = length_max;
   record.salt = std::move(owner);
   record.tokens = std::move(tokens);
+  record.last = record.tokens.back();
   auto created = lifecycle::create<Control>(RequestId{index, record.incarnation});
   auto verdict = lifecycle::permit_Submit(*this, created);
   if (!verdict) {
@@ -448,6 +449,7 @@ Outcome Control::complete(const Row& row, Token token, bool stop) {
     if constexpr (lifecycle::edge(Action::Complete, S, State::Finishing) && S != State::Finishing) {
       if (!row.samples) return move.template operator()<S>();
       record.tokens.push_back(token);
+      record.last = token;
       out.accepted = true;
       if (!stop && record.known() < record.length_max) {
         return move.template operator()<State::Decoding>();

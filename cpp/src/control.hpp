@@ -54,6 +54,7 @@ struct alignas(64) Record {
   std::int32_t pins = 0;       // planned and launched steps that touch its pages
   std::int32_t promised = 0;   // pages that it has yet to take for known tokens; summed up
   std::int32_t published = 0;  // leading pages that are in the prefix index
+  Token last = -1;             // of `tokens`: whose end lies far from here
   std::int64_t arrival = 0;
   std::int32_t length_max = 0;      // prompt and output tokens
   PrefixIndex::Cursor root = -1;    // of its salt, while it holds pages

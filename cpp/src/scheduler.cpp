@@ -152,7 +152,9 @@ std::int32_t Scheduler::schedule(RequestIndex index, std::int32_t tokens, Plan& 
   plan.context_lens.push_back(row.from);
   plan.sampled.push_back(row.samples ? 1 : 0);
   const std::int32_t known = std::min(count, record.known() - row.from);
-  if (known > 0) {
+  if (known == 1 && row.from + 1 == record.known()) {
+    plan.token_ids.push_back(record.last);
+  } else if (known > 0) {
     const Token* first = record.tokens.data() + row.from;
     plan.token_ids.insert(plan.token_ids.end(), first, first + known);
   } else {
