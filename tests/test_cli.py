@@ -44,7 +44,7 @@ def test_a_bad_flag_is_named_and_nothing_is_loaded(words: list[str], named: str)
 
 
 def test_help_fits_a_screen() -> None:
-    for words in ([], ["serve"], ["chat"], ["bench", "serve"]):
+    for words in ([], ["serve"], ["chat"], ["bench", "serve"], ["bench", "scheduler"]):
         done = run(*words, "--help")
         assert done.returncode == 0
         assert len(done.stdout.splitlines()) <= 45

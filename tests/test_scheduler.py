@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from scheduling import World
-from tokenspeed._core import SPEC_HASH, QueueFull, Scheduler
+from tokenspeed._core import SPEC_HASH, Committed, Plan, QueueFull, Scheduler
 from tokenspeed.fsm.generated import SPEC_HASH as MIRROR_HASH
 
 SMALL = {"page_size": 4, "pages": 32, "slots": 4, "step_tokens": 16}
@@ -173,6 +173,40 @@ def test_a_wrong_batch_of_results_changes_nothing() -> None:
     assert scheduler.commit(plan.step, one, no).accepted.tolist() == [True]
     with pytest.raises(ValueError, match="no step is in flight"):
         scheduler.commit(plan.step, one, no)
+
+
+def test_a_plan_keeps_its_memory_as_long_as_an_array_of_it_is_held() -> None:
+    scheduler = Scheduler(**SMALL, waiting_max=4, context_max=100)
+    scheduler.submit(1, np.arange(8, dtype=np.int32), 50)
+    held = []
+    for step in range(40):
+        plan = scheduler.plan()
+        assert plan is not None
+        if step % 3 == 0:
+            held.append((plan.token_ids[:], plan.context_lens.copy(), plan.context_lens))
+        done = scheduler.commit(plan.step, np.full(1, step, np.int32), np.zeros(1, bool))
+        assert done.accepted.tolist() == [True]
+    for ids, before, now in held[1:]:
+        assert ids.tolist() == [int(before[0]) - 8], "the token of the step before"
+        assert now.tolist() == before.tolist()
+
+
+def test_results_of_another_type_or_layout_are_converted() -> None:
+    scheduler = Scheduler(**SMALL, waiting_max=4, context_max=100)
+    scheduler.submit(1, np.arange(16, dtype=np.int64)[::2], 4)
+    plan = scheduler.plan()
+    assert plan is not None
+    wide = np.array([7, 0], ">i4")
+    scheduler.commit(plan.step, wide[::2], np.array([0, 1])[::2])
+    assert scheduler.tokens(1) == [0, 2, 4, 6, 8, 10, 12, 14, 7]
+    with pytest.raises(TypeError):
+        scheduler.commit(plan.step, "seven", np.zeros(1, bool))  # type: ignore[arg-type]
+
+
+def test_plans_and_results_come_from_the_scheduler_alone() -> None:
+    for kind in (Plan, Committed):
+        with pytest.raises(TypeError):
+            kind()
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,11 @@
 // Registration only: the scheduler as Python sees it. Rule: no decision is made here. Calls release
 // the GIL and take the scheduler's lock, so that any thread may look while one drives.
-#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <mutex>
 
+#include "arrays.hpp"
 #include "scheduler.hpp"
 
 namespace py = pybind11;
@@ -40,46 +40,25 @@ class Native {
   Scheduler scheduler_;
 };
 
-// A view of a vector that lives as long as its plan.
-template <class Out, class In>
-py::array view(const std::vector<In>& data, py::handle owner, py::ssize_t columns = 0) {
-  static_assert(sizeof(Out) == sizeof(In));
-  const auto count = static_cast<py::ssize_t>(data.size());
-  const auto* first = reinterpret_cast<const Out*>(data.data());
-  if (columns == 0) return py::array_t<Out>(count, first, owner);
-  return py::array_t<Out>({count / columns, columns}, first, owner);
-}
-
-template <class Out, auto member, int columns = 0>
-void array(py::class_<Plan>& plan, const char* name) {
-  plan.def_property_readonly(
-      name, [](py::object self) { return view<Out>(self.cast<Plan&>().*member, self, columns); });
-}
-
-using Ints = py::array_t<std::int32_t, py::array::c_style | py::array::forcecast>;
-using Flags = py::array_t<bool, py::array::c_style | py::array::forcecast>;
-
-template <class T>
-std::span<const T> span(const auto& array) {
-  return {reinterpret_cast<const T*>(array.data()), static_cast<std::size_t>(array.size())};
-}
+using Ints = arrays::Input<std::int32_t>;
+using Flags = arrays::Input<bool>;
 
 void submit(Native& self, std::int64_t number, const Ints& prompt, std::int32_t max_tokens,
             const std::string& salt) {
-  const auto tokens = span<Token>(prompt);
+  const auto tokens = prompt.span();
   const Refusal refusal = self.run(
       [&](Scheduler& scheduler) { return scheduler.submit(number, tokens, max_tokens, salt); });
   if (refusal.queue_full) throw QueueFull(refusal.message);
   if (refusal.refused()) throw py::value_error(refusal.field + ": " + refusal.message);
 }
 
-Committed commit(Native& self, std::int64_t step, const Ints& token_ids, const Flags& stop) {
-  const auto tokens = span<std::int32_t>(token_ids);
-  const auto flags = span<std::uint8_t>(stop);
-  Committed out =
+py::object commit(Native& self, std::int64_t step, const Ints& token_ids, const Flags& stop) {
+  const auto tokens = token_ids.span();
+  const auto flags = stop.span<std::uint8_t>();
+  CommittedPointer out =
       self.run([&](Scheduler& scheduler) { return scheduler.commit(step, tokens, flags); });
-  if (!out.error.empty()) throw py::value_error(out.error);
-  return out;
+  if (!out->error.empty()) throw py::value_error(out->error);
+  return arrays::Boxed<Committed>::box(std::move(out));
 }
 
 py::dict transitions(Native& self) {
@@ -148,6 +127,46 @@ py::dict snapshot(const Control& self) {
   return out;
 }
 
+py::list finished(const Committed& self) {
+  py::list out;
+  for (const auto& [number, reason] : self.finished) {
+    out.append(py::make_tuple(number, reason == FinishReason::Stop ? "stop" : "length"));
+  }
+  return out;
+}
+
+py::list released(const Committed& self) {
+  return py::cast(self.released);
+}
+
+void bind_step(py::module_& m) {
+  using P = arrays::Boxed<Plan>;
+  static PyGetSetDef plan[] = {
+      P::number<&Plan::step>("step"),
+      P::array<&Plan::numbers, std::int64_t>("numbers"),
+      P::array<&Plan::incarnations, std::int32_t>("incarnations"),
+      P::array<&Plan::slots, std::int32_t>("slots"),
+      P::array<&Plan::query_start, std::int32_t>("query_start"),
+      P::array<&Plan::token_ids, std::int32_t>("token_ids"),
+      P::array<&Plan::context_lens, std::int32_t>("context_lens"),
+      P::array<&Plan::sampled, bool>("sampled"),
+      P::array<&Plan::page_delta, std::int32_t, 3>("page_delta"),
+      P::array<&Plan::joined, std::int64_t, 2>("joined"),
+      P::array<&Plan::cached, std::int32_t>("cached"),
+      P::array<&Plan::preempted, std::int64_t>("preempted"),
+      {},
+  };
+  P::bind(m, "tokenspeed._core.Plan", "Plan", plan);
+  using C = arrays::Boxed<Committed>;
+  static PyGetSetDef committed[] = {
+      C::array<&Committed::accepted, bool>("accepted"),
+      C::object<&finished>("finished"),
+      C::object<&released>("released"),
+      {},
+  };
+  C::bind(m, "tokenspeed._core.Committed", "Committed", committed);
+}
+
 void bind_control(py::module_& m) {
   py::class_<Control>(m, "Control")
       .def(py::init([](std::int32_t page_size, std::int32_t pages, std::int32_t slots,
@@ -207,36 +226,10 @@ PYBIND11_MODULE(_core, m) {
   m.attr("SPEC_HASH") = std::string(lifecycle::kSpecHash);
   py::register_exception<QueueFull>(m, "QueueFull");
 
-  py::class_<Plan> plan(m, "Plan");
-  plan.def_readonly("step", &Plan::step);
-  array<std::int64_t, &Plan::numbers>(plan, "numbers");
-  array<std::int32_t, &Plan::incarnations>(plan, "incarnations");
-  array<std::int32_t, &Plan::slots>(plan, "slots");
-  array<std::int32_t, &Plan::query_start>(plan, "query_start");
-  array<std::int32_t, &Plan::token_ids>(plan, "token_ids");
-  array<std::int32_t, &Plan::context_lens>(plan, "context_lens");
-  array<bool, &Plan::sampled>(plan, "sampled");
-  array<std::int32_t, &Plan::page_delta, 3>(plan, "page_delta");
-  array<std::int64_t, &Plan::joined, 2>(plan, "joined");
-  array<std::int32_t, &Plan::cached>(plan, "cached");
-  array<std::int64_t, &Plan::preempted>(plan, "preempted");
+  bind_step(m);
 
-  py::class_<Committed>(m, "Committed")
-      .def_property_readonly(
-          "accepted",
-          [](py::object self) { return view<bool>(self.cast<Committed&>().accepted, self); })
-      .def_property_readonly("finished",
-                             [](const Committed& self) {
-                               py::list out;
-                               for (const auto& [number, reason] : self.finished) {
-                                 const bool stop = reason == FinishReason::Stop;
-                                 out.append(py::make_tuple(number, stop ? "stop" : "length"));
-                               }
-                               return out;
-                             })
-      .def_readonly("released", &Committed::released);
-
-  py::class_<Stats>(m, "Stats")
+  // Of this module alone: such a type is found with one look instead of two.
+  py::class_<Stats>(m, "Stats", py::module_local())
       .def_readonly("running", &Stats::running)
       .def_readonly("waiting", &Stats::waiting)
       .def_readonly("draining", &Stats::draining)
@@ -249,7 +242,7 @@ PYBIND11_MODULE(_core, m) {
       .def_readonly("evictions", &Stats::evictions)
       .def_readonly("steps", &Stats::steps);
 
-  py::class_<Native>(m, "Scheduler")
+  py::class_<Native>(m, "Scheduler", py::module_local())
       .def(py::init([](std::int32_t page_size, std::int32_t pages, std::int32_t slots,
                        std::int32_t waiting_max, std::int32_t step_tokens, std::int32_t context_max,
                        std::int32_t overlap, bool prefix_cache) {
@@ -262,7 +255,10 @@ PYBIND11_MODULE(_core, m) {
            py::arg("overlap") = 0, py::arg("prefix_cache") = true)
       .def("submit", &submit, py::arg("number"), py::arg("prompt"), py::arg("max_tokens"),
            py::arg("salt") = "")
-      .def("plan", [](Native& self) { return self.run([](Scheduler& s) { return s.plan(); }); })
+      .def("plan",
+           [](Native& self) {
+             return arrays::Boxed<Plan>::box(self.run([](Scheduler& s) { return s.plan(); }));
+           })
       .def("commit", &commit, py::arg("step"), py::arg("token_ids"), py::arg("stop"))
       .def(
           "abort",

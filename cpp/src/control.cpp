@@ -26,8 +26,19 @@ std::string Control::invalid(const ControlConfig& config) {
 }
 
 Control::Control(const ControlConfig& config)
-    : config_(config), pool_(config.pages), index_(config.page_size, config.pages) {
+    : config_(config),
+      pool_(config.pages),
+      index_(config.page_size, config.pages),
+      launched_(config.in_flight_max, config.slots) {
+  const auto slots = static_cast<std::size_t>(config.slots);
+  free_slots_.reserve(slots);
   for (std::int32_t slot = config.slots; slot-- > 0;) free_slots_.push_back(slot);
+  running_.reserve(slots);
+  plan_.reserve(slots);
+  const auto reserve = [slots]<class R>(std::vector<R>& requests) {
+    if constexpr (lifecycle::owns_slot(R::kState)) requests.reserve(slots);
+  };
+  std::apply([&](auto&... shelf) { (reserve(shelf.requests), ...); }, shelves_);
 }
 
 Control::~Control() {
@@ -49,8 +60,9 @@ void Control::drain(PageTable& pages) {
   }
 }
 
-void Control::give_back(PageTable&& pages, Slot&& slot) {
+void Control::give_back(Record& record, PageTable&& pages, Slot&& slot) {
   drain(pages);
+  if (record.root >= 0) index_.leave(std::exchange(record.root, -1));
   free_slots_.push_back(slot.index());
 }
 
@@ -157,12 +169,22 @@ bool Control::Pinned(RequestId id) const noexcept {
   return records_[id.index].pins > 0;
 }
 
-// After whatever a request's lacking depends on has changed.
+std::int32_t Control::owed(const Record& record) const noexcept {
+  const bool live = record.state == State::Prefilling || record.state == State::Decoding;
+  if (!live || record.known() <= record.planned) return 0;
+  return pages_for(record.known(), config_.page_size) -
+         pages_for(record.planned, config_.page_size);
+}
+
+// After whatever a request's lacking, or what it is promised, depends on has changed.
 void Control::recount(RequestIndex index) noexcept {
   Record& record = records_[index];
   const bool lacks = Lacks({index, record.incarnation});
   lacking_ += static_cast<std::int32_t>(lacks) - static_cast<std::int32_t>(record.lacks);
   record.lacks = lacks;
+  const std::int32_t promised = owed(record);
+  promised_ += promised - record.promised;
+  record.promised = promised;
 }
 
 void Control::moved(Action action, RequestId id, State from, State to) noexcept {
@@ -206,6 +228,7 @@ std::optional<RequestIndex> Control::submit(std::int64_t number, std::span<const
   record.length_max = length_max;
   record.salt = std::move(owner);
   record.tokens = std::move(tokens);
+  record.last = record.tokens.back();
   auto created = lifecycle::create<Control>(RequestId{index, record.incarnation});
   auto verdict = lifecycle::permit_Submit(*this, created);
   if (!verdict) {
@@ -225,21 +248,35 @@ std::size_t Control::matchable(const Record& record) const noexcept {
   return config_.prefix_cache ? (record.tokens.size() - 1) / size : 0;
 }
 
-PrefixIndex::Found Control::cached(RequestIndex index) const {
+PrefixIndex::Found Control::look(RequestIndex index) const {
   const Record& record = records_[index];
   return index_.look(record.salt, record.tokens, matchable(record));
 }
 
-// The longest cached prefix, held.
-PageTable Control::match(Record& record) {
-  PageTable pages;
-  const auto size = static_cast<std::size_t>(config_.page_size);
+const PrefixIndex::Found& Control::cached(RequestIndex index) {
+  const Record& record = records_[index];
   const std::size_t most = matchable(record);
-  record.cursor = index_.find_root(record.salt);
-  while (pages.size() < most &&
-         index_.match(record.cursor, std::span(record.tokens).subspan(pages.size() * size, size),
-                      pages)) {
-  }
+  const bool same = looked_.arrival == record.arrival && looked_.version == index_.version() &&
+                    looked_.most == most;
+  if (!same) looked_ = {record.arrival, index_.version(), most, look(index)};
+  return looked_.found;
+}
+
+bool Control::deepen(PrefixIndex::Held& held, RequestIndex index) const {
+  const Record& record = records_[index];
+  return index_.deepen(held, record.salt, record.tokens, matchable(record));
+}
+
+// The longest cached prefix, held; and room for all pages that the request will ever have.
+PageTable Control::match(RequestIndex index) {
+  Record& record = records_[index];
+  PageTable pages;
+  pages.reserve(static_cast<std::size_t>(pages_for(record.length_max - 1, config_.page_size)));
+  if (!config_.prefix_cache) return pages;
+  const PrefixIndex::Found found = cached(index);
+  record.root = index_.enter(record.salt);
+  record.cursor = found.pages > 0 ? found.at : record.root;
+  index_.hold(found, pages);
   return pages;
 }
 
@@ -249,7 +286,7 @@ bool Control::admit(RequestIndex index) {
       auto verdict = lifecycle::permit_Admit(*this, handle<S>(index));
       if (!verdict) return false;
       Record& record = records_[index];
-      PageTable pages = match(record);
+      PageTable pages = match(index);
       const auto matched = static_cast<std::int32_t>(pages.size());
       Slot slot(free_slots_.back());
       free_slots_.pop_back();
@@ -294,7 +331,7 @@ bool Control::release(RequestIndex index) {
       auto verdict = lifecycle::permit_Release(*this, handle<S>(index));
       if (!verdict) return false;
       auto out = lifecycle::Release(*this, take<S>(index), std::move(verdict).take());
-      give_back(std::move(out.pages), std::move(out.slot));
+      give_back(records_[index], std::move(out.pages), std::move(out.slot));
       retire(index);
       return true;
     } else {
@@ -311,8 +348,8 @@ bool Control::preempt(RequestIndex index) {
       running_.pop_back();
       auto out = lifecycle::Preempt(*this, take<S>(index), std::move(verdict).take());
       put(std::move(out.request));
-      give_back(std::move(out.pages), std::move(out.slot));
       Record& record = records_[index];
+      give_back(record, std::move(out.pages), std::move(out.slot));
       record.pages = record.planned = record.done = record.published = 0;
       queued_.emplace(record.arrival, index);
       recount(index);
@@ -370,10 +407,9 @@ bool Control::schedule(RequestIndex index, std::int32_t tokens) {
 }
 
 bool Control::launch() {
-  if (plan_.empty() || std::ssize(launched_) >= config_.in_flight_max) return false;
+  if (plan_.empty() || launched_.full()) return false;
   trace("Launch", -1, step_);
-  launched_.push_back({step_++, std::exchange(plan_, {})});
-  for (const Row& row : launched_.back().rows) {
+  for (const Row& row : launched_.push(step_++, plan_).rows) {
     records_[row.index].in_plan = false;
     recount(row.index);
   }
@@ -383,15 +419,15 @@ bool Control::launch() {
 bool Control::complete(std::span<const Token> token_ids, std::span<const std::uint8_t> stop,
                        std::vector<Outcome>& out) {
   if (launched_.empty()) return false;
-  const std::size_t rows = launched_.front().rows.size();
+  const Ticket& ticket = launched_.front();
+  const std::size_t rows = ticket.rows.size();
   if (token_ids.size() != rows || stop.size() != rows) return false;
-  const Ticket ticket = std::move(launched_.front());
-  launched_.pop_front();
   for (std::size_t at = 0; at < ticket.rows.size(); ++at) {
     out.push_back(complete(ticket.rows[at], token_ids[at], stop[at] != 0));
     note(-1, out.back().accepted ? token_ids[at] : -1);
   }
   trace("Complete", -1, ticket.step);
+  launched_.pop();
   return true;
 }
 
@@ -402,13 +438,18 @@ Outcome Control::complete(const Row& row, Token token, bool stop) {
   record.done = row.from + row.tokens;
   with(row.index, [&]<State S>() {
     const auto move = [&]<State To>() {
-      if constexpr (lifecycle::edge(Action::Complete, S, To)) {
+      if constexpr (!lifecycle::edge(Action::Complete, S, To)) {
+        return;
+      } else if constexpr (To == S) {
+        handle<S>(row.index) = lifecycle::Complete<To>(*this, std::move(handle<S>(row.index)));
+      } else {
         put(lifecycle::Complete<To>(*this, take<S>(row.index)));
       }
     };
     if constexpr (lifecycle::edge(Action::Complete, S, State::Finishing) && S != State::Finishing) {
       if (!row.samples) return move.template operator()<S>();
       record.tokens.push_back(token);
+      record.last = token;
       out.accepted = true;
       if (!stop && record.known() < record.length_max) {
         return move.template operator()<State::Decoding>();
@@ -430,18 +471,19 @@ Outcome Control::complete(const Row& row, Token token, bool stop) {
 // The first page that is not published, if it is full, computed, its tokens are known, and nobody
 // has published the same. All before it are held, so its place in the index stays.
 bool Control::publish(RequestIndex index) {
+  if (!config_.prefix_cache) return false;
   return with(index, [&]<State S>() -> bool {
     if constexpr (lifecycle::can(Action::Publish, S)) {
       Record& record = records_[index];
-      const std::int32_t full = std::min(record.done, record.known()) / config_.page_size;
-      if (!config_.prefix_cache || record.published >= full) return false;
+      const std::int32_t there = std::min(record.done, record.known());
+      if ((record.published + 1) * config_.page_size > there) return false;
       const auto at = static_cast<std::size_t>(record.published);
       const auto size = static_cast<std::size_t>(config_.page_size);
       const auto tokens = std::span(record.tokens).subspan(at * size, size);
-      if (record.published == 0) record.cursor = index_.root(record.salt);
-      if (index_.contains(record.cursor, tokens)) return false;
+      const auto vacancy = index_.vacancy(record.cursor, tokens);
+      if (!vacancy) return false;
       handle<S>(index).pages().replace(at, [&](ExclusivePage&& page) {
-        return index_.publish(record.cursor, tokens, std::move(page));
+        return index_.publish(record.cursor, tokens, *vacancy, std::move(page));
       });
       ++record.published;
       handle<S>(index) = lifecycle::Publish(*this, std::move(handle<S>(index)));

@@ -5,7 +5,6 @@
 
 #include <array>
 #include <cstdint>
-#include <deque>
 #include <optional>
 #include <set>
 #include <span>
@@ -39,24 +38,28 @@ constexpr std::int32_t pages_for(std::int32_t tokens, std::int32_t page_size) no
 // Where a request's record lies; the next request may be given it once this one has ended.
 using RequestIndex = std::uint32_t;
 
-// What is known of a request beside what it holds.
-struct Record {
+// What is known of a request beside what it holds. What a step needs comes first, in a cache
+// line.
+struct alignas(64) Record {
+  std::vector<Token> tokens;  // prompt and accepted output
   std::int64_t number = -1;
-  std::int64_t arrival = 0;
-  std::uint32_t incarnation = 0;
   lifecycle::State state = lifecycle::State::New;
-  std::int32_t place = 0;           // in the container of its state
+  bool in_plan = false;  // the step being assembled has work for it
+  bool lacks = false;    // as `Lacks` says; counted
+  std::uint32_t incarnation = 0;
+  std::int32_t place = 0;      // in the container of its state
+  std::int32_t pages = 0;      // in its table
+  std::int32_t planned = 0;    // positions that a step has been planned for
+  std::int32_t done = 0;       // positions whose KV is there
+  std::int32_t pins = 0;       // planned and launched steps that touch its pages
+  std::int32_t promised = 0;   // pages that it has yet to take for known tokens; summed up
+  std::int32_t published = 0;  // leading pages that are in the prefix index
+  Token last = -1;             // of `tokens`: whose end lies far from here
+  std::int64_t arrival = 0;
   std::int32_t length_max = 0;      // prompt and output tokens
-  std::int32_t pages = 0;           // in its table
-  std::int32_t planned = 0;         // positions that a step has been planned for
-  std::int32_t done = 0;            // positions whose KV is there
-  std::int32_t published = 0;       // leading pages that are in the prefix index
-  std::int32_t pins = 0;            // planned and launched steps that touch its pages
-  bool in_plan = false;             // the step being assembled has work for it
-  bool lacks = false;               // as `Lacks` says; counted
+  PrefixIndex::Cursor root = -1;    // of its salt, while it holds pages
   PrefixIndex::Cursor cursor = -1;  // of the last published page
   std::string salt;
-  std::vector<Token> tokens;  // prompt and accepted output
   std::int32_t known() const noexcept { return static_cast<std::int32_t>(tokens.size()); }
 };
 
@@ -73,6 +76,40 @@ struct Row {
 struct Ticket {
   std::int64_t step;
   std::vector<Row> rows;
+};
+
+// The launched steps, oldest first: a ring of as many as may be in flight, whose memory is used
+// again.
+class Launched final {
+ public:
+  Launched(std::int32_t in_flight_max, std::int32_t rows_max)
+      : tickets_(static_cast<std::size_t>(in_flight_max)) {
+    for (Ticket& ticket : tickets_) ticket.rows.reserve(static_cast<std::size_t>(rows_max));
+  }
+  std::size_t size() const noexcept { return size_; }
+  bool empty() const noexcept { return size_ == 0; }
+  bool full() const noexcept { return size_ == tickets_.size(); }
+  const Ticket& operator[](std::size_t at) const noexcept {
+    return tickets_[(first_ + at) % tickets_.size()];
+  }
+  const Ticket& front() const noexcept { return tickets_[first_]; }
+  // Takes the rows and leaves an empty vector, whose memory an earlier step had.
+  const Ticket& push(std::int64_t step, std::vector<Row>& rows) noexcept {
+    Ticket& ticket = tickets_[(first_ + size_++) % tickets_.size()];
+    ticket.step = step;
+    ticket.rows.swap(rows);
+    rows.clear();
+    return ticket;
+  }
+  void pop() noexcept {
+    first_ = (first_ + 1) % tickets_.size();
+    --size_;
+  }
+
+ private:
+  std::vector<Ticket> tickets_;
+  std::size_t first_ = 0;
+  std::size_t size_ = 0;
 };
 
 // What completing a row did to its request.
@@ -153,12 +190,17 @@ class Control final {
   const Queue& queue() const noexcept { return queued_; }
   std::size_t alive() const noexcept { return by_number_.size(); }
   const std::vector<Row>& planned() const noexcept { return plan_; }
-  const std::deque<Ticket>& launched() const noexcept { return launched_; }
+  const Launched& launched() const noexcept { return launched_; }
   const PagePool& pool() const noexcept { return pool_; }
   const PrefixIndex& index() const noexcept { return index_; }
   std::int64_t steps() const noexcept { return step_; }
-  // Leading pages of a request that are cached, and those of them that nobody holds.
-  PrefixIndex::Found cached(RequestIndex index) const;
+  // Pages that running requests have yet to take for tokens that are known: promised at admission.
+  // One that is planned ahead of what is known has taken them, and owes nobody any.
+  std::int64_t promised() const noexcept { return promised_; }
+  // What admitting a request would find cached; looked up once as long as the cache stays as it is.
+  const PrefixIndex::Found& cached(RequestIndex index);
+  PrefixIndex::Found look(RequestIndex index) const;
+  bool deepen(PrefixIndex::Held& held, RequestIndex index) const;
   // Positions that could be computed now: known tokens, or the one that a launched step samples.
   std::int32_t wanted(RequestIndex index) const noexcept;
   std::int32_t slot(RequestIndex index) const noexcept;       // -1: it has none
@@ -234,11 +276,12 @@ class Control final {
   RequestIndex new_record();
   void retire(RequestIndex index) noexcept;
   void recount(RequestIndex index) noexcept;
+  std::int32_t owed(const Record& record) const noexcept;
   std::size_t matchable(const Record& record) const noexcept;
-  PageTable match(Record& record);
+  PageTable match(RequestIndex index);
   Outcome complete(const Row& row, Token token, bool stop);
   void drain(PageTable& pages);
-  void give_back(PageTable&& pages, Slot&& slot);
+  void give_back(Record& record, PageTable&& pages, Slot&& slot);
   void note(PageId page, std::int64_t value) noexcept;
   void trace(std::string_view action, PageId page, std::int64_t value);
 
@@ -255,10 +298,17 @@ class Control final {
   Queue queued_;
   std::vector<RequestIndex> running_;  // Prefilling and Decoding, by arrival
   std::vector<Row> plan_;              // the step being assembled
-  std::deque<Ticket> launched_;
+  Launched launched_;
   std::int64_t arrivals_ = 0;
   std::int64_t step_ = 0;
-  std::int32_t lacking_ = 0;  // requests that lack a page
+  std::int32_t lacking_ = 0;   // requests that lack a page
+  std::int64_t promised_ = 0;  // of all requests
+  struct {
+    std::int64_t arrival = -1;
+    std::uint64_t version = 0;
+    std::size_t most = 0;
+    PrefixIndex::Found found;
+  } looked_;  // the last look, and what it depends on
   bool recording_ = false;
   std::vector<Event> events_;
   std::vector<TraceStep> trace_;

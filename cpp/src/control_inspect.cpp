@@ -54,7 +54,7 @@ Snapshot Control::snapshot() const {
                                                  index_.key(node), index_.salt(node)};
   }
   out.plan = plan_;
-  for (const Ticket& ticket : launched_) out.inflight.push_back(ticket.rows);
+  for (std::size_t at = 0; at < launched_.size(); ++at) out.inflight.push_back(launched_[at].rows);
   return out;
 }
 
@@ -70,10 +70,12 @@ std::vector<std::string> Control::check() const {
   for (const PageId page : pool_.free_ids()) hold(page, "the free list");
   for (const auto& [node, page] : index_.pages()) hold(page, "the prefix index");
   std::int32_t lacking = 0;
+  std::int64_t promised = 0;
   std::vector<std::int32_t> slots = free_slots_;
   for (const auto& [number, index] : by_number_) {
     if (slot(index) >= 0) slots.push_back(slot(index));
     lacking += Lacks({index, records_[index].incarnation}) ? 1 : 0;
+    promised += owed(records_[index]);
     const PageTable* pages = table(index);
     for (std::size_t at = 0; pages && at < pages->size(); ++at) {
       const auto& entry = (*pages)[at];
@@ -101,6 +103,7 @@ std::vector<std::string> Control::check() const {
       break;
     }
   }
+  if (promised != promised_) wrong.push_back("the count of promised pages is off");
   if (lacking != lacking_) wrong.push_back("the count of requests that lack a page is off");
   return wrong;
 }

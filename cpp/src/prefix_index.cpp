@@ -1,16 +1,40 @@
 #include "prefix_index.hpp"
 
 #include <algorithm>
+#include <bit>
 #include <cassert>
+#include <cstring>
 
 namespace tokenspeed {
 
-PrefixIndex::Cursor PrefixIndex::root(std::string_view salt) {
-  if (const Cursor found = find_root(salt); found >= 0) return found;
-  const NodeId node = make();
-  roots_.emplace(salt, node);
-  salts_.emplace(node, salt);
-  return node;
+PrefixIndex::PrefixIndex(std::int32_t page_size, PageId pages)
+    : page_size_(page_size),
+      page_tokens_(std::make_unique_for_overwrite<Token[]>(index(page_size) * index(pages))),
+      nodes_by_page_(index(pages), -1),
+      buckets_(std::bit_ceil(index(pages)), -1) {
+  nodes_.reserve(2 * index(pages));  // each page may have a root of its own
+  spare_.reserve(2 * index(pages));
+  evictable_.reserve(index(pages));
+  path_.reserve(index(pages));
+}
+
+// --- roots
+// ------------------------------------------------------------------------------------------
+
+PrefixIndex::Cursor PrefixIndex::enter(std::string_view salt) {
+  Cursor root = find_root(salt);
+  if (root < 0) {
+    root = make();
+    roots_.emplace(salt, root);
+    salts_.emplace(root, salt);
+  }
+  ++nodes_[index(root)].references;
+  return root;
+}
+
+void PrefixIndex::leave(Cursor root) {
+  --nodes_[index(root)].references;
+  drop_root_if_unused(root);
 }
 
 PrefixIndex::Cursor PrefixIndex::find_root(std::string_view salt) const {
@@ -18,52 +42,106 @@ PrefixIndex::Cursor PrefixIndex::find_root(std::string_view salt) const {
   return found == roots_.end() ? -1 : found->second;
 }
 
+// A salt that nothing is cached under, and nobody uses, costs nothing.
+void PrefixIndex::drop_root_if_unused(NodeId root) {
+  const Node& node = nodes_[index(root)];
+  if (node.page >= 0 || node.children > 0 || node.references > 0) return;
+  const auto salt = salts_.find(root);
+  roots_.erase(salt->second);
+  salts_.erase(salt);
+  spare_.push_back(root);
+}
+
+// --- looking, and holding what was found
+// ------------------------------------------------------------
+
 PrefixIndex::Found PrefixIndex::look(std::string_view salt, std::span<const Token> wanted,
                                      std::size_t most) const {
   Found out;
+  const auto size = index(page_size_);
   Cursor at = find_root(salt);
-  const auto size = static_cast<std::size_t>(page_size_);
-  while (at >= 0 && static_cast<std::size_t>(out.pages) < most) {
-    const auto page = wanted.subspan(static_cast<std::size_t>(out.pages) * size, size);
+  while (at >= 0 && index(out.pages) < most) {
+    const auto page = wanted.subspan(index(out.pages) * size, size);
     at = find(at, hash(at, page), page);
     if (at < 0) break;
+    out.at = at;
     ++out.pages;
-    if (nodes_[index(at)].references == 0) ++out.unheld;
+    if (nodes_[index(at)].references > 0) ++out.held;
   }
   return out;
 }
 
-bool PrefixIndex::match(Cursor& at, std::span<const Token> wanted, PageTable& table) {
-  if (at < 0) return false;
-  const NodeId child = find(at, hash(at, wanted), wanted);
-  if (child < 0) return false;
-  Node& node = nodes_[index(child)];
-  if (node.references++ == 0) {
-    --unheld_;
-    evictable_.erase({node.used, child});
+PrefixIndex::Held PrefixIndex::held(const Found& found) const noexcept {
+  Cursor at = found.at;
+  for (std::int32_t above = found.held; above < found.pages; ++above) at = nodes_[index(at)].parent;
+  if (found.held == 0) return {};
+  return {found.held, at, nodes_[index(at)].born};
+}
+
+bool PrefixIndex::deepen(Held& held, std::string_view salt, std::span<const Token> wanted,
+                         std::size_t most) const {
+  if (held.pages > 0 && nodes_[index(held.at)].born != held.born) return false;
+  // If nobody holds it any more, nobody holds what is below it.
+  if (held.pages > 0 && nodes_[index(held.at)].references == 0) return true;
+  const auto size = index(page_size_);
+  Cursor at = held.pages > 0 ? held.at : find_root(salt);
+  while (at >= 0 && index(held.pages) < most) {
+    const auto page = wanted.subspan(index(held.pages) * size, size);
+    at = find(at, hash(at, page), page);
+    if (at < 0 || nodes_[index(at)].references == 0) break;
+    held = {held.pages + 1, at, nodes_[index(at)].born};
   }
-  node.used = now_;
-  table.append(SharedPage(child, node.page));
-  at = child;
   return true;
 }
 
-SharedPage PrefixIndex::publish(Cursor& at, std::span<const Token> content, ExclusivePage&& page) {
-  assert(!contains(at, content) && "the same content twice");
+void PrefixIndex::hold(const Found& found, PageTable& table) {
+  path_.clear();
+  NodeId above = found.at;
+  for (std::int32_t page = 0; page < found.pages; ++page) {
+    path_.push_back(above);
+    above = nodes_[index(above)].parent;
+  }
+  for (auto id = path_.rbegin(); id != path_.rend(); ++id) {
+    Node& node = nodes_[index(*id)];
+    if (node.references++ == 0) {
+      --unheld_;
+      ++gained_;
+      ++version_;
+      must_stay(*id);
+    }
+    node.used = now_;
+    table.append(SharedPage(*id, node.page));
+  }
+}
+
+// --- coming and going
+// -------------------------------------------------------------------------------
+
+std::optional<PrefixIndex::Vacancy> PrefixIndex::vacancy(Cursor at,
+                                                         std::span<const Token> content) const {
   const std::uint64_t key = hash(at, content);
+  return find(at, key, content) < 0 ? std::optional(Vacancy(key)) : std::nullopt;
+}
+
+SharedPage PrefixIndex::publish(Cursor& at, std::span<const Token> content, Vacancy vacancy,
+                                ExclusivePage&& page) {
+  assert(vacancy.key_ == hash(at, content) && "a vacancy for something else");
+  assert(find(at, vacancy.key_, content) < 0 && "the same content twice");
   const NodeId child = make();
-  const NodeId parent = at;
-  ++nodes_[index(parent)].children;
   Node& node = nodes_[index(child)];
-  node.parent = parent;
+  ++nodes_[index(at)].children;
+  node.parent = at;
   node.page = page.id_.release();
   node.references = 1;
   node.used = now_;
-  node.hash = key;
-  std::copy(content.begin(), content.end(),
-            node_tokens_.begin() + static_cast<std::ptrdiff_t>(index(child)) * page_size_);
-  children_.emplace(key, child);
+  node.hash = vacancy.key_;
+  node.born = ++births_;
+  NodeId& first = buckets_[vacancy.key_ & (buckets_.size() - 1)];
+  node.next = std::exchange(first, child);
+  std::ranges::copy(content, page_tokens_.get() + index(node.page) * index(page_size_));
   nodes_by_page_[index(node.page)] = child;
+  ++gained_;
+  ++version_;
   at = child;
   return SharedPage(child, node.page);
 }
@@ -73,13 +151,14 @@ void PrefixIndex::release(SharedPage&& page) {
   Node& node = nodes_[index(id)];
   if (--node.references > 0) return;
   ++unheld_;
+  ++version_;
   node.used = now_;
-  if (can_go(node)) evictable_.emplace(node.used, id);
+  if (can_go(node)) may_go(id);
 }
 
 std::optional<PageId> PrefixIndex::oldest_evictable() const noexcept {
   if (evictable_.empty()) return std::nullopt;
-  return nodes_[index(evictable_.begin()->second)].page;
+  return nodes_[index(evictable_.front())].page;
 }
 
 bool PrefixIndex::evict(PageId page, PagePool& pool) {
@@ -87,29 +166,20 @@ bool PrefixIndex::evict(PageId page, PagePool& pool) {
   const NodeId id = nodes_by_page_[index(page)];
   if (id < 0 || !can_go(nodes_[index(id)])) return false;
   Node& node = nodes_[index(id)];
-  evictable_.erase({node.used, id});
+  must_stay(id);
+  unchain(id);
   nodes_by_page_[index(page)] = -1;
-  const auto [first, last] = children_.equal_range(node.hash);
-  children_.erase(std::find_if(first, last, [id](const auto& item) { return item.second == id; }));
   pool.give_back(ExclusivePage(node.page));
   --unheld_;
+  ++version_;
   const NodeId parent = node.parent;
-  node.page = -1;
+  node = Node{};
   spare_.push_back(id);
   Node& above = nodes_[index(parent)];
   --above.children;
-  if (can_go(above)) evictable_.emplace(above.used, parent);
+  if (can_go(above)) may_go(parent);
   drop_root_if_unused(parent);
   return true;
-}
-
-// A salt that nothing is cached under costs nothing.
-void PrefixIndex::drop_root_if_unused(NodeId root) {
-  const auto salt = salts_.find(root);
-  if (salt == salts_.end() || nodes_[index(root)].children > 0) return;
-  roots_.erase(salt->second);
-  salts_.erase(salt);
-  spare_.push_back(root);
 }
 
 std::vector<std::pair<NodeId, PageId>> PrefixIndex::pages() const {
@@ -123,7 +193,7 @@ std::vector<std::pair<NodeId, PageId>> PrefixIndex::pages() const {
 std::vector<Token> PrefixIndex::key(NodeId node) const {
   if (nodes_[index(node)].page < 0) return {};  // a root
   std::vector<Token> out = key(nodes_[index(node)].parent);
-  const auto own = tokens(node);
+  const auto own = tokens(nodes_[index(node)].page);
   out.insert(out.end(), own.begin(), own.end());
   return out;
 }
@@ -133,39 +203,109 @@ std::string_view PrefixIndex::salt(NodeId node) const {
   return salts_.at(node);
 }
 
-std::span<const Token> PrefixIndex::tokens(NodeId node) const noexcept {
-  const auto size = static_cast<std::size_t>(page_size_);
-  return {node_tokens_.data() + index(node) * size, size};
+std::span<const Token> PrefixIndex::tokens(PageId page) const noexcept {
+  return {page_tokens_.get() + index(page) * index(page_size_), index(page_size_)};
 }
 
-// FNV-1a over the parent and the tokens: it only narrows the search.
+// --- nodes by parent and content
+// --------------------------------------------------------------------
+
+// Over the parent and the tokens: it only narrows the search. Two tokens at a time, in four lanes,
+// so that a multiplication need not wait for the one before.
 std::uint64_t PrefixIndex::hash(NodeId parent, std::span<const Token> content) const noexcept {
-  std::uint64_t value = 14695981039346656037ULL ^ static_cast<std::uint32_t>(parent);
-  for (const Token token : content) {
-    value = (value ^ static_cast<std::uint32_t>(token)) * 1099511628211ULL;
+  constexpr std::uint64_t kOdd = 0x9E3779B97F4A7C15ULL;
+  constexpr std::size_t kLanes = 4;
+  std::uint64_t lanes[kLanes] = {static_cast<std::uint32_t>(parent) + kOdd, kOdd << 1, kOdd << 2,
+                                 kOdd << 3};
+  const auto mix = [](std::uint64_t lane, std::uint64_t word) {
+    return std::rotl(lane ^ word, 29) * kOdd;
+  };
+  const Token* at = content.data();
+  std::size_t left = content.size();
+  for (; left >= 2 * kLanes; left -= 2 * kLanes, at += 2 * kLanes) {
+    std::uint64_t words[kLanes];
+    std::memcpy(words, at, sizeof words);
+    for (std::size_t lane = 0; lane < kLanes; ++lane) lanes[lane] = mix(lanes[lane], words[lane]);
   }
+  for (; left > 0; --left, ++at) lanes[0] = mix(lanes[0], static_cast<std::uint32_t>(*at));
+  std::uint64_t value = lanes[0];
+  for (std::size_t lane = 1; lane < kLanes; ++lane) value = mix(value, lanes[lane]);
   return value ^ (value >> 32);
 }
 
-NodeId PrefixIndex::find(NodeId parent, std::uint64_t key, std::span<const Token> wanted) const {
-  const auto [first, last] = children_.equal_range(key);
-  for (auto item = first; item != last; ++item) {
-    const NodeId id = item->second;
-    if (nodes_[index(id)].parent == parent && std::ranges::equal(tokens(id), wanted)) return id;
+NodeId PrefixIndex::find(NodeId parent, std::uint64_t key,
+                         std::span<const Token> wanted) const noexcept {
+  const auto same = [&](PageId page) {
+    return std::memcmp(tokens(page).data(), wanted.data(), wanted.size_bytes()) == 0;
+  };
+  NodeId id = buckets_[key & (buckets_.size() - 1)];
+  for (; id >= 0; id = nodes_[index(id)].next) {
+    const Node& node = nodes_[index(id)];
+    if (node.hash == key && node.parent == parent && same(node.page)) return id;
   }
   return -1;
 }
 
+void PrefixIndex::unchain(NodeId id) noexcept {
+  const Node& node = nodes_[index(id)];
+  NodeId* link = &buckets_[node.hash & (buckets_.size() - 1)];
+  while (*link != id) link = &nodes_[index(*link)].next;
+  *link = node.next;
+}
+
 NodeId PrefixIndex::make() {
-  if (!spare_.empty()) {
-    const NodeId id = spare_.back();
-    spare_.pop_back();
-    nodes_[index(id)] = Node{};
-    return id;
+  if (spare_.empty()) {
+    nodes_.emplace_back();
+    return static_cast<NodeId>(nodes_.size() - 1);
   }
-  nodes_.emplace_back();
-  node_tokens_.resize(nodes_.size() * static_cast<std::size_t>(page_size_));
-  return static_cast<NodeId>(nodes_.size() - 1);
+  const NodeId id = spare_.back();
+  spare_.pop_back();
+  nodes_[index(id)] = Node{};
+  return id;
+}
+
+// --- what may go
+// ------------------------------------------------------------------------------------
+
+bool PrefixIndex::older(NodeId a, NodeId b) const noexcept {
+  const std::uint64_t used_a = nodes_[index(a)].used;
+  const std::uint64_t used_b = nodes_[index(b)].used;
+  return used_a != used_b ? used_a < used_b : a < b;
+}
+
+void PrefixIndex::put(std::size_t place, NodeId id) noexcept {
+  evictable_[place] = id;
+  nodes_[index(id)].place = static_cast<std::int32_t>(place);
+}
+
+// Moves what stands at a place up or down to where it belongs.
+void PrefixIndex::sift(std::size_t place) noexcept {
+  const NodeId id = evictable_[place];
+  for (; place > 0 && older(id, evictable_[(place - 1) / 2]); place = (place - 1) / 2) {
+    put(place, evictable_[(place - 1) / 2]);
+  }
+  for (std::size_t child = 2 * place + 1; child < evictable_.size(); child = 2 * place + 1) {
+    if (child + 1 < evictable_.size() && older(evictable_[child + 1], evictable_[child])) ++child;
+    if (!older(evictable_[child], id)) break;
+    put(place, evictable_[child]);
+    place = child;
+  }
+  put(place, id);
+}
+
+void PrefixIndex::may_go(NodeId id) {
+  evictable_.push_back(id);
+  sift(evictable_.size() - 1);
+}
+
+void PrefixIndex::must_stay(NodeId id) noexcept {
+  const std::int32_t place = std::exchange(nodes_[index(id)].place, -1);
+  if (place < 0) return;
+  const NodeId last = evictable_.back();
+  evictable_.pop_back();
+  if (last == id) return;
+  put(index(place), last);
+  sift(index(place));
 }
 
 }  // namespace tokenspeed

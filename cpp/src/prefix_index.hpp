@@ -5,8 +5,8 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <optional>
-#include <set>
 #include <span>
 #include <string>
 #include <string_view>
@@ -25,35 +25,52 @@ class PrefixIndex final {
   // Where a request's next page would hang: a root, or the node of a page that the request holds.
   using Cursor = NodeId;
 
-  PrefixIndex(std::int32_t page_size, PageId pages)
-      : page_size_(page_size), nodes_by_page_(static_cast<std::size_t>(pages), -1) {}
+  // All memory that as many pages need is reserved here; what is not used is not touched.
+  PrefixIndex(std::int32_t page_size, PageId pages);
   PrefixIndex(const PrefixIndex&) = delete;
   PrefixIndex& operator=(const PrefixIndex&) = delete;
 
-  // The root of a salt, made if there is none; or -1, from where nothing hangs.
-  Cursor root(std::string_view salt);
-  Cursor find_root(std::string_view salt) const;
+  // The root of a salt, made if there is none, kept while somebody is there or a page hangs from
+  // it.
+  Cursor enter(std::string_view salt);
+  void leave(Cursor root);
 
-  // How many leading pages of some tokens are there, of at most `most`, and how many of them nobody
-  // holds. Nothing is held by looking.
+  // Leading pages of some tokens, of at most `most`, that are there, and how many of them somebody
+  // holds: who holds a page holds all above it. Nothing is held by looking.
   struct Found {
     std::int32_t pages = 0;
-    std::int32_t unheld = 0;
+    std::int32_t held = 0;
+    Cursor at = -1;  // the last page found
   };
   Found look(std::string_view salt, std::span<const Token> tokens, std::size_t most) const;
 
-  // One step down: a reference to the child whose page holds exactly `tokens`, and the cursor
-  // there. Looking it up and holding it are one action. False if there is none.
-  bool match(Cursor& at, std::span<const Token> tokens, PageTable& table);
+  // Where the held ones among them ended, to go on from there instead of from the root.
+  struct Held {
+    std::int32_t pages = 0;
+    Cursor at = -1;
+    std::uint64_t born = 0;
+  };
+  Held held(const Found& found) const noexcept;
+  // Brings it up to date: afterwards no more than `held.pages` of the tokens' pages are held. False
+  // if its page was evicted, so that only looking anew can tell.
+  bool deepen(Held& held, std::string_view salt, std::span<const Token> tokens,
+              std::size_t most) const;
 
-  // Is a page with exactly `tokens` there, one step down?
-  bool contains(Cursor at, std::span<const Token> tokens) const {
-    return find(at, hash(at, tokens), tokens) >= 0;
-  }
+  // References to the pages that a look just found; a look that is older than `version` is void.
+  void hold(const Found& found, PageTable& table);
+
+  // The right to publish `tokens` one step down: nobody has. Valid until something is published.
+  class Vacancy {
+    friend class PrefixIndex;
+    explicit Vacancy(std::uint64_t key) noexcept : key_(key) {}
+    std::uint64_t key_;
+  };
+  std::optional<Vacancy> vacancy(Cursor at, std::span<const Token> tokens) const;
 
   // Take in a computed page whose content is not there yet; the cursor steps down to it. A request
   // that holds a node holds all above it, so whatever nobody holds can be evicted, leaf by leaf.
-  SharedPage publish(Cursor& at, std::span<const Token> tokens, ExclusivePage&& page);
+  SharedPage publish(Cursor& at, std::span<const Token> tokens, Vacancy vacancy,
+                     ExclusivePage&& page);
 
   // Give a reference back.
   void release(SharedPage&& page);
@@ -67,6 +84,10 @@ class PrefixIndex final {
   // Pages that no request holds.
   PageId unheld() const noexcept { return unheld_; }
   void tick() noexcept { ++now_; }
+  // Equal numbers, equal looks.
+  std::uint64_t version() const noexcept { return version_; }
+  // Equal numbers: no page has come, and none that nobody held has found a holder.
+  std::uint64_t gained() const noexcept { return gained_; }
 
   // For checks: references that the index counts for a node, and its page.
   std::int32_t references(NodeId node) const { return nodes_[index(node)].references; }
@@ -77,34 +98,51 @@ class PrefixIndex final {
  private:
   struct Node {
     NodeId parent = -1;
-    PageId page = -1;
-    std::int32_t references = 0;
+    PageId page = -1;             // -1: a root, or spare
+    std::int32_t references = 0;  // requests; of a root, those that may publish below it
     std::int32_t children = 0;
+    NodeId next = -1;         // with the same bucket
+    std::int32_t place = -1;  // in `evictable_`
     std::uint64_t used = 0;
     std::uint64_t hash = 0;
+    std::uint64_t born = 0;  // a node's memory is used again, this number is not
   };
   static std::size_t index(NodeId node) noexcept { return static_cast<std::size_t>(node); }
 
-  std::span<const Token> tokens(NodeId node) const noexcept;
+  Cursor find_root(std::string_view salt) const;
+  std::span<const Token> tokens(PageId page) const noexcept;
   std::uint64_t hash(NodeId parent, std::span<const Token> tokens) const noexcept;
-  NodeId find(NodeId parent, std::uint64_t hash, std::span<const Token> tokens) const;
+  NodeId find(NodeId parent, std::uint64_t key, std::span<const Token> wanted) const noexcept;
   NodeId make();
+  void unchain(NodeId id) noexcept;
   void drop_root_if_unused(NodeId root);
   bool can_go(const Node& node) const noexcept {
     return node.references == 0 && node.children == 0 && node.page >= 0;
   }
 
+  // A binary heap, the least recently used first and of equals the lower node: with each node's
+  // place in it, one that is wanted again is taken out without a search, and nothing is allocated.
+  bool older(NodeId a, NodeId b) const noexcept;
+  void put(std::size_t place, NodeId id) noexcept;
+  void sift(std::size_t place) noexcept;
+  void may_go(NodeId id);
+  void must_stay(NodeId id) noexcept;
+
   std::int32_t page_size_;
   PageId unheld_ = 0;
   std::uint64_t now_ = 0;
+  std::uint64_t version_ = 0;
+  std::uint64_t gained_ = 0;
+  std::uint64_t births_ = 0;
   std::vector<Node> nodes_;
-  std::vector<Token> node_tokens_;
+  std::unique_ptr<Token[]> page_tokens_;
   std::vector<NodeId> nodes_by_page_;
   std::vector<NodeId> spare_;
-  std::unordered_multimap<std::uint64_t, NodeId> children_;
+  std::vector<NodeId> buckets_;  // by hash: the first of a chain; as many as a power of two
+  std::vector<NodeId> evictable_;
+  std::vector<NodeId> path_;  // of the hold being made
   std::unordered_map<std::string, NodeId> roots_;
   std::unordered_map<NodeId, std::string> salts_;
-  std::set<std::pair<std::uint64_t, NodeId>> evictable_;
 };
 
 }  // namespace tokenspeed

@@ -32,8 +32,47 @@ std::string Scheduler::invalid(const SchedulerConfig& config) {
   return Control::invalid(constants(config));
 }
 
+// As many spare plans as there may be steps in flight, and one that is being made.
 Scheduler::Scheduler(const SchedulerConfig& config)
-    : config_(config), control_(constants(config)) {}
+    : config_(config),
+      control_(constants(config)),
+      plans_(static_cast<std::size_t>(config.overlap) + 2),
+      commits_(2) {
+  outcomes_.reserve(static_cast<std::size_t>(config.slots));
+}
+
+void Plan::reserve(std::size_t rows, std::size_t tokens) {
+  for (auto* row : {&incarnations, &slots, &context_lens, &cached}) row->reserve(rows);
+  numbers.reserve(rows);
+  preempted.reserve(rows);
+  sampled.reserve(rows);
+  query_start.reserve(rows + 1);
+  token_ids.reserve(tokens);
+  page_delta.reserve(3 * rows);
+  joined.reserve(2 * rows);
+}
+
+void Plan::clear() noexcept {
+  for (auto* row : {&incarnations, &slots, &token_ids, &context_lens, &page_delta, &cached}) {
+    row->clear();
+  }
+  for (auto* row : {&numbers, &joined, &preempted}) row->clear();
+  sampled.clear();
+  query_start.resize(1);  // the 0
+}
+
+void Committed::reserve(std::size_t rows) {
+  accepted.reserve(rows);
+  finished.reserve(rows);
+  released.reserve(rows);
+}
+
+void Committed::clear() noexcept {
+  accepted.clear();
+  finished.clear();
+  released.clear();
+  error.clear();
+}
 
 // --- submission
 // -------------------------------------------------------------------------------------
@@ -42,7 +81,10 @@ Refusal Scheduler::submit(std::int64_t number, std::span<const Token> prompt,
                           std::int32_t max_tokens, std::string_view salt) {
   const auto length = static_cast<std::int64_t>(prompt.size()) + max_tokens;
   if (prompt.empty()) return {"prompt", "got no tokens; expected at least one"};
-  if (std::ranges::any_of(prompt, [](Token token) { return token < 0; })) {
+  // The sign of all of them at once: a loop without a way out is one that compilers make wide.
+  Token signs = 0;
+  for (const Token token : prompt) signs |= token;
+  if (signs < 0) {
     return {"prompt", "got a negative token id; expected ids from 0"};
   }
   if (max_tokens < 1) return {"max_tokens", "expected at least 1"};
@@ -63,12 +105,16 @@ Refusal Scheduler::submit(std::int64_t number, std::span<const Token> prompt,
 // --- planning
 // ---------------------------------------------------------------------------------------
 
-std::unique_ptr<Plan> Scheduler::plan() {
-  if (std::ssize(control_.launched()) > config_.overlap) return nullptr;
-  if (control_.running().empty() && control_.queue().empty()) return nullptr;
+PlanPointer Scheduler::plan() {
+  if (control_.launched().full()) return {};
+  if (control_.running().empty() && control_.queue().empty()) return {};
   control_.tick();
   short_ = false;
-  auto plan = std::make_unique<Plan>();
+  PlanPointer plan = plans_.take([this](Plan& made) {
+    made.reserve(static_cast<std::size_t>(config_.slots),
+                 static_cast<std::size_t>(config_.step_tokens));
+  });
+  plan->clear();
   plan->step = control_.steps();
   // Every running request can decode; prefill takes what is left, so that neither starves the
   // other.
@@ -76,7 +122,7 @@ std::unique_ptr<Plan> Scheduler::plan() {
       control_.running(), [this](RequestIndex index) { return control_.wanted(index) == 1; });
   std::int32_t budget = config_.step_tokens - static_cast<std::int32_t>(decode_rows);
   if (schedule_running(*plan, budget)) admit_waiting(*plan, budget);
-  if (!control_.launch()) return nullptr;
+  if (!control_.launch()) return {};
   ++counts_.steps;
   return plan;
 }
@@ -105,9 +151,14 @@ std::int32_t Scheduler::schedule(RequestIndex index, std::int32_t tokens, Plan& 
   plan.slots.push_back(control_.slot(index));
   plan.context_lens.push_back(row.from);
   plan.sampled.push_back(row.samples ? 1 : 0);
-  for (std::int32_t at = row.from; at < row.from + count; ++at) {
-    plan.token_ids.push_back(at < record.known() ? record.tokens[static_cast<std::size_t>(at)]
-                                                 : -1);
+  const std::int32_t known = std::min(count, record.known() - row.from);
+  if (known == 1 && row.from + 1 == record.known()) {
+    plan.token_ids.push_back(record.last);
+  } else if (known > 0) {
+    const Token* first = record.tokens.data() + row.from;
+    plan.token_ids.insert(plan.token_ids.end(), first, first + known);
+  } else {
+    plan.token_ids.push_back(-1);  // the one that a step in flight samples
   }
   plan.query_start.push_back(static_cast<std::int32_t>(plan.token_ids.size()));
   return count;
@@ -117,8 +168,8 @@ std::int32_t Scheduler::schedule(RequestIndex index, std::int32_t tokens, Plan& 
 // no page while an older one lacks its own.
 std::int32_t Scheduler::acquire(RequestIndex index, std::int32_t tokens, Plan& plan) {
   const Record& record = control_.record(index);
-  const std::int32_t needed = pages_for(record.planned + tokens, config_.page_size);
-  while (record.pages < needed && !short_ && find_page(index, plan)) {
+  const std::int32_t end = record.planned + tokens;
+  while (record.pages * config_.page_size < end && !short_ && find_page(index, plan)) {
     const PageId page = *control_.pool().next();
     if (!control_.acquire(index, page)) break;
     plan.page_delta.insert(plan.page_delta.end(), {control_.slot(index), record.pages - 1, page});
@@ -160,25 +211,42 @@ void Scheduler::admit_waiting(Plan& plan, std::int32_t& budget) {
   }
 }
 
-// Pages that running requests have yet to take for tokens that are known: promised at admission.
-// One that is planned ahead of what is known has taken them, and owes nobody any.
-std::int64_t Scheduler::promised() const noexcept {
-  std::int64_t pages = 0;
-  for (const RequestIndex index : control_.running()) {
-    const Record& record = control_.record(index);
-    pages += std::max(0, pages_for(record.known(), config_.page_size) -
-                             pages_for(record.planned, config_.page_size));
+// Free pages, and those that would be for the asking, less what is promised.
+std::int64_t Scheduler::spare_pages() const noexcept {
+  return control_.pool().free() + control_.index().unheld() - control_.promised();
+}
+
+// How many of these a request takes if `held` of its leading pages are held by others already.
+std::int64_t Scheduler::lacks(RequestIndex index, std::int32_t held) const noexcept {
+  return pages_for(control_.record(index).known(), config_.page_size) - held;
+}
+
+// Does what was found when it did not fit still show that it does not? Costs nothing while no page
+// becomes held; then it looks at one page more.
+bool Scheduler::still_held_back(RequestIndex index, HeldBack& known) const {
+  if (known.arrival != control_.record(index).arrival) return false;
+  if (known.gained != control_.index().gained()) {
+    known.gained = control_.index().gained();
+    if (!control_.deepen(known.held, index)) known.arrival = -1;
   }
-  return pages;
+  return known.arrival >= 0 && lacks(index, known.held.pages) > spare_pages();
+}
+
+bool Scheduler::fits(RequestIndex index) {
+  if (still_held_back(index, held_back_)) return false;
+  const PrefixIndex::Found& found = control_.cached(index);
+  const bool fits = lacks(index, found.held) <= spare_pages();
+  const std::int64_t arrival = fits ? -1 : control_.record(index).arrival;
+  held_back_ = {arrival, control_.index().gained(), control_.index().held(found)};
+  return fits;
 }
 
 bool Scheduler::admit(RequestIndex index, Plan& plan) {
   const Record& record = control_.record(index);
   const bool first = record.state == State::Waiting;
-  const auto [pages, unheld] = control_.cached(index);
-  const std::int64_t left = control_.pool().free() + control_.index().unheld() - unheld;
-  if (pages_for(record.known(), config_.page_size) - pages > left - promised()) return false;
-  if (!control_.admit(index)) return false;
+  // The two that say no most often come first: then no prefix is looked up.
+  if (!control_.SlotFree() || !control_.NoneLacks()) return false;
+  if (!fits(index) || !control_.admit(index)) return false;
   const std::int32_t slot = control_.slot(index);
   for (std::int32_t at = 0; at < record.pages; ++at) {
     const PageId page = control_.table(index)->id(static_cast<std::size_t>(at));
@@ -218,27 +286,29 @@ std::string Scheduler::refuse_results(const Ticket& ticket, std::int64_t step,
   return {};
 }
 
-Committed Scheduler::commit(std::int64_t step, std::span<const Token> token_ids,
-                            std::span<const std::uint8_t> stop) {
-  Committed out;
+CommittedPointer Scheduler::commit(std::int64_t step, std::span<const Token> token_ids,
+                                   std::span<const std::uint8_t> stop) {
+  CommittedPointer out = commits_.take(
+      [this](Committed& made) { made.reserve(static_cast<std::size_t>(config_.slots)); });
+  out->clear();
   if (control_.launched().empty()) {
-    out.error = "commit: no step is in flight";
+    out->error = "commit: no step is in flight";
     return out;
   }
-  out.error = refuse_results(control_.launched().front(), step, token_ids, stop);
-  if (!out.error.empty()) return out;
+  out->error = refuse_results(control_.launched().front(), step, token_ids, stop);
+  if (!out->error.empty()) return out;
   outcomes_.clear();
   control_.complete(token_ids, stop, outcomes_);
   for (std::size_t row = 0; row < outcomes_.size(); ++row) {
     const auto& [index, accepted, finished] = outcomes_[row];
     const std::int64_t number = control_.record(index).number;
-    out.accepted.push_back(accepted ? 1 : 0);
+    out->accepted.push_back(accepted ? 1 : 0);
     if (finished) {
-      out.finished.emplace_back(number, stop[row] ? FinishReason::Stop : FinishReason::Length);
+      out->finished.emplace_back(number, stop[row] ? FinishReason::Stop : FinishReason::Length);
     }
     while (control_.publish(index)) {
     }
-    if (control_.release(index)) out.released.push_back(number);
+    if (control_.release(index)) out->released.push_back(number);
   }
   return out;
 }
@@ -266,6 +336,18 @@ Stats Scheduler::stats() const noexcept {
 
 bool Scheduler::idle() const noexcept {
   return control_.alive() == 0 && control_.launched().empty();
+}
+
+std::vector<std::string> Scheduler::check() const {
+  std::vector<std::string> wrong = control_.check();
+  if (control_.queue().empty()) return wrong;
+  const RequestIndex head = control_.queue().begin()->second;
+  HeldBack known = held_back_;
+  const bool fits = lacks(head, control_.look(head).held) <= spare_pages();
+  if (fits && still_held_back(head, known)) {
+    wrong.push_back("the head of the queue is held back, though it would fit");
+  }
+  return wrong;
 }
 
 const std::vector<Token>* Scheduler::tokens(std::int64_t number) const {

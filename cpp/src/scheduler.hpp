@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "control.hpp"
+#include "recycler.hpp"
 
 namespace tokenspeed {
 
@@ -48,7 +49,12 @@ struct Plan {
   std::vector<std::int64_t> joined;      // [joined, 2]: slot, number
   std::vector<std::int32_t> cached;      // [joined]: prompt tokens found in the prefix cache
   std::vector<std::int64_t> preempted;
+
+  // Makes room for any decode step, and for prefill of as many tokens.
+  void reserve(std::size_t rows, std::size_t tokens);
+  void clear() noexcept;
 };
+using PlanPointer = Recycler<Plan>::Pointer;
 
 enum class FinishReason : std::uint8_t { Stop, Length };
 
@@ -58,7 +64,11 @@ struct Committed {
   std::vector<std::pair<std::int64_t, FinishReason>> finished;
   std::vector<std::int64_t> released;  // their pages are back
   std::string error;                   // not empty: the batch was refused whole
+
+  void reserve(std::size_t rows);
+  void clear() noexcept;
 };
+using CommittedPointer = Recycler<Committed>::Pointer;
 
 struct Stats {
   std::int64_t running = 0;
@@ -84,15 +94,15 @@ class Scheduler final {
 
   Refusal submit(std::int64_t number, std::span<const Token> prompt, std::int32_t max_tokens,
                  std::string_view salt);
-  std::unique_ptr<Plan> plan();
-  Committed commit(std::int64_t step, std::span<const Token> token_ids,
-                   std::span<const std::uint8_t> stop);
+  PlanPointer plan();
+  CommittedPointer commit(std::int64_t step, std::span<const Token> token_ids,
+                          std::span<const std::uint8_t> stop);
   bool abort(std::int64_t number);
 
   Stats stats() const noexcept;
   bool idle() const noexcept;  // nothing to plan and nothing in flight
   const std::vector<Token>* tokens(std::int64_t number) const;
-  std::vector<std::string> check() const { return control_.check(); }
+  std::vector<std::string> check() const;
   std::int64_t transitions(lifecycle::Action action, lifecycle::State from,
                            lifecycle::State to) const noexcept {
     return control_.transitions(action, from, to);
@@ -103,21 +113,34 @@ class Scheduler final {
 
  private:
   static constexpr std::int32_t kOverlapMax = 64;
+  // Of the head of the queue, when it last did not fit: how many of its leading pages were held.
+  // Pages that nobody holds are as good as free ones, so what it lacks depends on these alone.
+  struct HeldBack {
+    std::int64_t arrival = -1;
+    std::uint64_t gained = 0;  // of the index
+    PrefixIndex::Held held;
+  };
   static ControlConfig constants(const SchedulerConfig& config);
   bool schedule_running(Plan& plan, std::int32_t& budget);
   void admit_waiting(Plan& plan, std::int32_t& budget);
   bool admit(RequestIndex index, Plan& plan);
+  std::int64_t spare_pages() const noexcept;
+  std::int64_t lacks(RequestIndex index, std::int32_t held) const noexcept;
+  bool fits(RequestIndex index);
+  bool still_held_back(RequestIndex index, HeldBack& known) const;
   std::int32_t schedule(RequestIndex index, std::int32_t tokens, Plan& plan);
   std::int32_t acquire(RequestIndex index, std::int32_t tokens, Plan& plan);
   bool find_page(RequestIndex for_whom, Plan& plan);
   bool preempt_youngest(RequestIndex for_whom, Plan& plan);
-  std::int64_t promised() const noexcept;
   std::string refuse_results(const Ticket& ticket, std::int64_t step,
                              std::span<const Token> token_ids,
                              std::span<const std::uint8_t> stop) const;
 
   SchedulerConfig config_;
   Control control_;
+  Recycler<Plan> plans_;
+  Recycler<Committed> commits_;
+  HeldBack held_back_;
   std::vector<Outcome> outcomes_;  // of the step being committed
   bool short_ = false;             // in the plan being made, a request found no page
   Stats counts_;

@@ -4,7 +4,7 @@
 
 #include <cstdio>
 #include <cstdlib>
-#include <map>
+#include <deque>
 #include <random>
 
 namespace {
@@ -35,7 +35,7 @@ void run(unsigned seed) {
   config.prefix_cache = upto(4) > 0;
   REQUIRE(Scheduler::invalid(config).empty());
   Scheduler scheduler(config);
-  std::deque<std::unique_ptr<Plan>> launched;
+  std::deque<PlanPointer> launched;
   std::int64_t number = 0;
 
   const auto complete = [&] {
@@ -47,8 +47,8 @@ void run(unsigned seed) {
       tokens.push_back(upto(3));
       stop.push_back(upto(12) == 0 ? 1 : 0);
     }
-    REQUIRE(!scheduler.commit(plan->step + 1, tokens, stop).error.empty());
-    REQUIRE(scheduler.commit(plan->step, tokens, stop).error.empty());
+    REQUIRE(!scheduler.commit(plan->step + 1, tokens, stop)->error.empty());
+    REQUIRE(scheduler.commit(plan->step, tokens, stop)->error.empty());
     REQUIRE(scheduler.check().empty());
   };
 

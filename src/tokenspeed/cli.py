@@ -258,6 +258,25 @@ def bench_serve(
     click.echo(text)
 
 
+@bench.command("scheduler")
+@click.option("--rows", type=int, multiple=True, help="of a step  [default: 1 16 64 256 1024]")
+@click.option("--contexts", type=int, multiple=True, help="tokens  [default: 1024 51200]")
+@click.option("--steps", type=int, help="clocked of each")
+@click.option("--prompt-tokens", type=int, help="of a prompt that is admitted, or waits")
+@click.option("--repeats", type=int, help="admissions; the median counts")
+@click.option("--json", "as_json", is_flag=True, help="JSON on stdout; the table is on stderr")
+def bench_scheduler(as_json: bool, **settings: Any) -> None:
+    """CPU time of the control plane alone: steps, admission, waiting prompts, stats, memory."""
+    room = _room("tokenspeed.bench.scheduler")
+    given = {name: value for name, value in settings.items() if value not in (None, ())}
+    sizes = room.Sizes(**given)
+    with _progress() as report:
+        found = room.measure(sizes, report)
+    _screen.print(found.table())
+    if as_json:
+        click.echo(json.dumps(found.as_json(), indent=2))
+
+
 def main() -> None:
     """Entry point: errors of ours are one line and exit status 2, never a traceback."""
     try:

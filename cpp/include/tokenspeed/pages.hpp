@@ -127,6 +127,7 @@ class PageTable final {
 
   std::size_t size() const noexcept { return entries_.size(); }
   bool empty() const noexcept { return entries_.empty(); }
+  void reserve(std::size_t pages) { entries_.reserve(pages); }
   void append(ExclusivePage&& page) { entries_.emplace_back(std::move(page)); }
   void append(SharedPage&& page) { entries_.emplace_back(std::move(page)); }
   const Entry& operator[](std::size_t index) const noexcept { return entries_[index]; }

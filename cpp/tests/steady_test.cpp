@@ -1,0 +1,158 @@
+// A decode step allocates nothing. Rule: every allocation of this program is counted, and the count
+// stands still over steps that cross pages, publish them, and evict others for them.
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <new>
+
+#include "scheduler.hpp"
+
+namespace {
+
+std::atomic<long> allocations{0};
+
+void* counted(std::size_t bytes) {
+  allocations.fetch_add(1, std::memory_order_relaxed);
+  if (void* memory = std::malloc(bytes > 0 ? bytes : 1)) return memory;
+  std::abort();
+}
+
+void* counted(std::size_t bytes, std::align_val_t alignment) {
+  const auto align = static_cast<std::size_t>(alignment);
+  allocations.fetch_add(1, std::memory_order_relaxed);
+  if (void* memory = std::aligned_alloc(align, (bytes + align - 1) / align * align)) return memory;
+  std::abort();
+}
+
+}  // namespace
+
+void* operator new(std::size_t bytes) {
+  return counted(bytes);
+}
+void* operator new[](std::size_t bytes) {
+  return counted(bytes);
+}
+void* operator new(std::size_t bytes, std::align_val_t alignment) {
+  return counted(bytes, alignment);
+}
+void operator delete(void* memory) noexcept {
+  std::free(memory);
+}
+void operator delete[](void* memory) noexcept {
+  std::free(memory);
+}
+void operator delete(void* memory, std::size_t) noexcept {
+  std::free(memory);
+}
+void operator delete[](void* memory, std::size_t) noexcept {
+  std::free(memory);
+}
+void operator delete(void* memory, std::align_val_t) noexcept {
+  std::free(memory);
+}
+void operator delete(void* memory, std::size_t, std::align_val_t) noexcept {
+  std::free(memory);
+}
+
+namespace {
+
+using namespace tokenspeed;
+
+constexpr std::int32_t kPage = 8;
+constexpr std::int32_t kRows = 24;
+constexpr std::int32_t kPrompt = 40;
+constexpr std::int32_t kSteps = 200;
+
+[[noreturn]] void fail(const char* what, std::int32_t overlap) {
+  std::fprintf(stderr, "%s, at overlap %d\n", what, overlap);
+  std::abort();
+}
+
+// Results for the steps that are in flight, in memory that was there before.
+class Driver {
+ public:
+  explicit Driver(std::int32_t overlap) : overlap_(overlap), scheduler_(config(overlap)) {
+    tokens_.resize(kRows, 1);
+    stop_.resize(kRows, 0);
+    plans_.resize(static_cast<std::size_t>(overlap) + 1);
+  }
+
+  Scheduler& scheduler() noexcept { return scheduler_; }
+
+  // Fills the pipeline and completes a step; how many rows it had.
+  std::size_t turn() {
+    while (launched_ < plans_.size()) {
+      PlanPointer plan = scheduler_.plan();
+      if (!plan) break;
+      plans_[launched_++] = std::move(plan);
+    }
+    if (launched_ == 0) return 0;
+    const PlanPointer plan = std::move(plans_.front());
+    std::move(plans_.begin() + 1, plans_.end(), plans_.begin());
+    --launched_;
+    const std::size_t rows = plan->slots.size();
+    const auto done =
+        scheduler_.commit(plan->step, std::span(tokens_).first(rows), std::span(stop_).first(rows));
+    if (!done->error.empty()) fail(done->error.c_str(), overlap_);
+    return rows;
+  }
+
+ private:
+  static SchedulerConfig config(std::int32_t overlap) {
+    SchedulerConfig config;
+    config.page_size = kPage;
+    config.pages = kRows * pages_for(kPrompt + kSteps + 40, kPage);
+    config.slots = kRows;
+    config.step_tokens = 4 * kRows;
+    config.context_max = kPrompt + kSteps + 40;
+    config.overlap = overlap;
+    return config;
+  }
+
+  std::int32_t overlap_;
+  Scheduler scheduler_;
+  std::vector<std::int32_t> tokens_;
+  std::vector<std::uint8_t> stop_;
+  std::vector<PlanPointer> plans_;
+  std::size_t launched_ = 0;
+};
+
+void submit(Scheduler& scheduler, std::int64_t number, std::int32_t output) {
+  std::vector<Token> prompt(kPrompt, static_cast<Token>(number));
+  prompt.back() = 0;
+  const std::string salt = number % 3 == 0 ? "a salt that no string holds inside itself" : "";
+  if (scheduler.submit(number, prompt, output, salt).refused()) fail("a request was refused", -1);
+}
+
+void run(std::int32_t overlap) {
+  Driver driver(overlap);
+  Scheduler& scheduler = driver.scheduler();
+  std::int64_t number = 0;
+  while (number < 2 * kRows) submit(scheduler, number++, kSteps);  // they fill the cache and go
+  while (driver.turn() > 0) {
+  }
+  if (scheduler.stats().pages_free > kRows) fail("the cache should be almost full", overlap);
+  while (number < 3 * kRows) submit(scheduler, number++, kSteps + 40);
+  while (scheduler.stats().waiting > 0 || driver.turn() < kRows) {
+    driver.turn();
+  }
+  for (int turn = 0; turn < 8; ++turn) driver.turn();
+  const Stats before = scheduler.stats();
+  const long counted = allocations.load();
+  for (std::int32_t turn = 0; turn < kSteps / 2; ++turn) {
+    if (driver.turn() != kRows) fail("not everybody was in a step", overlap);
+  }
+  if (allocations.load() != counted) {
+    std::fprintf(stderr, "%ld allocations\n", allocations.load() - counted);
+    fail("a steady step allocates", overlap);
+  }
+  if (scheduler.stats().evictions == before.evictions) fail("no page was evicted", overlap);
+  if (!scheduler.check().empty()) fail(scheduler.check().front().c_str(), overlap);
+}
+
+}  // namespace
+
+int main() {
+  for (std::int32_t overlap = 0; overlap < 3; ++overlap) run(overlap);
+  std::printf("no allocation in a steady step\n");
+}
