@@ -219,6 +219,24 @@ py::list events(Native& self) {
   return out;
 }
 
+py::list kv_events(Native& self) {
+  const auto taken = self.run([](Scheduler& scheduler) { return scheduler.take_kv_events(); });
+  py::list out;
+  for (const auto& [action, page, parent, salt, tokens] : taken) {
+    out.append(py::make_tuple(action, page, parent, salt, py::tuple(py::cast(tokens))));
+  }
+  return out;
+}
+
+py::dict prefixes(Native& self) {
+  const auto found = self.run([](const Scheduler& scheduler) { return scheduler.prefixes(); });
+  py::dict out;
+  for (const auto& [page, prefix] : found) {
+    out[py::int_(page)] = py::make_tuple(prefix.salt, py::tuple(py::cast(prefix.tokens)));
+  }
+  return out;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
@@ -266,6 +284,11 @@ PYBIND11_MODULE(_core, m) {
             return self.run([&](Scheduler& s) { return s.abort(number); });
           },
           py::arg("number"))
+      .def("clear_cache",
+           [](Native& self) {
+             const Cleared out = self.run([](Scheduler& s) { return s.clear_cache(); });
+             return std::make_pair(out.evicted, out.held);
+           })
       .def(
           "tokens",
           [](Native& self, std::int64_t number) {
@@ -285,6 +308,12 @@ PYBIND11_MODULE(_core, m) {
           "record",
           [](Native& self, bool on) { self.run([&](Scheduler& s) { s.set_recording(on); }); },
           py::arg("on"))
+      .def(
+          "record_kv",
+          [](Native& self, bool on) { self.run([&](Scheduler& s) { s.set_recording_kv(on); }); },
+          py::arg("on"))
+      .def("kv_events", &kv_events)
+      .def("prefixes", &prefixes)
       .def("transitions", &transitions)
       .def("events", &events)
       .def("trace", [](Native& self) {

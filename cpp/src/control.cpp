@@ -487,7 +487,15 @@ bool Control::publish(RequestIndex index) {
       });
       ++record.published;
       handle<S>(index) = lifecycle::Publish(*this, std::move(handle<S>(index)));
-      note(handle<S>(index).pages().id(at), -1);
+      const PageTable& pages = handle<S>(index).pages();
+      note(pages.id(at), -1);
+      if (recording_kv_) {
+        kv_events_.push_back({name(Action::Publish),
+                              pages.id(at),
+                              at > 0 ? pages.id(at - 1) : -1,
+                              at > 0 ? "" : record.salt,
+                              {tokens.begin(), tokens.end()}});
+      }
       return true;
     } else {
       return false;
@@ -498,7 +506,20 @@ bool Control::publish(RequestIndex index) {
 bool Control::evict(PageId page) {
   if (!index_.evict(page, pool_)) return false;
   trace("Evict", page, -1);
+  if (recording_kv_) kv_events_.push_back({"Evict", page});
   return true;
+}
+
+// A page becomes evictable when the last that hangs from it goes, so that leaves go first.
+Cleared Control::clear() {
+  Cleared out;
+  while (const auto page = index_.oldest_evictable()) {
+    evict(*page);
+    ++out.evicted;
+  }
+  out.held = std::ssize(index_.pages());
+  if (recording_kv_ && out.held == 0) kv_events_.push_back({"Clear"});
+  return out;
 }
 
 }  // namespace tokenspeed

@@ -5,6 +5,7 @@
 
 #include <array>
 #include <cstdint>
+#include <map>
 #include <optional>
 #include <set>
 #include <span>
@@ -137,6 +138,28 @@ struct TraceStep {
   std::string_view to;  // the request's state after it
 };
 
+// What happened to the prefix index. Of a page that comes: what it is found by.
+struct KvEvent {
+  std::string_view action;      // Publish, Evict, or Clear: no page is left
+  PageId page = -1;             // -1: a Clear
+  PageId parent = -1;           // the page before it; -1: it is the first
+  std::string salt{};           // of a first page
+  std::vector<Token> tokens{};  // of this page
+};
+
+// What clearing the prefix index did: pages that went, and pages that stay because they are held.
+struct Cleared {
+  std::int64_t evicted = 0;
+  std::int64_t held = 0;
+};
+
+// A page of the prefix index, as checks compare it.
+struct Prefix {
+  std::string salt;
+  std::vector<Token> tokens;  // of this page and of all before it
+  bool operator==(const Prefix&) const = default;
+};
+
 // All of it as values, for comparing with the spec.
 struct Snapshot {
   struct Request {
@@ -180,6 +203,8 @@ class Control final {
   bool abort(RequestIndex index);
   bool release(RequestIndex index);
   bool evict(PageId page);
+  // Evicts, leaves first, every page that nobody holds: the same as `evict` on each.
+  Cleared clear();
 
   // --- what a scheduler looks at
   const Record& record(RequestIndex index) const noexcept { return records_[index]; }
@@ -212,7 +237,13 @@ class Control final {
   void set_recording(bool on) noexcept { recording_ = on; }
   std::vector<Event> take_events() noexcept { return std::exchange(events_, {}); }
   std::vector<TraceStep> take_trace() noexcept { return std::exchange(trace_, {}); }
+  void set_recording_kv(bool on) noexcept {
+    recording_kv_ = on;
+    kv_events_.clear();
+  }
+  std::vector<KvEvent> take_kv_events() noexcept { return std::exchange(kv_events_, {}); }
   Snapshot snapshot() const;
+  std::map<PageId, Prefix> prefixes() const;
   // Recomputes who holds what from scratch; the violations found.
   std::vector<std::string> check() const;
 
@@ -312,6 +343,8 @@ class Control final {
   bool recording_ = false;
   std::vector<Event> events_;
   std::vector<TraceStep> trace_;
+  bool recording_kv_ = false;
+  std::vector<KvEvent> kv_events_;
   static constexpr std::size_t kStates = lifecycle::kStateNames.size();
   std::array<std::int64_t, lifecycle::kActionNames.size() * kStates * kStates> transitions_{};
 };

@@ -58,6 +58,14 @@ Snapshot Control::snapshot() const {
   return out;
 }
 
+std::map<PageId, Prefix> Control::prefixes() const {
+  std::map<PageId, Prefix> out;
+  for (const auto& [node, page] : index_.pages()) {
+    out[page] = {std::string(index_.salt(node)), index_.key(node)};
+  }
+  return out;
+}
+
 std::vector<std::string> Control::check() const {
   std::vector<std::string> wrong;
   std::vector<int> holders(static_cast<std::size_t>(pool_.total()), 0);

@@ -320,6 +320,12 @@ bool Scheduler::abort(std::int64_t number) {
   return true;
 }
 
+Cleared Scheduler::clear_cache() {
+  const Cleared out = control_.clear();
+  counts_.evictions += out.evicted;
+  return out;
+}
+
 // --- looking
 // ----------------------------------------------------------------------------------------
 

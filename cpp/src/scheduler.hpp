@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <span>
 #include <string>
@@ -98,6 +99,8 @@ class Scheduler final {
   CommittedPointer commit(std::int64_t step, std::span<const Token> token_ids,
                           std::span<const std::uint8_t> stop);
   bool abort(std::int64_t number);
+  // Evicts every cached page that no request holds, leaves first. What a request holds stays.
+  Cleared clear_cache();
 
   Stats stats() const noexcept;
   bool idle() const noexcept;  // nothing to plan and nothing in flight
@@ -110,6 +113,9 @@ class Scheduler final {
   void set_recording(bool on) noexcept { control_.set_recording(on); }
   std::vector<Event> take_events() noexcept { return control_.take_events(); }
   std::vector<TraceStep> take_trace() noexcept { return control_.take_trace(); }
+  void set_recording_kv(bool on) noexcept { control_.set_recording_kv(on); }
+  std::vector<KvEvent> take_kv_events() noexcept { return control_.take_kv_events(); }
+  std::map<PageId, Prefix> prefixes() const { return control_.prefixes(); }
 
  private:
   static constexpr std::int32_t kOverlapMax = 64;

@@ -19,7 +19,21 @@ using namespace tokenspeed;
     }                                                                                      \
   } while (false)
 
-// Submits, plans, completes and aborts at random; then lets everything end.
+// What somebody knows of the prefix index who only hears of it.
+void follow(const KvEvent& event, std::map<PageId, Prefix>& told, unsigned seed) {
+  if (event.action == "Clear") {
+    REQUIRE(told.empty());
+  } else if (event.action == "Evict") {
+    REQUIRE(told.erase(event.page) == 1);
+  } else {
+    REQUIRE(!told.contains(event.page));
+    Prefix prefix = event.parent < 0 ? Prefix{event.salt, {}} : told.at(event.parent);
+    prefix.tokens.insert(prefix.tokens.end(), event.tokens.begin(), event.tokens.end());
+    told[event.page] = std::move(prefix);
+  }
+}
+
+// Submits, plans, completes, aborts and clears at random; then lets everything end.
 void run(unsigned seed) {
   std::mt19937 random(seed);
   const auto upto = [&](int n) {
@@ -35,8 +49,17 @@ void run(unsigned seed) {
   config.prefix_cache = upto(4) > 0;
   REQUIRE(Scheduler::invalid(config).empty());
   Scheduler scheduler(config);
+  scheduler.set_recording_kv(true);
   std::deque<PlanPointer> launched;
   std::int64_t number = 0;
+
+  // What is told of the prefix index, in order, is what is in it.
+  std::map<PageId, Prefix> told;
+  const auto check = [&] {
+    REQUIRE(scheduler.check().empty());
+    for (const KvEvent& event : scheduler.take_kv_events()) follow(event, told, seed);
+    REQUIRE(told == scheduler.prefixes());
+  };
 
   const auto complete = [&] {
     const auto plan = std::move(launched.front());
@@ -49,11 +72,11 @@ void run(unsigned seed) {
     }
     REQUIRE(!scheduler.commit(plan->step + 1, tokens, stop)->error.empty());
     REQUIRE(scheduler.commit(plan->step, tokens, stop)->error.empty());
-    REQUIRE(scheduler.check().empty());
+    check();
   };
 
   for (int turn = 0; turn < 300; ++turn) {
-    switch (upto(6)) {
+    switch (upto(7)) {
       case 0:
       case 1: {
         std::vector<Token> prompt(static_cast<std::size_t>(1 + upto(20)), upto(2));
@@ -68,10 +91,16 @@ void run(unsigned seed) {
       case 3:
         if (!launched.empty()) complete();
         break;
+      case 4:
+        if (upto(4) > 0) break;
+        REQUIRE(scheduler.stats().pages_cached == scheduler.clear_cache().evicted);
+        REQUIRE(scheduler.stats().pages_cached == 0);
+        REQUIRE(scheduler.clear_cache().held == std::ssize(scheduler.prefixes()));
+        break;
       default:
         if (auto plan = scheduler.plan()) launched.push_back(std::move(plan));
     }
-    REQUIRE(scheduler.check().empty());
+    check();
   }
   if (upto(8) == 0) return;  // torn down with work in flight
   for (int turn = 0; !scheduler.idle(); ++turn) {
@@ -82,6 +111,10 @@ void run(unsigned seed) {
   }
   const Stats stats = scheduler.stats();
   REQUIRE(stats.pages_free + stats.pages_cached == stats.pages_total);
+  const Cleared cleared = scheduler.clear_cache();
+  REQUIRE(cleared.evicted == stats.pages_cached && cleared.held == 0);
+  REQUIRE(scheduler.stats().pages_free == stats.pages_total);
+  check();
 }
 
 }  // namespace

@@ -111,6 +111,9 @@ class Scheduler:
     def abort(self, number: int) -> bool:
         """End a request in whatever state; False if it is unknown or ending already."""
 
+    def clear_cache(self) -> tuple[int, int]:
+        """Evict every cached page that no request holds: pages that went, pages that are held."""
+
     def tokens(self, number: int) -> Sequence[int] | None:
         """Prompt and accepted output of a live request."""
 
@@ -137,6 +140,19 @@ class Scheduler:
 
     def events(self) -> list[tuple[str, int, int, str, str]]:
         """Moves since the last call: (action, number, incarnation, from, to)."""
+
+    def record_kv(self, on: bool) -> None:
+        """Keep what enters and leaves the prefix cache for `kv_events`, from now on."""
+
+    def kv_events(self) -> list[tuple[str, int, int, str, tuple[int, ...]]]:
+        """That, in order, since the last call: (action, page, parent, salt, tokens of the page).
+
+        Of a Publish, `parent` is the page before, or -1 for a first one, which alone has the salt.
+        An Evict has a page alone; a Clear has nothing, and follows the last Evict.
+        """
+
+    def prefixes(self) -> dict[int, tuple[str, tuple[int, ...]]]:
+        """The prefix cache, for checks: page -> (salt, tokens of it and of all before it)."""
 
 Row: TypeAlias = tuple[int, int, int, bool]
 """(number, first position, tokens, samples): the work of one request in a step."""

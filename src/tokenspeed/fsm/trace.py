@@ -171,6 +171,11 @@ class _TracedScheduler(Scheduler):
         self._tell()
         return found
 
+    def clear_cache(self) -> tuple[int, int]:
+        found = super().clear_cache()
+        self._tell()
+        return found
+
     def _tell(self) -> None:
         steps = self.trace()
         self.events()  # kept beside the trace; nobody else asks for them here
