@@ -8,11 +8,16 @@ a page that was freed too early, mapped twice, or matched wrongly shows at once.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from functools import cache
 
+import msgspec
 import numpy as np
 
 from tokenspeed._core import Plan, Scheduler
+from tokenspeed.fsm.kv_adapters import ADAPTERS, EventBatch
+from tokenspeed.fsm.kv_events import Batch, Clear, Evict, Publish
+from tokenspeed.fsm.kv_log import Noted, Pages, page_hash
 from tokenspeed.fsm.monitor import Monitor
 
 Cell = tuple[str, tuple[int, ...]]
@@ -41,6 +46,47 @@ class Client:
         return tokens[len(self.prompt) :]
 
 
+@cache
+def key(salt: str, tokens: tuple[int, ...], size: int) -> str:
+    """The key of the page that these tokens end with, as the monitor reads it."""
+    before = None
+    for at in range(0, len(tokens), size):
+        before = page_hash(before, tokens[at : at + size], "" if at else salt)
+    assert before is not None
+    return msgspec.json.decode(msgspec.json.encode(before), type=str)
+
+
+class Listener:
+    """Who knows of the prefix cache what the KV events say, as a file has them, and no more."""
+
+    def __init__(self, page_size: int) -> None:
+        self.page_size = page_size
+        self.pages = Pages()
+        self.prefixes: dict[Hashable, tuple[object, ...]] = {}
+
+    def hear(self, noted: Iterable[Noted]) -> None:
+        line = msgspec.json.encode(EventBatch(ts=0.0, events=[*self.pages.tell(noted)]))
+        for event in ADAPTERS["tokenspeed"].read(msgspec.json.decode(line)):
+            match event:
+                case Publish(parent=parent, tokens=tokens):
+                    assert event.key not in self.prefixes
+                    assert tokens is not None
+                    above = () if parent is None else self.prefixes[parent]
+                    self.prefixes[event.key] = (*above, *tokens)
+                case Evict():
+                    del self.prefixes[event.key]
+                case Clear():
+                    self.prefixes.clear()
+                case Batch():
+                    pass
+
+    def check(self, there: Mapping[int, tuple[str, tuple[int, ...]]]) -> None:
+        """What was heard is what is there: every key, and what it stands for."""
+        found = {key(salt, tokens, self.page_size): tokens for salt, tokens in there.values()}
+        assert len(found) == len(there), "two pages have one key"
+        assert self.prefixes == found
+
+
 class World:
     """A scheduler, its clients, and an executor that checks what it is told to do."""
 
@@ -48,6 +94,8 @@ class World:
         self.config = {"waiting_max": 1000, "context_max": 1000, **config}
         self.scheduler = Scheduler(**self.config)  # type: ignore[arg-type]
         self.scheduler.record(True)
+        self.scheduler.record_kv(True)
+        self.listener = Listener(config["page_size"])
         self.monitor = Monitor()
         self.clients: dict[int, Client] = {}
         self.cells: dict[tuple[int, int], Cell] = {}
@@ -69,6 +117,13 @@ class World:
         if ended:
             self.clients[number].aborted = True
         return ended
+
+    def clear_cache(self) -> None:
+        cached = self.scheduler.stats().pages_cached
+        evicted, held = self.scheduler.clear_cache()
+        assert (evicted, held) == (cached, len(self.scheduler.prefixes()))
+        assert self.scheduler.stats().pages_cached == 0
+        self.check()
 
     def launch(self) -> bool:
         plan = self.scheduler.plan()
@@ -133,6 +188,8 @@ class World:
     def check(self) -> None:
         assert self.scheduler.check() == []
         self.monitor.feed(self.scheduler.events())
+        self.listener.hear(self.scheduler.kv_events())
+        self.listener.check(self.scheduler.prefixes())
 
     def turn(self) -> bool:
         """Fill the pipeline and complete one step; False when nothing is left to do."""

@@ -54,7 +54,7 @@ class Traced(World):
 
 
 def busy(path: Path, *, overlap: int, pages: int = 6) -> Path:
-    """A short run with shared prefixes, preemption, stops and aborts."""
+    """A short run with shared prefixes, preemption, stops, aborts and clears."""
     world = Traced(path, pages=pages, page_size=2, slots=3, step_tokens=4, overlap=overlap)
     for _ in range(2):
         for number, salt in enumerate(("", "", "other", "")):
@@ -62,7 +62,10 @@ def busy(path: Path, *, overlap: int, pages: int = 6) -> Path:
         for _ in range(5):
             world.turn()
         world.abort(len(world.clients) - 1)
+        world.clear_cache()  # of what nobody holds
+        world.submit([1, 2, 3, 4, 5], 5)
         world.finish()
+    world.clear_cache()
     return world.written()
 
 
@@ -99,6 +102,8 @@ def test_any_run_is_a_behaviour_of_the_spec(
             world.turn()
         if turns == 3:
             world.abort(number)
+        if turns == 4:
+            world.clear_cache()
     world.finish()
     header, steps = read_trace(world.written())
     assert validate(SPECS, header, steps) is None

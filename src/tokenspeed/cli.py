@@ -62,6 +62,7 @@ def _engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--prefix-cache/--no-prefix-cache", help="share KV of equal prefixes"),
         click.option("--threads", type=int, help="torch's CPU threads"),
         click.option("--trace-lifecycle", help="write every step of the lifecycle here, as NDJSON"),
+        click.option("--kv-events", help="write the prefix cache's events here, as vLLM's NDJSON"),
     ]
     for option in reversed(options):
         command = option(command)

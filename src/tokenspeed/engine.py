@@ -20,6 +20,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Self, final
 
@@ -33,6 +34,7 @@ from tokenspeed import models
 from tokenspeed._core import QueueFull
 from tokenspeed.config import DEFAULT_MODEL, EngineConfig
 from tokenspeed.errors import ConfigError, EngineStopped, OverloadedError, RequestError, StepError
+from tokenspeed.fsm.kv_log import make_kv_log
 from tokenspeed.fsm.trace import make_scheduler
 from tokenspeed.plan import Joined, StepPlan, StepResult
 from tokenspeed.request import (
@@ -45,8 +47,8 @@ from tokenspeed.request import (
     Usage,
 )
 from tokenspeed.spmd import Executor, Mesh, Pending
-from tokenspeed.stats import Health, Stats
-from tokenspeed.stream import Stream, deliver, join
+from tokenspeed.stats import Cleared, Health, Stats
+from tokenspeed.stream import Stream, completion, deliver, join, running_loop
 from tokenspeed.text import ChatEncoder, Detokenizer, Tokenizer
 
 __all__ = ["Engine", "Progress"]
@@ -126,6 +128,7 @@ class Engine:
             overlap=config.overlap,
             prefix_cache=config.prefix_cache,
         )
+        self._kv_log = make_kv_log(config.kv_events, self._scheduler, time.time())
         self._executor = Executor(
             model,
             slots=config.slots,
@@ -172,7 +175,7 @@ class Engine:
             ConfigError: a setting is wrong, before weights are read.
             CheckpointError: the model is missing, corrupt or unknown, before memory is taken.
         """
-        report = progress or _silent
+        report = progress or (lambda _phase, _done, _total: None)
         config = attrs.evolve(config or EngineConfig(), **settings)
         if config.device != "cpu" and not torch.cuda.is_available():
             raise ConfigError("device", config.device, "cpu: torch finds no CUDA device here")
@@ -214,7 +217,7 @@ class Engine:
                 )
             self._open += 1
             number = next(self._numbers)
-            stream = Stream(number, self._abort, _running_loop())
+            stream = Stream(number, self._abort, running_loop())
             self._inbox.append(lambda: self._start(number, request, stream))
             self._wake.notify()
         return stream
@@ -238,7 +241,7 @@ class Engine:
         """Generate for each prompt, batched together, in their order. Raises StepError."""
         streams = [self.submit(self._request(p, params)) for p in _prompts(prompts)]
         try:
-            return [_completion(join(list(stream))) for stream in streams]
+            return [completion(join(list(stream))) for stream in streams]
         finally:
             for stream in streams:
                 stream.abort()
@@ -249,7 +252,7 @@ class Engine:
         """`generate` for an event loop."""
         streams = [self.submit(self._request(p, params)) for p in _prompts(prompts)]
         try:
-            return [_completion(join([delta async for delta in stream])) for stream in streams]
+            return [completion(join([delta async for delta in stream])) for stream in streams]
         finally:
             for stream in streams:
                 stream.abort()
@@ -307,6 +310,20 @@ class Engine:
             self._inbox.append(lambda: self._cancel(number))
             self._wake.notify()
 
+    def clear_cache(self) -> Cleared:
+        """Evict the cached pages that no request holds. Waits for the step under way.
+
+        Raises:
+            EngineStopped: the engine has closed, or has failed.
+        """
+        done: Future[tuple[int, int]] = Future()
+        with self._wake:
+            if self._failure is not None or self._closing:
+                raise EngineStopped(self.health().reason)
+            self._inbox.append(lambda: done.set_result(self._scheduler.clear_cache()))
+            self._wake.notify()
+        return Cleared(*done.result())
+
     # --- state ----------------------------------------------------------------------------------
 
     def stats(self) -> Stats:
@@ -357,6 +374,8 @@ class Engine:
             self._wake.notify()
         if self._thread is not threading.current_thread():
             self._thread.join()
+        if self._kv_log is not None:
+            self._kv_log.close(time.time())
         self._executor.close()
 
     def __enter__(self) -> Self:
@@ -412,6 +431,8 @@ class Engine:
         if self._launched:
             plan, numbers, pending = self._launched.popleft()
             self._commit(plan, numbers, pending)
+        if self._kv_log is not None:
+            self._kv_log.tell(time.time())
         self._post()
 
     def _launch(self) -> bool:
@@ -566,17 +587,6 @@ class Engine:
                     stream.abort()
 
 
-def _silent(_phase: str, _done: int, _total: int) -> None:
-    """The progress of nobody watching."""
-
-
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
-
-
 def _prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt, or several, as several."""
     if isinstance(prompts, str):
@@ -584,17 +594,3 @@ def _prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if prompts and isinstance(prompts[0], int):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
-
-
-def _completion(whole: Delta) -> Completion:
-    if whole.finish_reason == "error":
-        raise StepError(whole.error or "the step failed")
-    assert whole.finish_reason is not None
-    assert whole.usage is not None
-    return Completion(
-        text=whole.text,
-        token_ids=whole.token_ids,
-        finish_reason=whole.finish_reason,
-        usage=whole.usage,
-        logprobs=whole.logprobs,
-    )

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from attrs import frozen
 
-__all__ = ["Health", "Stats"]
+__all__ = ["Cleared", "Health", "Stats"]
 
 
 @frozen(kw_only=True)
@@ -29,6 +29,19 @@ class Stats:
     steps: int
     requests_finished: Mapping[str, int]
     transitions: Mapping[tuple[str, str, str], int]
+
+
+@frozen
+class Cleared:
+    """What clearing the prefix cache did.
+
+    Attributes:
+        evicted: pages that are free now.
+        held: cached pages that stay, because requests hold them; they can still be found.
+    """
+
+    evicted: int
+    held: int
 
 
 @frozen(kw_only=True)

@@ -11,9 +11,10 @@ import queue
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Self, final
 
-from tokenspeed.request import Delta
+from tokenspeed.errors import StepError
+from tokenspeed.request import Completion, Delta
 
-__all__ = ["Stream", "deliver", "join"]
+__all__ = ["Stream", "completion", "deliver", "join", "running_loop"]
 
 
 def join(deltas: Sequence[Delta]) -> Delta:
@@ -29,6 +30,29 @@ def join(deltas: Sequence[Delta]) -> Delta:
         usage=last.usage,
         error=last.error,
     )
+
+
+def completion(whole: Delta) -> Completion:
+    """All of a sequence, joined, as one value. Raises StepError if the sequence failed."""
+    if whole.finish_reason == "error":
+        raise StepError(whole.error or "the step failed")
+    assert whole.finish_reason is not None
+    assert whole.usage is not None
+    return Completion(
+        text=whole.text,
+        token_ids=whole.token_ids,
+        finish_reason=whole.finish_reason,
+        usage=whole.usage,
+        logprobs=whole.logprobs,
+    )
+
+
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    """The event loop that the caller is in, if any."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
 
 @final

@@ -1,4 +1,8 @@
-"""Whatever is submitted, aborted, interleaved: right outputs, every page back, legal moves."""
+"""Whatever is submitted, aborted, interleaved: right outputs, every page back, legal moves.
+
+The cache may be cleared at any time; and what the KV events say, replayed from nothing, is what is
+cached, at every step.
+"""
 
 from __future__ import annotations
 
@@ -45,6 +49,10 @@ class Scheduling(RuleBasedStateMachine):
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
         self.world.abort(data.draw(st.sampled_from(sorted(self.world.clients))))
+
+    @rule()
+    def clear_cache(self) -> None:
+        self.world.clear_cache()
 
     @rule()
     def launch(self) -> None:

@@ -370,7 +370,7 @@ def _json(report: Report) -> dict[str, Any]:
 @click.option("--pages", type=click.IntRange(1), help="pages of the device, where known")
 @click.option("--json", "as_json", is_flag=True, help="the report as JSON on stdout")
 def monitor(events: Path, adapter: str, pages: int | None, as_json: bool) -> None:
-    """Check another engine's KV EVENTS (NDJSON or MessagePack) against the page rules."""
+    """Check an engine's KV EVENTS (NDJSON or MessagePack) against the page rules."""
     report = monitor_events(events, ADAPTERS[adapter], pages=pages)
     if as_json:
         click.echo(json.dumps(report.json(), indent=2))

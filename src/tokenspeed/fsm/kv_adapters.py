@@ -13,10 +13,19 @@ from attrs import frozen
 
 from tokenspeed.fsm.kv_events import DEVICE, Adapter, Batch, Clear, Event, Evict, Policy, Publish
 
-__all__ = ["ADAPTERS", "VLLM"]
+__all__ = [
+    "ADAPTERS",
+    "VLLM",
+    "AllBlocksCleared",
+    "BlockRemoved",
+    "BlockStored",
+    "EventBatch",
+]
 
 
-class _BlockStored(msgspec.Struct, tag="BlockStored"):
+class BlockStored(msgspec.Struct, tag="BlockStored", omit_defaults=True):
+    """Pages of a prefix one after the other, the first under `parent_block_hash`."""
+
     block_hashes: list[Any]
     parent_block_hash: Any
     token_ids: list[Any]
@@ -28,18 +37,20 @@ class _BlockStored(msgspec.Struct, tag="BlockStored"):
     group_idx: int | None = None
 
 
-class _BlockRemoved(msgspec.Struct, tag="BlockRemoved"):
+class BlockRemoved(msgspec.Struct, tag="BlockRemoved", omit_defaults=True):
+    """Pages that are not to be found any more."""
+
     block_hashes: list[Any]
     medium: str | None = None
     group_idx: int | None = None
 
 
-class _AllBlocksCleared(msgspec.Struct, tag="AllBlocksCleared"):
-    pass
+class AllBlocksCleared(msgspec.Struct, tag="AllBlocksCleared"):
+    """No page is to be found any more."""
 
 
-class _EventBatch(msgspec.Struct):
-    """`seq` is what recorders add: on the wire the number travels beside the batch."""
+class EventBatch(msgspec.Struct, omit_defaults=True):
+    """What happened at `ts`. `seq` is what recorders add: on the wire it travels beside this."""
 
     ts: float
     events: list[Any]
@@ -48,9 +59,9 @@ class _EventBatch(msgspec.Struct):
 
 
 _TAGS: dict[str, type[msgspec.Struct]] = {
-    "BlockStored": _BlockStored,
-    "BlockRemoved": _BlockRemoved,
-    "AllBlocksCleared": _AllBlocksCleared,
+    "BlockStored": BlockStored,
+    "BlockRemoved": BlockRemoved,
+    "AllBlocksCleared": AllBlocksCleared,
 }
 
 
@@ -80,8 +91,8 @@ class VLLM:
             case {"type": _} | [str(), *_]:
                 record = {"ts": 0.0, "events": [record]}
         if isinstance(record, list):
-            record = dict(zip(_EventBatch.__struct_fields__, record, strict=False))
-        batch = msgspec.convert(record, _EventBatch)
+            record = dict(zip(EventBatch.__struct_fields__, record, strict=False))
+        batch = msgspec.convert(record, EventBatch)
         rank = batch.data_parallel_rank
         yield Batch(batch.seq if number is None else number, "" if rank is None else f"rank {rank}")
         for event in batch.events:
@@ -91,16 +102,16 @@ class VLLM:
         if isinstance(event, list) and event and event[0] in _TAGS:
             names = _TAGS[event[0]].__struct_fields__
             event = {"type": event[0], **dict(zip(names, event[1:], strict=False))}
-        match msgspec.convert(event, _BlockStored | _BlockRemoved | _AllBlocksCleared):
-            case _BlockStored() as stored:
+        match msgspec.convert(event, BlockStored | BlockRemoved | AllBlocksCleared):
+            case BlockStored() as stored:
                 yield from self._stored(stored)
-            case _BlockRemoved() as removed:
+            case BlockRemoved() as removed:
                 for name in removed.block_hashes:
                     yield Evict(_key(name, removed.group_idx), removed.medium or DEVICE)
-            case _AllBlocksCleared():
+            case AllBlocksCleared():
                 yield Clear()
 
-    def _stored(self, event: _BlockStored) -> Iterator[Event]:
+    def _stored(self, event: BlockStored) -> Iterator[Event]:
         """One event stores a run of pages, each under the one before."""
         size, tokens, count = event.block_size, event.token_ids, len(event.block_hashes)
         parent = event.parent_block_hash
@@ -135,4 +146,5 @@ ADAPTERS: Mapping[str, Adapter] = {
     "vllm": VLLM(),
     # The same schema over a radix tree: one node a key, and only leaves are evicted.
     "sglang": VLLM(Policy()),
+    "tokenspeed": VLLM(Policy()),  # our own, from `kv_log`
 }

@@ -1,4 +1,4 @@
-"""`tokenspeed monitor`: another engine's KV events, checked against the page rules of the spec.
+"""`tokenspeed monitor`: an engine's KV events, checked against the page rules of the spec.
 
 Rule: an adapter says what an engine reports, in the vocabulary below; `KVMonitor` alone judges. It
 reports what must be wrong and nothing that only may be: where events are missing (a gap, a line
