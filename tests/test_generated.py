@@ -9,9 +9,10 @@ import subprocess
 from itertools import product
 from pathlib import Path
 
+import attrs
 import pytest
 
-from compiling import CXX, CXX_FLAGS, HEADERS, ROOT, run
+from compiling import CXX, CXX_FLAGS, HEADERS, ROOT, needs, run
 from tokenspeed.fsm import read_lifecycle
 from tokenspeed.fsm.codegen import generate, stale
 from tokenspeed.fsm.emit_cpp import emit_cpp
@@ -206,6 +207,24 @@ def test_deleting_an_edge_breaks_its_user(
     status, errors = compiler(cxx, users(tmp_path / "user.cpp", action), headers=changed)
     assert status != 0
     assert f"{action} is not legal in {edge[0]}" in errors or f"{action} leads from" in errors
+
+
+@needs("g++")
+def test_deleting_an_action_breaks_the_control_plane(tmp_path: Path) -> None:
+    """Print the header without one action after another, and compile what the engine runs on."""
+    control = ROOT / "cpp" / "src" / "control.cpp"
+    status, errors = compiler("g++", control, f"-I{control.parent}")
+    assert status == 0, errors
+
+    lifecycle = read_lifecycle(SPEC)
+    header = tmp_path / "tokenspeed" / "lifecycle.hpp"
+    header.parent.mkdir()
+    for deleted in lifecycle.actions:
+        rest = tuple(action for action in lifecycle.actions if action != deleted)
+        header.write_text(emit_cpp(attrs.evolve(lifecycle, actions=rest)))
+        status, errors = compiler("g++", control, f"-I{control.parent}", headers=tmp_path)
+        assert status != 0
+        assert re.search(rf"'(permit_)?{deleted.name}' is not a member of", errors), errors
 
 
 def without(text: str, action: str, edge: tuple[str, str]) -> str:
