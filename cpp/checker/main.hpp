@@ -85,7 +85,9 @@ class Program {
     try {
       out = search_.run(
           [&](const Search<Model>& search, std::size_t left) { progress(search, left); });
-      if (out.verdict == Verdict::Ok && Model::kLiveness > 0) out = Liveness<Model>(search_).run();
+      if constexpr (Model::kLiveness > 0) {
+        if (out.verdict == Verdict::Ok) out = Liveness<Model>(search_).run();
+      }
     } catch (const Overflow& what) {
       return too_narrow(what);
     } catch (const Undefined& what) {
