@@ -2,30 +2,33 @@
 PYTHON ?= python3
 MODEL ?=
 ARGS ?=
+# Processes that run tests, each with a model of its own in memory: about 1 GB.
+JOBS ?= 2
 
 bin := .venv/bin
 pip := $(bin)/pip --disable-pip-version-check
 # What pip gets in every install: our pins, and warnings as errors in our own builds.
 install := $(pip) install -c constraints.txt -C cmake.define.TOKENSPEED_WERROR=ON
 sources := pyproject.toml constraints.txt CMakeLists.txt $(shell find cpp -type f)
+pytest := $(bin)/python -m pytest -n $(JOBS) --dist loadgroup
 cpp := git ls-files 'cpp/*.hpp' 'cpp/*.cpp' 'cpp/*.c' | grep -v lifecycle.hpp
 
-.PHONY: help serve test check setup lint format codegen wheel clean
+.PHONY: help serve test test-slow setup lint format codegen wheel clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 18
 
 serve: setup ## build, then serve the default model (MODEL=..., ARGS="--port 9000 ...")
 	$(bin)/tokenspeed serve $(MODEL) $(ARGS)
 
-test: lint ## build, then every check and every test
-	$(bin)/python -m pytest -m ''
+test: lint ## build, then every check and every test that takes seconds
+	$(pytest)
 
-check: lint ## build, then every check and the quick tests
-	$(bin)/python -m pytest
+test-slow: .venv/.test .venv/.demo ## the rest: large models, packaging, benches
+	$(pytest) -m slow
 
 setup: .venv/.installed .venv/.demo ## build and install into .venv, with the default model
 

@@ -1,4 +1,4 @@
-"""What every test runs under: one thread of torch, and Hypothesis without a clock.
+"""What every test runs under: one thread of torch, Hypothesis without a clock, and figures printed.
 
 Rule: a test that fails here fails everywhere, so examples are drawn from a fixed seed.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # Read when torch is first imported, which no conftest does. On two cores a second thread slows down
@@ -17,3 +18,10 @@ settings.register_profile(
     "tokenspeed", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("tokenspeed")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what tests measured: a figure is for a reader, since no test may depend on a clock."""
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            terminalreporter.line(f"{name}: {value}")

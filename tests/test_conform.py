@@ -145,9 +145,24 @@ def test_a_part_of_a_graph_proves_nothing(config: str, why: str) -> None:
         conform(LIFECYCLE, SPECS / "tiny.cfg", Settings(states_max=100))
 
 
-def test_options_that_would_do_nothing_are_refused() -> None:
-    assert isinstance(drive("--replay").exception, ConfigError)
-    assert isinstance(drive(LIFECYCLE, "--runtime", "--replay").exception, ConfigError)
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--replay"], "--replay"),
+        ([LIFECYCLE, "--runtime", "--replay"], "--replay"),
+        (["--museum", "--runtime"], "--museum --runtime"),
+        ([LIFECYCLE, "--museum"], "none with --museum"),
+        (["--trace", LIFECYCLE, "--simulate", "5"], "--trace --simulate"),
+        (["--simulate", "5"], "a check of one SPEC"),
+        ([LIFECYCLE, "--simulate", "5", "--svg", "unwritten.svg"], "leave it out to draw"),
+        (["--config", SPECS / "tiny.cfg"], "a SPEC before it"),
+        ([LIFECYCLE, "--config", SPECS / "tiny.cfg", "--record"], "--record"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(words: list[str | Path], named: str) -> None:
+    error = drive(*words).exception
+    assert isinstance(error, ConfigError)
+    assert named in str(error)
 
 
 # --- the mirror, for research -------------------------------------------------------------------
@@ -161,6 +176,9 @@ def test_the_mirror_is_two_pure_functions() -> None:
     assert (start.st["r1"], after.st["r1"]) == ("New", "Waiting")
     assert start.values is before
     assert mirror.step(start, Action("Admit", ("r1",))) == ()
+    with pytest.raises(ConfigError, match="'Admitt'; expected one of Submit, Admit"):
+        mirror.step(start, Action("Admitt", ("r1",)))
+    assert str(after).splitlines()[0] == '/\\ st = ("r1" :> "Waiting" @@ "r2" :> "New")'
     assert mirror.step(start, Action("Submit", ("r1",))) == (after,)
     assert {after: "a state is a key"}[after]
     assert {*map(str, mirror.enabled(after))} == {'Submit("r2")', 'Admit("r1")', 'Abort("r1")'}

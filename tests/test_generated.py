@@ -9,9 +9,10 @@ import subprocess
 from itertools import product
 from pathlib import Path
 
+import attrs
 import pytest
 
-from compiling import CXX, CXX_FLAGS, HEADERS, ROOT, run
+from compiling import CXX, CXX_FLAGS, HEADERS, ROOT, needs, run
 from tokenspeed.fsm import read_lifecycle
 from tokenspeed.fsm.codegen import generate, stale
 from tokenspeed.fsm.emit_cpp import emit_cpp
@@ -172,6 +173,21 @@ def described(action: str) -> dict[str, object]:
     }
 
 
+def users(path: Path, *actions: str) -> Path:
+    """A program that takes every edge of these actions."""
+    world = ROOT / "cpp" / "tests" / "compile_fail" / "world.hpp"
+    taken = "".join(moves(described(action)) for action in actions)
+    path.write_text(USER.replace("{world}", str(world)) + taken)
+    return path
+
+
+@each_compiler
+def test_every_edge_has_a_user(cxx: str, tmp_path: Path) -> None:
+    """The twin of the tests below: as the spec stands, all of it compiles."""
+    status, errors = compiler(cxx, users(tmp_path / "user.cpp", *ACTIONS))
+    assert status == 0, errors
+
+
 @each_compiler
 @pytest.mark.parametrize(
     ("action", "edge"),
@@ -181,12 +197,6 @@ def test_deleting_an_edge_breaks_its_user(
     cxx: str, tmp_path: Path, action: str, edge: tuple[str, str]
 ) -> None:
     """Cut one edge out of a copy of the spec, print the header again, compile against it."""
-    user = tmp_path / "user.cpp"
-    world = ROOT / "cpp" / "tests" / "compile_fail" / "world.hpp"
-    user.write_text(USER.replace("{world}", str(world)) + moves(described(action)))
-    status, errors = compiler(cxx, user)
-    assert status == 0, errors
-
     changed = tmp_path / "changed"
     (changed / "tokenspeed").mkdir(parents=True)
     shutil.copy(SPEC.with_name("VERSION"), changed)
@@ -194,9 +204,27 @@ def test_deleting_an_edge_breaks_its_user(
     lifecycle = read_lifecycle(changed / "Lifecycle.tla")
     assert edge not in next(a.edges for a in lifecycle.actions if a.name == action)
     (changed / "tokenspeed" / "lifecycle.hpp").write_text(emit_cpp(lifecycle))
-    status, errors = compiler(cxx, user, headers=changed)
+    status, errors = compiler(cxx, users(tmp_path / "user.cpp", action), headers=changed)
     assert status != 0
     assert f"{action} is not legal in {edge[0]}" in errors or f"{action} leads from" in errors
+
+
+@needs("g++")
+def test_deleting_an_action_breaks_the_control_plane(tmp_path: Path) -> None:
+    """Print the header without one action after another, and compile what the engine runs on."""
+    control = ROOT / "cpp" / "src" / "control.cpp"
+    status, errors = compiler("g++", control, f"-I{control.parent}")
+    assert status == 0, errors
+
+    lifecycle = read_lifecycle(SPEC)
+    header = tmp_path / "tokenspeed" / "lifecycle.hpp"
+    header.parent.mkdir()
+    for deleted in lifecycle.actions:
+        rest = tuple(action for action in lifecycle.actions if action != deleted)
+        header.write_text(emit_cpp(attrs.evolve(lifecycle, actions=rest)))
+        status, errors = compiler("g++", control, f"-I{control.parent}", headers=tmp_path)
+        assert status != 0
+        assert re.search(rf"'(permit_)?{deleted.name}' is not a member of", errors), errors
 
 
 def without(text: str, action: str, edge: tuple[str, str]) -> str:

@@ -9,7 +9,7 @@ import pytest
 from tokenspeed.errors import ConfigError
 from tokenspeed.fsm import compiled
 from tokenspeed.fsm.check import Settings
-from tokenspeed.fsm.museum import Exhibit, guards, read_museum, try_exhibit, try_guard
+from tokenspeed.fsm.museum import Exhibit, Guard, guards, read_museum, try_exhibit, try_guard
 from tokenspeed.fsm.steps import changes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,7 +46,7 @@ def test_guards_are_found_where_they_stand() -> None:
 
 
 def test_survivors_are_guards_of_today() -> None:
-    """`tokenspeed check --museum` deletes them all; here is that the list is not stale."""
+    """`make test-slow` deletes them all; here is that the list is not stale."""
     assert MUSEUM.survivors.keys() <= {guard.name for guard in GUARDS}
 
 
@@ -63,6 +63,13 @@ def test_a_deleted_guard_is_missed(name: str, violated: str) -> None:
     report = try_guard(SPECS, MUSEUM, "Lifecycle.tla", guard, Settings(), quiet)
     assert report is not None
     assert report.violated == violated
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("guard", GUARDS, ids=lambda guard: guard.name)
+def test_every_guard_is_missed_or_its_absence_is_explained(guard: Guard) -> None:
+    report = try_guard(SPECS, MUSEUM, "Lifecycle.tla", guard, Settings(), quiet)
+    assert (report is None) == (guard.name in MUSEUM.survivors)
 
 
 def test_an_exhibit_that_no_longer_fits_says_so() -> None:

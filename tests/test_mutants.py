@@ -34,7 +34,7 @@ Submit r1,Submit r2,Submit r3,Admit r1,Acquire r1 p1,Admit r2,Acquire r2 p2,Sche
 Complete,Publish r1,Release r1,Admit r3,Preempt r3
 """
 
-pytestmark = needs("g++")
+pytestmark = [needs("g++"), pytest.mark.xdist_group("workshop")]
 
 # Drives the extension that it is given instead of the installed one.
 DRIVE = """

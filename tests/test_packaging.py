@@ -15,6 +15,8 @@ import pytest
 import tokenspeed
 from compiling import CXX_FLAGS, ROOT, needs, run
 
+pytestmark = pytest.mark.xdist_group("packaging")
+
 
 @pytest.fixture(scope="module")
 def outside(tmp_path_factory: pytest.TempPathFactory) -> Path:

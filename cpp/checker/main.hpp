@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
+#include <functional>
 #include <string_view>
 
 #include "liveness.hpp"
@@ -84,7 +85,9 @@ class Program {
     try {
       out = search_.run(
           [&](const Search<Model>& search, std::size_t left) { progress(search, left); });
-      if (out.verdict == Verdict::Ok && Model::kLiveness > 0) out = Liveness<Model>(search_).run();
+      if constexpr (Model::kLiveness > 0) {
+        if (out.verdict == Verdict::Ok) out = Liveness<Model>(search_).run();
+      }
     } catch (const Overflow& what) {
       return too_narrow(what);
     } catch (const Undefined& what) {
@@ -153,6 +156,17 @@ class Program {
                  search.depth(), left);
   }
 
+  // Every type of visitor puts a copy of each action into the program, and these copies are most of
+  // what it takes to compile one. So the search has a type of its own, and all the rest this one.
+  using Label = std::function<void(std::string&)>;
+  using Visitor = std::function<void(int action, const State& after, const Label& label)>;
+
+  static void successors(const State& state, const Visitor& visit) {
+    Model::next(state, [&](int action, const State& after, auto&& label) {
+      visit(action, after, std::ref(label));
+    });
+  }
+
   // --- traces ---
 
   static void step(std::string& json, std::string_view action, const std::string& args,
@@ -170,7 +184,7 @@ class Program {
     State reached = state;
     std::string args;
     int action = 0;
-    Model::next(state, [&](int which, const State& after, auto&& label) {
+    successors(state, [&](int which, const State& after, const Label& label) {
       if (found || !(Search<Model>::key(after, canonical_) == search_.store()[to])) return;
       found = true;
       reached = after;
@@ -217,13 +231,13 @@ class Program {
     const State from = state;
     int at = 0;
     bool told = false;
-    const auto say = [&](int action, const State& after, auto&& label) {
+    const auto say = [&](int action, const State& after, const Label& label) {
       std::string args;
       label(args);
       step(json, Model::kActionNames[action], args, after);
       told = true;
     };
-    Model::next(from, [&](int action, const State& after, auto&& label) {
+    successors(from, [&](int action, const State& after, const Label& label) {
       const bool bad = Model::violated(after) >= 0 || Model::broken_step(from, after) >= 0;
       if (!told && bad && (Model::kGroups > 0 || at == which)) say(action, after, label);
       ++at;
@@ -241,7 +255,7 @@ class Program {
       Model::show(line, state);
       line += ", \"steps\": [";
       bool comma = false;
-      Model::next(state, [&](int action, const State& after, auto&& label) {
+      successors(state, [&](int action, const State& after, const Label& label) {
         const Index to = search_.store().find(Search<Model>::key(after, canonical_));
         if (to == kNone) return;
         line += comma ? ", [" : "[";
@@ -278,6 +292,7 @@ class Program {
     std::vector<State> starts;
     std::string violated, result = "ok";
     std::vector<int> choices;
+    std::vector<std::pair<int, State>> following;
     State start{};
     try {
       Model::initial([&](const State& state) { starts.push_back(state); });
@@ -287,15 +302,19 @@ class Program {
         State state = start = starts[random.next() % starts.size()];
         for (int depth = 0; depth < options_.walk_depth && violated.empty(); ++depth) {
           const std::uint64_t pick = random.next();
-          const int count = successors(state);
-          if (count == 0) {
+          following.clear();
+          successors(state, [&](int action, const State& after, const Label&) {
+            following.emplace_back(action, after);
+          });
+          if (following.empty()) {
             if (Model::kCheckDeadlock) violated = result = "deadlock";
             break;
           }
-          const int chosen = static_cast<int>(pick % static_cast<std::uint64_t>(count));
-          choices.push_back(chosen);
+          const std::size_t chosen = pick % following.size();
+          choices.push_back(static_cast<int>(chosen));
           const State before = state;
-          const int action = advance(state, chosen);
+          const int action = following[chosen].first;
+          state = following[chosen].second;
           ++generated;
           ++actions[static_cast<std::size_t>(action)];
           // A state of a behaviour must be one that the search could hold: bounds are checked here.
@@ -333,19 +352,14 @@ class Program {
     return 0;
   }
 
-  static int successors(const State& state) {
-    int count = 0;
-    Model::next(state, [&](int, const State&, auto&&) { ++count; });
-    return count;
-  }
-  static int advance(State& state, int chosen, std::string* args = nullptr) {
+  static int advance(State& state, int chosen, std::string& args) {
     int at = 0, action = 0;
     const State from = state;
-    Model::next(from, [&](int which, const State& after, auto&& label) {
+    successors(from, [&](int which, const State& after, const Label& label) {
       if (at++ != chosen) return;
       state = after;
       action = which;
-      if (args) label(*args);
+      label(args);
     });
     return action;
   }
@@ -353,7 +367,7 @@ class Program {
     step(json, "", "", state);
     for (int chosen : choices) {
       std::string args;
-      const int action = advance(state, chosen, &args);
+      const int action = advance(state, chosen, args);
       step(json, Model::kActionNames[action], args, state);
     }
   }

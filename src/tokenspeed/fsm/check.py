@@ -193,7 +193,12 @@ def _interpreted(model: Model, settings: Settings) -> Report:
     wants |= {"CONSTRAINT": config.constraints or config.action_constraints}
     for keyword, asked in wants.items():
         if asked:
-            why = f"{keyword} wants the compiled checker: install g++ or clang++, or set CXX"
+            remedy = (
+                "install g++ or clang++, or set CXX"
+                if compiled.compiler() is None
+                else "leave out --engine interpreter"
+            )
+            why = f"{keyword} wants the compiled checker: {remedy}"
             raise SpecError(config.path, 1, 1, why)
     report, _ = explore(model, settings.states_max)
     if settings.engine == "auto":

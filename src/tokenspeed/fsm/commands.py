@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -87,14 +87,13 @@ def check(
 ) -> None:
     """Model check SPEC; without one, every model of the manifest."""
     how = Settings(**settings)
+    modes = {"--trace": trace, "--museum": museum, "--runtime": runtime, "--simulate": walks}
+    of_one = {"--replay": replay, "--sequence": sequence, "--svg": svg, "--dot": dot}
+    _refuse_idle(_given(modes), _given(of_one), spec, config, record)
     if trace is not None:
         sys.exit(_judge(trace, as_json))
     if museum:
         sys.exit(_visit_museum(how, as_json))
-    of_one = {"--replay": replay, "--sequence": sequence, "--svg": svg, "--dot": dot}
-    given = ", ".join(name for name, value in of_one.items() if value)
-    if given and (spec is None or runtime):
-        raise ConfigError(given, "given", "a check of one SPEC, without --runtime")
     if spec is None and runtime:
         sys.exit(_drive(_with_graph(), how, as_json=as_json, record=record))
     if spec is None:
@@ -118,9 +117,39 @@ def check(
     _tell(report)
     _draw_sequence(spec, report, sequence)
     _draw_graph(spec, config, how, report, svg, dot)
-    if replayed:
+    if replay:
         _tell_replay(report, replayed)
     sys.exit({"ok": 0, "error": 2}.get(report.result, 1))
+
+
+def _given(options: Mapping[str, object]) -> list[str]:
+    return [name for name, value in options.items() if value]
+
+
+def _refuse_idle(
+    modes: list[str], of_one: list[str], spec: Path | None, config: Path | None, record: bool
+) -> None:
+    """Refuse options that would do nothing.
+
+    Raises:
+        ConfigError: two questions at once, or an option that the question has no use for.
+    """
+    if len(modes) > 1:
+        raise ConfigError("mode", " ".join(modes), "one of them")
+    if config is not None and spec is None:
+        raise ConfigError("--config", str(config), "a SPEC before it, which it configures")
+    if spec is not None and modes in (["--trace"], ["--museum"]):
+        raise ConfigError(
+            "SPEC", str(spec), f"none with {modes[0]}, which is about specs/Lifecycle"
+        )
+    if spec is None and modes == ["--simulate"]:
+        raise ConfigError("--simulate", "no SPEC", "a check of one SPEC")
+    if of_one and (spec is None or modes == ["--runtime"]):
+        raise ConfigError(", ".join(of_one), "given", "a check of one SPEC, without --runtime")
+    if modes == ["--simulate"] and {"--svg", "--dot"} & {*of_one}:
+        raise ConfigError("--simulate", "random behaviours", "all states; leave it out to draw")
+    if record and (spec is not None or modes not in ([], ["--runtime"])):
+        raise ConfigError("--record", "given", "a check of the whole manifest, without SPEC")
 
 
 def _draw_sequence(spec: Path, report: Report, file: TextIO | None) -> None:
@@ -138,8 +167,6 @@ def _draw_graph(
     """The states that a check has seen, as the pictures that are asked for."""
     if svg is None and dot is None:
         return
-    if report.distinct == 0:
-        raise ConfigError("--simulate", "random behaviours", "all states; leave it out to draw")
     if svg is not None:
         refuse_large(report.distinct)
     graph = read_state_graph(spec, config, how, report)
@@ -188,8 +215,11 @@ def _drive(models: list[Driven], how: Settings, *, as_json: bool, record: bool) 
     return 1 if bad else 0
 
 
-def _tell_replay(report: Report, found: Replayed) -> None:
-    """What the real control plane made of a counterexample."""
+def _tell_replay(report: Report, found: Replayed | None) -> None:
+    """What the real control plane made of a counterexample, if there is one."""
+    if found is None:
+        _screen.print("no counterexample, so nothing was replayed", style="yellow")
+        return
     said = f"the runtime took {found.steps} steps as told"
     end = "all of them" if report.loop is None else "once round the loop"
     text = f"{said}, then {found.why}" if found.why else f"{said}: {end}"
@@ -323,9 +353,9 @@ def _tell(report: Report) -> None:
         f"[bold {colour}]{report.result}[/]"
         + (f": {report.violated}" if report.violated else ""), highlight=False,
     )  # fmt: skip
+    states = f", {report.distinct:,} distinct, depth {report.depth}" if report.distinct else ""
     _screen.print(
-        f"{report.generated:,} generated, {report.distinct:,} distinct, depth {report.depth}, "
-        f"{report.seconds:.2f} CPU s ({report.engine})",
+        f"{report.generated:,} generated{states}, {report.seconds:.2f} CPU s ({report.engine})",
         highlight=False,
     )
     if report.dead and report.result == "ok":

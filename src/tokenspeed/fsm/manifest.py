@@ -27,7 +27,7 @@ class Recorded:
     Attributes:
         result: `ok`, or `invariant`, `liveness` or `deadlock` for a model that must fail.
         violated: the property that a model that must fail breaks.
-        slow: more than a few seconds; `make test` leaves it to `tokenspeed check`.
+        slow: more than a few seconds; `make test` leaves it to `make test-slow`.
         runtime: the engine has what the model says; if not, the model runs ahead of it.
         graph: `Graph.digest` of what can be seen of it: the compiled model's, the mirror's and the
             runtime's, which tests compare.

@@ -12,6 +12,7 @@ from typing import final
 from attrs import field, frozen
 from transitions import Machine
 
+from tokenspeed.errors import ConfigError
 from tokenspeed.fsm.generated import ACTIONS, EDGES, OWNS, SPEC, STATES
 from tokenspeed.fsm.model import Model, load_model
 from tokenspeed.fsm.values import Value, show
@@ -32,6 +33,11 @@ class State:
         if name.startswith("__") or name not in self.variables:
             raise AttributeError(f"the spec has no variable {name}; it has {self.variables}")
         return self.values[self.variables.index(name)]
+
+    def __str__(self) -> str:
+        """As TLA+ writes it, a line a variable."""
+        pairs = zip(self.variables, self.values, strict=True)
+        return "\n".join(f"/\\ {name} = {show(value)}" for name, value in pairs)
 
 
 @frozen
@@ -65,11 +71,13 @@ class Mirror:
     Attributes:
         initial: the states that a behaviour may start in.
         variables: in the spec's order.
+        actions: by name, in the spec's order.
     """
 
     def __init__(self, model: Model) -> None:
         evaluator, config = model.evaluator, model.config
         self.variables = evaluator.variables
+        self.actions = evaluator.action_names(evaluator.definition(config.next).body)
         self._successors = evaluator.successors(config.next)
         self._invariants = {name: evaluator.predicate(name) for name in config.invariants}
         self.initial = tuple(State(self.variables, s) for s in evaluator.initial(config.init))
@@ -96,7 +104,13 @@ class Mirror:
 
     def step(self, state: State, action: Action) -> tuple[State, ...]:
         """Where an action leads: nowhere if it is not enabled, to several states if it leaves a
-        choice (`Complete` chooses who stops)."""
+        choice (`Complete` chooses who stops).
+
+        Raises:
+            ConfigError: the spec has no action of that name.
+        """
+        if action.name not in self.actions:
+            raise ConfigError("action", action.name, f"one of {', '.join(self.actions)}")
         return tuple(after for taken, after in self.steps(state) if taken == action)
 
     def broken(self, state: State) -> tuple[str, ...]:
