@@ -15,7 +15,7 @@ from tokenspeed.fsm.check import explore, state_graph
 from tokenspeed.fsm.evaluate import State
 from tokenspeed.fsm.generated import STATES
 from tokenspeed.fsm.manifest import Recorded, read_manifest
-from tokenspeed.fsm.model import Model, load_model
+from tokenspeed.fsm.model import Model, load_model, parse_config
 from tokenspeed.fsm.values import ordered
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,6 +44,14 @@ def test_every_state_and_every_way_has_a_model_that_reaches_it() -> None:
     reached = {m.violated for m in MODELS if m.result == "invariant"}
     assert {f"Never{state}" for state in STATES if state != "New"} <= reached
     assert {"NeverResumed", "NeverTwoHolders", "NeverEvicted", "NeverFull"} <= reached
+
+
+def test_every_model_that_must_hold_asks_for_the_same_safety() -> None:
+    """None leaves out an invariant, or that what drains stays drained."""
+    lifecycle = [m for m in MODELS if m.spec == "MCLifecycle.tla" and m.result == "ok"]
+    configs = {m.name: parse_config(SPECS / m.config) for m in lifecycle}
+    assert {name for name, c in configs.items() if "DrainOnly" not in c.properties} == set()
+    assert len({c.invariants for c in configs.values()}) == 1
 
 
 def test_the_interpreter_agrees_with_the_record() -> None:
