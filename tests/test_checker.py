@@ -408,6 +408,8 @@ def test_broken_specs_are_refused_with_their_place(
         ("x' = SubSeq(x, Head(x), Len(x) - 1)", "Head of an empty sequence"),
         ("x' = <<1 \\div (Head(x) - 1)>>", "divi"),
         ("x' = <<CHOOSE y \\in {1, 2} : y > 2>>", "CHOOSE"),
+        ("x' = <<CASE x[1] > 1 -> 1 [] x[1] < 1 -> 2>>", "no arm of this CASE"),
+        ("CASE x[1] > 1 -> x' = x [] x[1] < 1 -> x' = x", "no arm of this CASE"),
     ],
 )
 def test_what_has_no_value_is_an_error_with_its_place(

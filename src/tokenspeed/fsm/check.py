@@ -16,8 +16,7 @@ from attrs import field, frozen
 
 from tokenspeed.errors import SpecError
 from tokenspeed.fsm import compiled
-from tokenspeed.fsm.core import Node
-from tokenspeed.fsm.emit_model import read_model, walk
+from tokenspeed.fsm.emit_model import read_model
 from tokenspeed.fsm.evaluate import Label, State
 from tokenspeed.fsm.model import Model, load_model
 from tokenspeed.fsm.steps import Step
@@ -109,11 +108,7 @@ def check(
     ):
         return _interpreted(model, settings)
     core = read_model(model)
-    if core.symmetric and core.properties.debts:
-        raise SpecError(config, 1, 1, "SYMMETRY with a liveness property is unsound; leave one out")
-    found = compiled.run(core, _options(settings), progress)
-    notes = _symmetry_notes(walk(tuple(a.body for a in core.actions)), core.symmetric)
-    return _report(found, notes)
+    return _report(compiled.run(core, _options(settings), progress), ())
 
 
 def simulate(
@@ -148,20 +143,6 @@ def _report(found: dict[str, Any], notes: tuple[str, ...]) -> Report:
         found["cpu_seconds"], found["actions"], found["violated"], trace, found.get("loop"),
         notes=notes,
     )  # fmt: skip
-
-
-def _symmetry_notes(nodes: list[Node], symmetric: tuple[frozenset[str], ...]) -> tuple[str, ...]:
-    """A CHOOSE among interchangeable names is only sound where the choice is unique."""
-    names = frozenset().union(*symmetric)
-    found = {
-        f"{n.span.path.name}:{n.span.line}:{n.span.column}"
-        for n in nodes
-        if n.op == "choose" and names & n.type.root().names
-    }
-    if not found:
-        return ()
-    places = ", ".join(sorted(found))
-    return (f"CHOOSE among symmetric names is sound only if the choice is unique: {places}",)
 
 
 def state_graph(spec: Path, config: Path, path: Path, settings: Settings | None = None) -> Report:

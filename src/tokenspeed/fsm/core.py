@@ -18,7 +18,7 @@ from tokenspeed.fsm.syntax import Bound, Definition, Expr, Span
 from tokenspeed.fsm.types import Type
 from tokenspeed.fsm.values import BUILTIN, Space, Unlisted, Value, elements
 
-__all__ = ["Closure", "Elaborator", "Local", "Node", "Scope"]
+__all__ = ["Closure", "Elaborator", "Local", "Node", "Scope", "walk"]
 
 
 @define(eq=False)
@@ -41,6 +41,21 @@ class Node:
     def nodes(self) -> tuple[Node, ...]:
         """The arguments that are nodes."""
         return tuple(arg for arg in self.args if isinstance(arg, Node))
+
+
+def walk(node: object) -> list[Node]:
+    """A node, or a tuple of them, and all below."""
+    found: list[Node] = []
+    stack: list[object] = [node]
+    while stack:
+        at = stack.pop()
+        if isinstance(at, Node):
+            found.append(at)
+            if at.op != "const":
+                stack.extend(at.args)
+        elif isinstance(at, tuple):
+            stack.extend(at)
+    return found
 
 
 @frozen(eq=False)

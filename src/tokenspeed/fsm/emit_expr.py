@@ -6,11 +6,13 @@ does with it, and a test holds the two state graphs together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import final
 
-from tokenspeed.fsm.core import Local, Node
+from tokenspeed.fsm.core import Local, Node, walk
 from tokenspeed.fsm.cpp_types import CppTypes
+from tokenspeed.fsm.evaluate import NO_ARM
+from tokenspeed.fsm.symmetry import mentions
 from tokenspeed.fsm.syntax import Span
 from tokenspeed.fsm.types import Type
 from tokenspeed.fsm.values import ordered
@@ -132,7 +134,7 @@ class Expressions:
 
     def _case(self, node: Node) -> str:
         args = node.nodes()
-        where = self.where(node.span, "no arm of this CASE holds; add OTHER")
+        where = self.where(node.span, NO_ARM)
         text = f"(undefined({where}), {self.type(node)}{{}})"
         for test, value in reversed(list(zip(args[::2], args[1::2], strict=True))):
             always = test.op == "const" and test.args[0] is True
@@ -220,9 +222,18 @@ class Expressions:
 
     def _choose(self, node: Node) -> str:
         local, domain, body = node.args
-        inner = self.loop(local, domain, f"if ({self.expr(body)}) return {self.local(local)};\n")
-        where = self.where(node.span, "CHOOSE: no element qualifies")
-        return f"[&]() -> {self.type(node)} {{ {inner} undefined({where}); }}()"
+        name, kind = self.local(local), self.type(node)
+        none = self.where(node.span, "CHOOSE: no element qualifies")
+        if not mentions(node.type, self.types.symmetric):
+            inner = self.loop(local, domain, f"if ({self.expr(body)}) return {name};\n")
+            return f"[&]() -> {kind} {{ {inner} undefined({none}); }}()"
+        only = self.fresh("only")
+        several = self.where(node.span, "CHOOSE: several qualify, so SYMMETRY is unsound")
+        keep = f"if ({self.expr(body)}) {{ if ({only}) undefined({several}); {only} = {name}; }}\n"
+        return (
+            f"[&]() -> {kind} {{ std::optional<{kind}> {only}; {self.loop(local, domain, keep)} "
+            f"if (!{only}) undefined({none}); return *{only}; }}()"
+        )
 
     def _filter(self, node: Node) -> str:
         local, domain, body = node.args
@@ -481,21 +492,8 @@ def _inner(at: Type, step: Node) -> Type:
     return at.fields[str(step.args[0])]
 
 
-def _walk(node: Node) -> Iterator[Node]:
-    yield node
-    for arg in node.args:
-        if isinstance(arg, Node):
-            yield from _walk(arg)
-        elif isinstance(arg, tuple):
-            for part in arg:
-                if isinstance(part, Node):
-                    yield from _walk(part)
-                elif isinstance(part, tuple):
-                    yield from (n for p in part if isinstance(p, Node) for n in _walk(p))
-
-
 def _partial(value: Node) -> bool:
-    for node in _walk(value):
+    for node in walk(value):
         if node.op in _PARTIAL:
             total = node.op == "apply" and node.args[0].type.root().kind in (
                 "fn",

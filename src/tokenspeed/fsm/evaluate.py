@@ -33,7 +33,7 @@ from tokenspeed.fsm.values import (
     updated,
 )
 
-__all__ = ["UNSET", "Evaluator", "Label", "State"]
+__all__ = ["NO_ARM", "UNSET", "Evaluator", "Label", "State"]
 
 State = tuple[Value, ...]
 Env = tuple[Value, ...]
@@ -43,6 +43,7 @@ Label = tuple[str, tuple[Value, ...]]
 Names = tuple[str, ...]
 
 
+NO_ARM = "no arm of this CASE holds; add OTHER"
 _STANDARD: dict[str, Value] = {"Nat": NATURALS, "Int": INTEGERS, "BOOLEAN": BOOLEANS}
 
 
@@ -235,7 +236,7 @@ class Evaluator:
             for test, way in zip(tests, ways, strict=True):
                 if test(s, t, env):
                     return way(s, t, env)
-            return iter(())
+            raise expr.span.error(NO_ARM)
 
         return steps
 
@@ -403,7 +404,7 @@ class Evaluator:
             for test, value in arms:
                 if test(s, t, env):
                     return value(s, t, env)
-            raise expr.span.error("no arm of this CASE holds; add OTHER")
+            raise expr.span.error(NO_ARM)
 
         return run
 
