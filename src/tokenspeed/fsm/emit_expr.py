@@ -20,12 +20,15 @@ from tokenspeed.fsm.values import ordered
 __all__ = ["Expressions"]
 
 _INFIX = {
-    "add": "+", "sub": "-", "mul": "*", "lt": "<", "gt": ">", "le": "<=", "ge": ">=",
-    "union": "|", "intersect": "&", "minus_set": "-",
+    "lt": "<", "gt": ">", "le": "<=", "ge": ">=", "union": "|", "intersect": "&", "minus_set": "-",
+}  # fmt: skip
+_ARITHMETIC = {
+    "add": "sum", "sub": "difference", "mul": "product", "pow": "power", "div": "floor_div",
+    "mod": "floor_mod",
 }  # fmt: skip
 # Constructs whose value may not exist: a LET of one is computed when it is first asked for.
 _PARTIAL = {
-    "choose", "apply", "Head", "Tail", "SubSeq", "case", "div", "mod", "field", "call",
+    "choose", "apply", "Head", "Tail", "SubSeq", "case", "div", "mod", "pow", "field", "call",
 }  # fmt: skip
 
 
@@ -72,6 +75,10 @@ class Expressions:
         if node.op in _INFIX:
             left, right = map(self.expr, node.nodes())
             return f"({left} {_INFIX[node.op]} {right})"
+        if node.op in _ARITHMETIC:
+            left, right = map(self.expr, node.nodes())
+            where = self.where(node.span, f"no value: {node.op} of these numbers")
+            return f"{_ARITHMETIC[node.op]}({left}, {right}, {where})"
         build: Callable[[Node], str] = getattr(self, f"_{node.op}")
         return build(node)
 
@@ -307,21 +314,8 @@ class Expressions:
     # --- numbers --------------------------------------------------------------------------------
 
     def _neg(self, node: Node) -> str:
-        return f"(-{self.expr(node.args[0])})"
-
-    def _div(self, node: Node) -> str:
-        return f"floor_div({self._divided(node)})"
-
-    def _mod(self, node: Node) -> str:
-        return f"floor_mod({self._divided(node)})"
-
-    def _divided(self, node: Node) -> str:
-        left, right = map(self.expr, node.nodes())
-        return f"{left}, {right}, {self.where(node.span, 'division by zero')}"
-
-    def _pow(self, node: Node) -> str:
-        left, right = map(self.expr, node.nodes())
-        return f"power({left}, {right})"
+        where = self.where(node.span, "no value: neg of this number")
+        return f"difference(0, {self.expr(node.args[0])}, {where})"
 
     # --- structure ------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from typing import final
 
 from tokenspeed.errors import SpecError
 from tokenspeed.fsm.syntax import Bound, Definition, Expr, Module
@@ -47,6 +48,11 @@ NO_ARM = "no arm of this CASE holds; add OTHER"
 _STANDARD: dict[str, Value] = {"Nat": NATURALS, "Int": INTEGERS, "BOOLEAN": BOOLEANS}
 
 
+ARITHMETIC = {"add", "sub", "mul", "div", "mod", "pow"}
+# Constructs whose value may not exist: what a name stands for is computed when it is asked for.
+PARTIAL = {"choose", "apply", "case", "div", "mod", "pow", "field", "call", "name"}
+
+
 class _Unset:
     def __repr__(self) -> str:
         return "UNSET"
@@ -54,6 +60,22 @@ class _Unset:
 
 UNSET = _Unset()
 """A variable of the successor that no conjunct has assigned yet."""
+
+
+@final
+class _Lazy:
+    """What a LET or a parameter stands for, computed when it is first asked for."""
+
+    __slots__ = ("_code", "_value")
+
+    def __init__(self, code: Callable[[], Value]) -> None:
+        self._code: Callable[[], Value] | None = code
+        self._value: Value = None
+
+    def __call__(self) -> Value:
+        if self._code is not None:
+            self._value, self._code = self._code(), None
+        return self._value
 
 
 class Evaluator:
@@ -127,8 +149,12 @@ class Evaluator:
 
     def initial(self, name: str) -> list[State]:
         """All states that satisfy the definition `name`, in a fixed order."""
+        return list(self.starts(name))
+
+    def starts(self, name: str) -> Iterator[State]:
+        """The same one by one, repetitions included."""
         steps = self._action(self.definition(name).body, (), prime=False)
-        return list(steps(self._start, self._start, ()))
+        return steps(self._start, self._start, ())
 
     def successors(self, name: str) -> Callable[[State], Iterator[tuple[Label, State]]]:
         """Every way to satisfy the action `name`, labelled with its operator."""
@@ -278,7 +304,7 @@ class Evaluator:
             body = self._action(definition.body, definition.params, prime=prime)
             self._steps[name, prime] = body
         steps = self._steps[name, prime]
-        args = [self._code(arg, names) for arg in expr.exprs()]
+        args = [self._delayed(arg, names) for arg in expr.exprs()]
         self._check_arity(expr, definition, len(args))
         return lambda s, t, env: steps(s, t, tuple(arg(s, t, env) for arg in args))
 
@@ -302,11 +328,13 @@ class Evaluator:
             return code
         if expr.op in INFIX:
             infix, (left, right) = INFIX[expr.op], self._codes(expr, names)
-            if expr.op in ("div", "mod"):
+            if expr.op in ARITHMETIC:
                 return _partial(expr, lambda s, t, env: infix(left(s, t, env), right(s, t, env)))
             return lambda s, t, env: infix(left(s, t, env), right(s, t, env))
         if expr.op in PREFIX:
             prefix, (only,) = PREFIX[expr.op], self._codes(expr, names)
+            if expr.op == "neg":
+                return _partial(expr, lambda s, t, env: prefix(only(s, t, env)))
             return lambda s, t, env: prefix(only(s, t, env))
         raise expr.span.error(f"{expr.op} has no value here; it is temporal, or outside the subset")
 
@@ -317,7 +345,7 @@ class Evaluator:
         name = str(expr.args[0])
         if name in names:
             at = len(names) - 1 - names[::-1].index(name) - len(names)
-            return lambda s, t, env: env[at]
+            return lambda s, t, env: v() if type(v := env[at]) is _Lazy else v
         if name in self._index:
             index = self._index[name]
             return lambda s, t, env: s[index]
@@ -333,21 +361,31 @@ class Evaluator:
 
     def _call(self, expr: Expr, names: Names) -> Code:
         name = str(expr.args[0])
-        args = self._codes(expr, names)
+        if name not in names and name not in self._definitions:
+            return self._builtin(expr, names)
+        args = [self._delayed(arg, names) for arg in expr.exprs()]
         if name in names:
             at = len(names) - 1 - names[::-1].index(name) - len(names)
             return lambda s, t, env: env[at](*(arg(s, t, env) for arg in args))
-        if name not in self._definitions:
-            builtin = BUILTIN.get(name)
-            if builtin is None:
-                raise expr.span.error(f"unknown operator {name}")
-            return _partial(expr, lambda s, t, env: builtin(*(arg(s, t, env) for arg in args)))
         self._check_arity(expr, self._definitions[name], len(args))
         body = self._body(name)
         if len(args) == 1:
             (only,) = args
             return lambda s, t, env: body(s, t, (only(s, t, env),))
         return lambda s, t, env: body(s, t, tuple(arg(s, t, env) for arg in args))
+
+    def _builtin(self, expr: Expr, names: Names) -> Code:
+        builtin, args = BUILTIN.get(str(expr.args[0])), self._codes(expr, names)
+        if builtin is None:
+            raise expr.span.error(f"unknown operator {expr.args[0]}")
+        return _partial(expr, lambda s, t, env: builtin(*(arg(s, t, env) for arg in args)))
+
+    def _delayed(self, expr: Expr, names: Names) -> Code:
+        """What a name is to stand for: a value, or what will compute it if it may not exist."""
+        code = self._code(expr, names)
+        if not _may_fail(expr, names):
+            return code
+        return lambda s, t, env: _Lazy(lambda: code(s, t, env))
 
     def _prime(self, expr: Expr, names: Names) -> Code:
         code = self._code(expr.expr(0), names)
@@ -474,12 +512,12 @@ class Evaluator:
     def _forall(self, expr: Expr, names: Names) -> Code:
         inner, sets = self._bind(expr, names)
         body = self._code(expr.expr(-1), inner)
-        return lambda s, t, env: all(body(s, t, b) for b in _choices(sets, s, t, env, order=False))
+        return lambda s, t, env: all(body(s, t, b) for b in _choices(sets, s, t, env))
 
     def _exists(self, expr: Expr, names: Names) -> Code:
         inner, sets = self._bind(expr, names)
         body = self._code(expr.expr(-1), inner)
-        return lambda s, t, env: any(body(s, t, b) for b in _choices(sets, s, t, env, order=False))
+        return lambda s, t, env: any(body(s, t, b) for b in _choices(sets, s, t, env))
 
     def _choose(self, expr: Expr, names: Names) -> Code:
         inner, sets = self._bind(expr, names)
@@ -497,15 +535,13 @@ class Evaluator:
         inner, sets = self._bind(expr, names)
         test = self._code(expr.expr(-1), inner)
         return lambda s, t, env: frozenset(
-            b[-1] for b in _choices(sets, s, t, env, order=False) if test(s, t, b)
+            b[-1] for b in _choices(sets, s, t, env) if test(s, t, b)
         )
 
     def _map(self, expr: Expr, names: Names) -> Code:
         inner, sets = self._bind(expr, names)
         body = self._code(expr.expr(-1), inner)
-        return lambda s, t, env: frozenset(
-            body(s, t, b) for b in _choices(sets, s, t, env, order=False)
-        )
+        return lambda s, t, env: frozenset(body(s, t, b) for b in _choices(sets, s, t, env))
 
     def _function(self, expr: Expr, names: Names) -> Code:
         inner, sets = self._bind(expr, names)
@@ -514,9 +550,7 @@ class Evaluator:
                 "functions of several arguments are outside the subset; nest them"
             )
         body = self._code(expr.expr(-1), inner)
-        return lambda s, t, env: function(
-            {b[-1]: body(s, t, b) for b in _choices(sets, s, t, env, order=False)}
-        )
+        return lambda s, t, env: function({b[-1]: body(s, t, b) for b in _choices(sets, s, t, env)})
 
     def _let(self, expr: Expr, names: Names) -> Code:
         inner, values = self._locals(expr, names)
@@ -528,8 +562,10 @@ class Evaluator:
         inner, codes = names, []
         for definition in expr.args:
             if isinstance(definition, Definition):
-                body = self._code(definition.body, (*inner, *definition.params))
-                codes.append((body, bool(definition.params)))
+                scope = (*inner, *definition.params)
+                has_params = bool(definition.params)
+                read = self._code if has_params else self._delayed
+                codes.append((read(definition.body, scope), has_params))
                 inner = (*inner, definition.name)
 
         def values(s: State, t: State, env: Env) -> Env:
@@ -540,18 +576,21 @@ class Evaluator:
         return inner, values
 
 
+def _may_fail(expr: Expr, names: Names) -> bool:
+    if expr.op == "name" and expr.args[0] in names:
+        return False
+    return expr.op in PARTIAL or any(_may_fail(part, names) for part in expr.exprs())
+
+
 def _closure(code: Code, s: State, t: State, env: Env) -> Callable[..., Value]:
     """An operator that a LET defines, as a function of its arguments."""
     return lambda *args: code(s, t, (*env, *args))
 
 
-def _choices(
-    sets: list[Code], s: State, t: State, env: Env, *, order: bool = True
-) -> Iterator[Env]:
-    """Every extension of `env` by one element of each set; in a fixed order where it shows."""
+def _choices(sets: list[Code], s: State, t: State, env: Env) -> Iterator[Env]:
+    """Every extension of `env` by one element of each set, in their order."""
     if len(sets) == 1:
-        values = elements(sets[0](s, t, env))
-        return ((*env, v) for v in (ordered(values) if order else values))
+        return ((*env, v) for v in ordered(elements(sets[0](s, t, env))))
     every = [ordered(elements(code(s, t, env))) for code in sets]
     return ((*env, *combination) for combination in itertools.product(*every))
 
@@ -595,7 +634,7 @@ def _partial(expr: Expr, code: Code) -> Code:
     def run(s: State, t: State, env: Env) -> Value:
         try:
             return code(s, t, env)
-        except (LookupError, ZeroDivisionError) as error:
+        except (LookupError, ArithmeticError) as error:
             raise expr.span.error(f"no value: {error}") from error
 
     return run

@@ -309,6 +309,30 @@ def _sub_sequence(s: Value, first: int, last: int) -> Value:
     return s[first - 1 : last]
 
 
+NUMBER_MAX = 2**31 - 1
+
+
+def _number(value: int) -> int:
+    """A number that the standard tools have too: one of 32 bits."""
+    if not -NUMBER_MAX - 1 <= value <= NUMBER_MAX:
+        raise OverflowError(f"{value} is no number of 32 bits")
+    return value
+
+
+def _modulo(a: int, b: int) -> int:
+    if b <= 0:
+        raise ZeroDivisionError(f"{a} % {b}: expected a positive divisor")
+    return a % b
+
+
+def _power(a: int, b: int) -> int:
+    if b < 0 or a == b == 0:
+        raise ArithmeticError(f"{a} ^ {b} has no value")
+    if abs(a) > 1 and b > 31:
+        raise OverflowError(f"{a} ^ {b} is no number of 32 bits")
+    return _number(a**b)
+
+
 INFIX: dict[str, Callable[[Value, Value], Value]] = {
     "eq": _same,
     "ne": operator.ne,
@@ -318,12 +342,12 @@ INFIX: dict[str, Callable[[Value, Value], Value]] = {
     "union": _union,
     "intersect": _intersection,
     "minus_set": _without,
-    "add": operator.add,
-    "sub": operator.sub,
-    "mul": operator.mul,
-    "div": operator.floordiv,
-    "mod": operator.mod,
-    "pow": operator.pow,
+    "add": lambda a, b: _number(a + b),
+    "sub": lambda a, b: _number(a - b),
+    "mul": lambda a, b: _number(a * b),
+    "div": lambda a, b: _number(a // b),
+    "mod": _modulo,
+    "pow": _power,
     "times": _times,
     "lt": operator.lt,
     "gt": operator.gt,
@@ -335,7 +359,7 @@ INFIX: dict[str, Callable[[Value, Value], Value]] = {
 }
 PREFIX: dict[str, Callable[[Value], Value]] = {
     "not": operator.not_,
-    "neg": operator.neg,
+    "neg": lambda a: _number(-a),
     "domain": domain,
     "powerset": _subsets,
     "big_union": lambda sets: frozenset().union(*elements(sets)),
