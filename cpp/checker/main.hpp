@@ -263,16 +263,20 @@ class Program {
       Model::show(line, state);
       line += ", \"steps\": [";
       bool comma = false;
-      successors(state, [&](int action, const State& after, const Label& label) {
-        const Index to = search_.store().find(Search<Model>::key(after, canonical_));
-        if (to == kNone || !Model::step_inside(state, after)) return;
-        line += comma ? ", [" : "[";
-        comma = true;
-        quote(line, Model::kActionNames[action]);
-        line += ", [";
-        label(line);
-        line += "], " + std::to_string(to) + "]";
-      });
+      try {
+        successors(state, [&](int action, const State& after, const Label& label) {
+          const Index to = search_.store().find(Search<Model>::key(after, canonical_));
+          if (to == kNone || !Model::step_inside(state, after)) return;
+          line += comma ? ", [" : "[";
+          comma = true;
+          quote(line, Model::kActionNames[action]);
+          line += ", [";
+          label(line);
+          line += "], " + std::to_string(to) + "]";
+        });
+      } catch (const Undefined&) {
+        // It is the state where the check ended; the verdict says so.
+      }
       line += "]}\n";
       file << line;
     }

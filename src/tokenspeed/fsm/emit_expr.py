@@ -204,6 +204,11 @@ class Expressions:
                 f"for (int {at} = 0; {at} < {len(values)}; ++{at}) {{\n"
                 f"const {kind} {name} = Rank<{kind}>::at({at});\n{body}}}\n"
             )
+        if not self.types.fits(
+            local.type
+        ):  # the set has too many bits, but its members can be told
+            members = ", ".join(self.types.constant(v, local.type, domain.span) for v in values)
+            return f"for (const {kind}& {name} : {{{members}}}) {{\n{body}}}\n"
         return _bits_loop(self.expr(domain), name, kind, body)
 
     def _subsets_loop(self, name: str, kind: str, domain: Node, body: str) -> str:
@@ -271,6 +276,10 @@ class Expressions:
 
     def _big_union(self, node: Node) -> str:
         inner = node.args[0]
+        if inner.op == "set":  # nor need a few sets be put together first
+            return (
+                "(" + " | ".join([f"{self.type(node)}{{}}", *map(self.expr, inner.nodes())]) + ")"
+            )
         if inner.op == "map":  # the set of sets itself may be too large to have
             pairs, body = inner.args
             text = f"out = out | {self.expr(body)};\n"

@@ -117,7 +117,7 @@ class _Reader:
             if expr.op == "name" and body.op in ("or", "exists"):
                 return self._labelled(body, scope, binders)
             args = tuple(self._core.expr(arg, scope) for arg in expr.exprs())
-            return [Labelled(str(expr.args[0]), binders, args, self._core.expr(expr, scope))]
+            return [Labelled(str(expr.args[0]), binders, args, self._core.action(expr, scope))]
         raise expr.span.error(
             "Next is a disjunction of named actions, under \\E if they have arguments"
         )

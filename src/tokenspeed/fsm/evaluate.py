@@ -24,12 +24,15 @@ from tokenspeed.fsm.values import (
     NATURALS,
     PREFIX,
     Function,
+    Unlisted,
     Value,
     apply,
     elements,
     function,
     functions_space,
+    member,
     ordered,
+    product,
     records_space,
     updated,
 )
@@ -76,6 +79,18 @@ class _Lazy:
         if self._code is not None:
             self._value, self._code = self._code(), None
         return self._value
+
+
+@final
+class _Operator:
+    """What a LET with parameters defines: a value and, in an action, the successors."""
+
+    __slots__ = ("code", "env", "steps")
+
+    def __init__(self, code: Code, steps: Steps, env: Env) -> None:
+        self.code = code
+        self.steps = steps
+        self.env = env
 
 
 class Evaluator:
@@ -242,10 +257,12 @@ class Evaluator:
                 return _unchanged(self._changed_variables(expr.expr(0)))
             case "name" | "call" if expr.args[0] in self._definitions and expr.args[0] not in names:
                 return self._operator_steps(expr, names, prime)
+            case "call" if expr.args[0] in names:
+                return self._local_steps(expr, names)
             case "if" | "case":
                 return self._alternatives(expr, names, prime)
             case "let":
-                inner, values = self._locals(expr, names)
+                inner, values = self._locals(expr, names, prime=prime)
                 body = self._action(expr.expr(-1), inner, prime=prime)
                 return lambda s, t, env: body(s, t, values(s, t, env))
         test = self._code(expr, names)
@@ -280,11 +297,10 @@ class Evaluator:
 
         def steps(s: State, t: State, env: Env) -> Iterator[State]:
             value = code(s, t, env)
-            options = ordered(elements(value)) if choose else (value,)
             if t[index] is UNSET:
-                for option in options:
+                for option in ordered(_listed(expr, value)) if choose else (value,):
                     yield (*t[:index], option, *t[index + 1 :])
-            elif t[index] in options:
+            elif member(t[index], value) if choose else t[index] == value:
                 yield t
 
         return steps
@@ -307,6 +323,16 @@ class Evaluator:
         args = [self._delayed(arg, names) for arg in expr.exprs()]
         self._check_arity(expr, definition, len(args))
         return lambda s, t, env: steps(s, t, tuple(arg(s, t, env) for arg in args))
+
+    def _local_steps(self, expr: Expr, names: Names) -> Steps:
+        at = _place(str(expr.args[0]), names)
+        args = [self._delayed(arg, names) for arg in expr.exprs()]
+
+        def steps(s: State, t: State, env: Env) -> Iterator[State]:
+            operator: _Operator = env[at]
+            return operator.steps(s, t, (*operator.env, *(arg(s, t, env) for arg in args)))
+
+        return steps
 
     # --- expressions ----------------------------------------------------------------------------
 
@@ -344,11 +370,10 @@ class Evaluator:
     def _name(self, expr: Expr, names: Names) -> Code:
         name = str(expr.args[0])
         if name in names:
-            at = len(names) - 1 - names[::-1].index(name) - len(names)
+            at = _place(name, names)
             return lambda s, t, env: v() if type(v := env[at]) is _Lazy else v
         if name in self._index:
-            index = self._index[name]
-            return lambda s, t, env: s[index]
+            return self._variable(expr, self._index[name])
         if name in self._constants:
             value = self._constants[name]
             return lambda s, t, env: value
@@ -359,14 +384,28 @@ class Evaluator:
             return lambda s, t, env: standard
         raise expr.span.error(f"unknown name {name}; define it, or give the constant a value")
 
+    def _variable(self, expr: Expr, index: int) -> Code:
+        def read(s: State, t: State, env: Env) -> Value:
+            value = s[index]
+            if value is UNSET:
+                raise expr.span.error(f"{expr.args[0]} is read before it is assigned")
+            return value
+
+        return read
+
     def _call(self, expr: Expr, names: Names) -> Code:
         name = str(expr.args[0])
         if name not in names and name not in self._definitions:
             return self._builtin(expr, names)
         args = [self._delayed(arg, names) for arg in expr.exprs()]
         if name in names:
-            at = len(names) - 1 - names[::-1].index(name) - len(names)
-            return lambda s, t, env: env[at](*(arg(s, t, env) for arg in args))
+            at = _place(name, names)
+
+            def apply_local(s: State, t: State, env: Env) -> Value:
+                operator: _Operator = env[at]
+                return operator.code(s, t, (*operator.env, *(arg(s, t, env) for arg in args)))
+
+            return apply_local
         self._check_arity(expr, self._definitions[name], len(args))
         body = self._body(name)
         if len(args) == 1:
@@ -401,7 +440,13 @@ class Evaluator:
 
     def _unchanged(self, expr: Expr, names: Names) -> Code:
         indexes = self._changed_variables(expr.expr(0))
-        return lambda s, t, env: all(s[i] == t[i] for i in indexes)
+
+        def same(s: State, t: State, env: Env) -> bool:
+            if any(t[i] is UNSET for i in indexes):
+                raise expr.span.error("UNCHANGED is tested before its variables are assigned")
+            return all(s[i] == t[i] for i in indexes)
+
+        return same
 
     def _naturals(self, _expr: Expr, _names: Names) -> Code:
         return lambda s, t, env: NATURALS
@@ -466,6 +511,10 @@ class Evaluator:
             dict(zip(keys, (code(s, t, env) for code in codes), strict=True))
         )
 
+    def _times(self, expr: Expr, names: Names) -> Code:
+        codes = self._codes(expr, names)
+        return lambda s, t, env: product([code(s, t, env) for code in codes])
+
     def _functions(self, expr: Expr, names: Names) -> Code:
         source, target = self._codes(expr, names)
         return lambda s, t, env: functions_space(source(s, t, env), target(s, t, env))
@@ -504,7 +553,7 @@ class Evaluator:
         inner, sets = names, []
         for bound in expr.args:
             if isinstance(bound, Bound):
-                code = self._code(bound.domain, names)
+                code = _listing(bound.domain, self._code(bound.domain, names))
                 inner = (*inner, *bound.names)
                 sets += [code] * len(bound.names)
         return inner, sets
@@ -557,23 +606,35 @@ class Evaluator:
         body = self._code(expr.expr(-1), inner)
         return lambda s, t, env: body(s, t, values(s, t, env))
 
-    def _locals(self, expr: Expr, names: Names) -> tuple[Names, Callable[[State, State, Env], Env]]:
+    def _locals(
+        self, expr: Expr, names: Names, *, prime: bool = True
+    ) -> tuple[Names, Callable[[State, State, Env], Env]]:
         """The names that a LET adds, and what extends the environment by their values."""
-        inner, codes = names, []
+        inner, makers = names, []
         for definition in expr.args:
             if isinstance(definition, Definition):
                 scope = (*inner, *definition.params)
-                has_params = bool(definition.params)
-                read = self._code if has_params else self._delayed
-                codes.append((read(definition.body, scope), has_params))
+                if definition.params:
+                    makers.append(self._operator(definition.body, scope, prime))
+                else:
+                    makers.append(self._delayed(definition.body, scope))
                 inner = (*inner, definition.name)
 
         def values(s: State, t: State, env: Env) -> Env:
-            for code, has_params in codes:
-                env = (*env, _closure(code, s, t, env) if has_params else code(s, t, env))
+            for make in makers:
+                env = (*env, make(s, t, env))
             return env
 
         return inner, values
+
+    def _operator(self, body: Expr, names: Names, prime: bool) -> Code:
+        code, steps = self._code(body, names), self._action(body, names, prime=prime)
+        return lambda s, t, env: _Operator(code, steps, env)
+
+
+def _place(name: str, names: Names) -> int:
+    """Where the value of a bound name stands, from the end of the environment."""
+    return -1 - names[::-1].index(name)
 
 
 def _may_fail(expr: Expr, names: Names) -> bool:
@@ -582,17 +643,23 @@ def _may_fail(expr: Expr, names: Names) -> bool:
     return expr.op in PARTIAL or any(_may_fail(part, names) for part in expr.exprs())
 
 
-def _closure(code: Code, s: State, t: State, env: Env) -> Callable[..., Value]:
-    """An operator that a LET defines, as a function of its arguments."""
-    return lambda *args: code(s, t, (*env, *args))
-
-
 def _choices(sets: list[Code], s: State, t: State, env: Env) -> Iterator[Env]:
     """Every extension of `env` by one element of each set, in their order."""
     if len(sets) == 1:
-        return ((*env, v) for v in ordered(elements(sets[0](s, t, env))))
-    every = [ordered(elements(code(s, t, env))) for code in sets]
+        return ((*env, v) for v in ordered(sets[0](s, t, env)))
+    every = [ordered(code(s, t, env)) for code in sets]
     return ((*env, *combination) for combination in itertools.product(*every))
+
+
+def _listed(expr: Expr, container: Value) -> frozenset[Value]:
+    try:
+        return elements(container)
+    except Unlisted as error:
+        raise expr.span.error(str(error)) from error
+
+
+def _listing(expr: Expr, code: Code) -> Code:
+    return lambda s, t, env: _listed(expr, code(s, t, env))
 
 
 def _sequence(parts: list[Steps]) -> Steps:

@@ -37,6 +37,7 @@ __all__ = [
     "member",
     "order_key",
     "ordered",
+    "product",
     "records_space",
     "show",
     "updated",
@@ -276,11 +277,12 @@ def _subsets(values: Value) -> Value:
     return Space("a SUBSET", test, members)
 
 
-def _times(a: Value, b: Value) -> Value:
+def product(sets: list[Value]) -> Space:
+    """`S \\X T \\X ...`: tuples, an item of each."""
     return Space(
         "a product",
-        lambda v: type(v) is tuple and len(v) == 2 and member(v[0], a) and member(v[1], b),
-        lambda: itertools.product(ordered(elements(a)), ordered(elements(b))),
+        lambda v: type(v) is tuple and len(v) == len(sets) and all(map(member, v, sets)),
+        lambda: itertools.product(*(ordered(elements(each)) for each in sets)),
     )
 
 
@@ -348,7 +350,6 @@ INFIX: dict[str, Callable[[Value, Value], Value]] = {
     "div": lambda a, b: _number(a // b),
     "mod": _modulo,
     "pow": _power,
-    "times": _times,
     "lt": operator.lt,
     "gt": operator.gt,
     "le": operator.le,
