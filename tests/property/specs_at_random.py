@@ -109,7 +109,7 @@ class _Draw:
             case "call":
                 value = self.expr("int", 1)
                 with self.bound("int") as name:
-                    return f"(LET op({name}) == {again()} IN op({value}))"
+                    return f"(LET op{name}({name}) == {again()} IN op{name}({value}))"
         return f"UNCHANGED <<{', '.join(names)}>>"
 
     def assign(self, name: str) -> str:
@@ -145,7 +145,7 @@ class _Draw:
         leaves += [name for name, of in VARIABLES.items() if of == kind]
         leaves += [f"{name}'" for name in sorted(self.assigned) if VARIABLES[name] == kind]
         if depth == 0 or self.dice.random() < 0.15:
-            return self.dice.choice(leaves + self.literals(kind))
+            return self.fill(self.dice.choice(leaves + self.literals(kind)), kind, 0)
         forms = [*_FORMS[kind], *_ANY, *(_PARTIAL[kind] if self.partial else ())]
         return self.fill(self.dice.choice(forms), kind, depth - 1)
 
@@ -181,7 +181,7 @@ _LITERALS = {
     "set": ["{}", "{1, 3}", "(0..2)", "DOMAIN q"],
     "atom": ['"u"', '"v"'],
     "seq": ["<<>>", "<<1>>", "<<0, 5>>"],
-    "fn": ["[a \\in A |-> 2]"],
+    "fn": ["[$x \\in A |-> 2]"],
     "rec": ["[x |-> 2, y |-> TRUE]"],
 }
 _HOLE = re.compile(r"<(int|bool|set|atom|seq|fn|rec|same|digit)>")
@@ -199,7 +199,7 @@ _FORMS = {
         "(<int> + <int>)", "(<int> - <int>)", "(n * <digit>)", "(<int> \\div 3)", "(<int> % 3)",
         "(-<int>)", "f[<atom>]", "<rec>.x", "Cardinality(<set>)", "Len(<seq>)", "Twice(<int>)",
         "Max(<set> \\cup {0})", "<<<int>, <bool>>>[1]", "[r EXCEPT !.x = <int>].x",
-        "(2 ^ (<digit>))", "(LET g($x) == ¦int¦<int> + $x IN g(2) - g(n))",
+        "(2 ^ (<digit>))", "(LET g$x($x) == ¦int¦<int> + $x IN g$x(2) - g$x(n))",
         "Cardinality({$x \\in <set> : ¦int¦<bool>})",
     ],
     "bool": [
@@ -208,7 +208,7 @@ _FORMS = {
         "(<bool> /\\ <bool>)", "(<bool> \\/ <bool>)", "(~<bool>)", "(<bool> => <bool>)",
         "(<bool> <=> <bool>)", "(\\A $x \\in <set> : ¦int¦<bool>)",
         "(\\E $x \\in <set> : ¦int¦<bool>)", "(\\E $x \\in A : ¦atom¦<bool>)",
-        "(\\A $x, y \\in <set> : ¦int¦$x < y \\/ <bool>)", "(<seq> = <seq>)", "(<fn> = <fn>)",
+        "(\\A $x, $xy \\in <set> : ¦int¦$x < $xy \\/ <bool>)", "(<seq> = <seq>)", "(<fn> = <fn>)",
         "(<rec> = <rec>)", "<rec>.y", "(<atom> = <atom>)", "(<int> \\in Nat)", "(<int> \\in Int)",
         "(<fn> \\in [A -> <set>])", "(<set> \\in SUBSET (<set>))", "(<seq> \\in Seq(<set>))",
         "(<rec> \\in [x : <set>, y : BOOLEAN])", "(<<<int>, <bool>>> \\in (<set>) \\X {TRUE})",
@@ -220,14 +220,14 @@ _FORMS = {
         "{$x \\in <set> : ¦int¦<bool>}", "{<digit> : $x \\in 0..2}",
         "{ ($x + <digit>) % 8 : $x \\in s}",
         "((<digit>)..(<digit>))", "(DOMAIN <seq>)", "(UNION {<set>, <set>})",
-        "{f[a] % 8 : a \\in A}",
-        "(UNION {{$x, <digit>} : $x \\in 1..2})", "{p[1] % 8 : p \\in (s \\X BOOLEAN)}",
+        "{f[$x] % 8 : $x \\in A}",
+        "(UNION {{$x, <digit>} : $x \\in 1..2})", "{$x[1] % 8 : $x \\in (s \\X BOOLEAN)}",
     ],
-    "atom": ["(CHOOSE a \\in A : a # <atom>)"],
+    "atom": ["(CHOOSE $x \\in A : $x # <atom>)"],
     "seq": [
         "<<<digit>>>", "<<<digit>, <digit>>>", "Append(Cut(<seq>), <digit>)",
         "(Cut(<seq>) \\o Cut(<seq>))", "Tail(Append(Cut(<seq>), 1))", "SubSeq(Append(q, 1), 1, 1)",
-        "[i \\in 1..2 |-> <digit>]", "[i \\in DOMAIN q |-> (q[i] + <digit>) % 8]",
+        "[$x \\in 1..2 |-> <digit>]", "[$x \\in DOMAIN q |-> (q[$x] + <digit>) % 8]",
         "[<seq> EXCEPT ![1] = <digit>]", "[<seq> EXCEPT ![<int>] = (@ + 1) % 8]",
     ],
     "fn": [
@@ -245,6 +245,6 @@ _PARTIAL: dict[str, list[str]] = {
         "(CHOOSE $x \\in <set> : ¦int¦<bool>)", "(CASE <bool> -> <int> [] <bool> -> <int>)",
         "(2147483647 - <int> + <int>)",
     ],
-    "bool": ["(CASE <bool> -> <bool>)"], "set": [], "atom": ["(CHOOSE a \\in A : <bool>)"],
+    "bool": ["(CASE <bool> -> <bool>)"], "set": [], "atom": ["(CHOOSE $x \\in A : <bool>)"],
     "seq": ["Tail(<seq>)"], "fn": [], "rec": [],
 }  # fmt: skip

@@ -43,15 +43,15 @@ class Node:
         return tuple(arg for arg in self.args if isinstance(arg, Node))
 
 
-def walk(node: object) -> list[Node]:
-    """A node, or a tuple of them, and all below."""
+def walk(node: object, leaves: tuple[str, ...] = ("const",)) -> list[Node]:
+    """A node, or a tuple of them, and all below; but not below the constructs in `leaves`."""
     found: list[Node] = []
     stack: list[object] = [node]
     while stack:
         at = stack.pop()
         if isinstance(at, Node):
             found.append(at)
-            if at.op != "const":
+            if at.op not in leaves:
                 stack.extend(at.args)
         elif isinstance(at, tuple):
             stack.extend(at)

@@ -100,6 +100,7 @@ class _Reader:
             self._model, variables, initial, actions, properties, tuple(fairness), constraints,
             steps, symmetric,
         )  # fmt: skip
+        _refuse_primes(made)
         self._type(made)
         return made
 
@@ -142,6 +143,17 @@ class _Reader:
             unify(node.type, Type("bool"), node.span)
         refuse_distinction(predicates, made.symmetric)
         join(made.symmetric, [*predicates, *roots], made.initial.span)
+
+
+def _refuse_primes(made: CompiledModel) -> None:
+    """Refuse a prime in what is said of one state."""
+    properties = made.properties
+    said: list[Node] = [made.initial, *made.constraints]
+    said += [node for _, node in (*properties.initially, *properties.invariants)]
+    said += [n for d in properties.debts for n in (d.starts, d.owing, d.visited)]
+    for node in walk(tuple(said), leaves=("const", "enabled")):
+        if node.op in ("primed", "unchanged"):
+            raise node.span.error("a prime in what is said of one state; it has no successor")
 
 
 def emit_model(compiled: CompiledModel, bounds: Bounds) -> str:

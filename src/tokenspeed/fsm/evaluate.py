@@ -24,6 +24,7 @@ from tokenspeed.fsm.values import (
     NATURALS,
     PREFIX,
     Function,
+    Space,
     Unlisted,
     Value,
     apply,
@@ -34,6 +35,7 @@ from tokenspeed.fsm.values import (
     ordered,
     product,
     records_space,
+    show,
     updated,
 )
 
@@ -261,6 +263,10 @@ class Evaluator:
                 return self._local_steps(expr, names)
             case "if" | "case":
                 return self._alternatives(expr, names, prime)
+            case "angle_action":
+                step = self._action(expr.expr(0), names, prime=prime)
+                same = self._unchanged(Expr("unchanged", (expr.expr(1),), expr.span), names)
+                return lambda s, t, env: (a for a in step(s, t, env) if not same(s, a, env))
             case "let":
                 inner, values = self._locals(expr, names, prime=prime)
                 body = self._action(expr.expr(-1), inner, prime=prime)
@@ -309,9 +315,11 @@ class Evaluator:
         if expr.op == "tuple":
             return [i for arg in expr.exprs() for i in self._changed_variables(arg)]
         name = str(expr.args[0])
-        if name in self._index:
+        if expr.op == "name" and name in self._index:
             return [self._index[name]]
-        return self._changed_variables(self.definition(name).body)
+        if expr.op == "name" and name in self._definitions:
+            return self._changed_variables(self._definitions[name].body)
+        raise expr.span.error("expected variables, or a tuple of them")
 
     def _operator_steps(self, expr: Expr, names: Names, prime: bool) -> Steps:
         name = str(expr.args[0])
@@ -558,6 +566,14 @@ class Evaluator:
                 sets += [code] * len(bound.names)
         return inner, sets
 
+    def _eq(self, expr: Expr, names: Names) -> Code:
+        left, right = self._codes(expr, names)
+        return lambda s, t, env: _equal(expr, left(s, t, env), right(s, t, env))
+
+    def _ne(self, expr: Expr, names: Names) -> Code:
+        left, right = self._codes(expr, names)
+        return lambda s, t, env: not _equal(expr, left(s, t, env), right(s, t, env))
+
     def _forall(self, expr: Expr, names: Names) -> Code:
         inner, sets = self._bind(expr, names)
         body = self._code(expr.expr(-1), inner)
@@ -651,6 +667,18 @@ def _choices(sets: list[Code], s: State, t: State, env: Env) -> Iterator[Env]:
     return ((*env, *combination) for combination in itertools.product(*every))
 
 
+def _equal(expr: Expr, a: Value, b: Value) -> bool:
+    """Values of two kinds are not compared, names aside: to Python TRUE is 1."""
+    if type(a) is type(b):
+        return bool(a == b)
+    kinds = {type(a), type(b)}
+    if str in kinds or kinds == {tuple, Function}:
+        return False
+    if Space in kinds:
+        return _listed(expr, a) == _listed(expr, b)
+    raise expr.span.error(f"no value: {show(a)} and {show(b)} are compared; they differ in kind")
+
+
 def _listed(expr: Expr, container: Value) -> frozenset[Value]:
     try:
         return elements(container)
@@ -701,7 +729,7 @@ def _partial(expr: Expr, code: Code) -> Code:
     def run(s: State, t: State, env: Env) -> Value:
         try:
             return code(s, t, env)
-        except (LookupError, ArithmeticError) as error:
+        except (LookupError, ArithmeticError, Unlisted) as error:
             raise expr.span.error(f"no value: {error}") from error
 
     return run

@@ -15,7 +15,8 @@ from attrs import field, frozen
 
 from tokenspeed.errors import SpecError
 from tokenspeed.fsm.evaluate import Evaluator
-from tokenspeed.fsm.syntax import Bound, Definition, Expr, Instance, Module, parse_module
+from tokenspeed.fsm.names import check_names
+from tokenspeed.fsm.syntax import Bound, Definition, Expr, Instance, Module, Span, parse_module
 
 __all__ = ["Config", "Model", "load_model", "load_module", "parse_config"]
 
@@ -62,7 +63,7 @@ def _merged(path: Path, seen: set[str]) -> Module:
     module = parse_module(path)
     seen.add(module.name)
     bases = [
-        _merged(_beside(path, name), seen)
+        _merged(_beside(path, name, Span(path, 1, 1)), seen)
         for name in module.extends
         if name not in STANDARD and name not in seen
     ]
@@ -78,11 +79,11 @@ def _merged(path: Path, seen: set[str]) -> Module:
     )
 
 
-def _beside(path: Path, name: str) -> Path:
+def _beside(path: Path, name: str, asked: Span) -> Path:
     found = path.with_name(f"{name}.tla")
     if not found.exists():
         known = ", ".join(STANDARD)
-        raise SpecError(path, 1, 1, f"{name}: expected {found.name} beside it, or {known}")
+        raise asked.error(f"{name}: expected {found.name} beside it, or {known}")
     return found
 
 
@@ -90,7 +91,7 @@ def _instantiated(path: Path, outer: Module, instance: Instance) -> list[Definit
     """The definitions of another module, its parameters replaced, under `name!`."""
     if instance.module in STANDARD:
         return []
-    inner = _merged(_beside(path, instance.module), set())
+    inner = _merged(_beside(path, instance.module, instance.span), set())
     prefix = f"{instance.name}!" if instance.name else ""
     unknown = sorted(set(instance.substitutions) - {*inner.constants, *inner.variables})
     if unknown:
@@ -136,6 +137,7 @@ def _renamed_part(part: object, names: dict[str, str], inner: dict[str, str]) ->
 def load_model(spec: Path, config: Path) -> Model:
     """Bind the constants of `config`, resolve Init and Next, and check the ASSUMEs."""
     module, settings = load_module(spec), parse_config(config)
+    check_names(module)
     names = {d.name: d for d in module.definitions}
     if "SPECIFICATION" in settings.overrides:
         settings = _behaviour(settings, names)

@@ -385,6 +385,8 @@ def _pairs(op: str) -> Callable[[_Reader, Node], Built]:
         parts = [part for part in _code(node) if part.type != "all_map_to"]
         out: list[object] = []
         for name, value in zip(parts[::2], parts[1::2], strict=True):
+            if _text(name) in out:
+                raise reader.refuse(name, "this field is given twice")
             out += [_text(name), reader.expr(value)]
         return op, out
 
@@ -460,6 +462,13 @@ def _parentheses(reader: _Reader, node: Node) -> Built:
     return inner.op, inner.args
 
 
+def _number(reader: _Reader, node: Node) -> Built:
+    value = int(_text(node))
+    if value >= 1 << 31:
+        raise reader.refuse(node, "expected a number of 32 bits, as the standard tools do")
+    return "nat", (value,)
+
+
 _BUILD: dict[str, Callable[[_Reader, Node], Built]] = {
     "conj_list": _items("and"),
     "disj_list": _items("or"),
@@ -490,7 +499,7 @@ _BUILD: dict[str, Callable[[_Reader, Node], Built]] = {
     "step_expr_or_stutter": _several("box_action"),
     "step_expr_no_stutter": _angle,
     "identifier_ref": lambda _reader, node: ("name", (_text(node),)),
-    "nat_number": lambda _reader, node: ("nat", (int(_text(node)),)),
+    "nat_number": _number,
     "boolean": lambda _reader, node: ("bool", (_text(node) == "TRUE",)),
     "string": lambda _reader, node: ("string", (_text(node)[1:-1],)),
     "nat_number_set": lambda _reader, _node: ("naturals", ()),

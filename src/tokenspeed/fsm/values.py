@@ -233,7 +233,13 @@ def updated(fn: Value, path: tuple[Value, ...], change: Callable[[Value], Value]
 
 def member(value: Value, container: Value) -> bool:
     """`value \\in container`, where the container may be a set that is not enumerated."""
-    return container.test(value) if isinstance(container, Space) else value in container
+    if isinstance(container, Space):
+        return container.test(value)
+    if type(value) in (bool, int) and any(type(each) is not type(value) for each in container):
+        return any(
+            type(each) is type(value) and each == value for each in container
+        )  # TRUE is not 1
+    return value in container
 
 
 def _same(a: Value, b: Value) -> bool:
