@@ -10,11 +10,32 @@ yet; `env` holds the values of bound names, innermost last.
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Iterator, Mapping
-from typing import final
 
 from tokenspeed.errors import SpecError
+from tokenspeed.fsm.closures import (
+    UNSET,
+    Code,
+    Env,
+    Label,
+    Lazy,
+    Names,
+    Operator,
+    State,
+    Steps,
+    changed,
+    choices,
+    equal,
+    in_sequence,
+    kept,
+    listed,
+    listing,
+    located,
+    may_fail,
+    place,
+    same,
+    variable,
+)
 from tokenspeed.fsm.syntax import Bound, Definition, Expr, Module
 from tokenspeed.fsm.values import (
     BOOLEANS,
@@ -24,75 +45,22 @@ from tokenspeed.fsm.values import (
     NATURALS,
     PREFIX,
     Function,
-    Space,
-    Unlisted,
     Value,
     apply,
-    elements,
     function,
     functions_space,
     member,
     ordered,
     product,
     records_space,
-    show,
     updated,
 )
 
 __all__ = ["NO_ARM", "UNSET", "Evaluator", "Label", "State"]
 
-State = tuple[Value, ...]
-Env = tuple[Value, ...]
-Code = Callable[[State, State, Env], Value]
-Steps = Callable[[State, State, Env], Iterator[State]]
-Label = tuple[str, tuple[Value, ...]]
-Names = tuple[str, ...]
-
-
 NO_ARM = "no arm of this CASE holds; add OTHER"
 _STANDARD: dict[str, Value] = {"Nat": NATURALS, "Int": INTEGERS, "BOOLEAN": BOOLEANS}
-
-
 ARITHMETIC = {"add", "sub", "mul", "div", "mod", "pow"}
-# Constructs whose value may not exist: what a name stands for is computed when it is asked for.
-PARTIAL = {"choose", "apply", "case", "div", "mod", "pow", "field", "call", "name"}
-
-
-class _Unset:
-    def __repr__(self) -> str:
-        return "UNSET"
-
-
-UNSET = _Unset()
-"""A variable of the successor that no conjunct has assigned yet."""
-
-
-@final
-class _Lazy:
-    """What a LET or a parameter stands for, computed when it is first asked for."""
-
-    __slots__ = ("_code", "_value")
-
-    def __init__(self, code: Callable[[], Value]) -> None:
-        self._code: Callable[[], Value] | None = code
-        self._value: Value = None
-
-    def __call__(self) -> Value:
-        if self._code is not None:
-            self._value, self._code = self._code(), None
-        return self._value
-
-
-@final
-class _Operator:
-    """What a LET with parameters defines: a value and, in an action, the successors."""
-
-    __slots__ = ("code", "env", "steps")
-
-    def __init__(self, code: Code, steps: Steps, env: Env) -> None:
-        self.code = code
-        self.steps = steps
-        self.env = env
 
 
 class Evaluator:
@@ -211,7 +179,7 @@ class Evaluator:
             inner, sets = self._bind(expr, names)
             body = self._labelled(expr.expr(-1), inner)
             return lambda s, t, env: (
-                item for bound in _choices(sets, s, t, env) for item in body(s, t, bound)
+                item for bound in choices(sets, s, t, env) for item in body(s, t, bound)
             )
         if expr.op in ("name", "call"):
             name = str(expr.args[0])
@@ -243,7 +211,7 @@ class Evaluator:
     def _parts(self, expr: Expr, names: Names, prime: bool) -> Steps:
         match expr.op:
             case "and":
-                return _sequence([self._action(arg, names, prime=prime) for arg in expr.exprs()])
+                return in_sequence([self._action(arg, names, prime=prime) for arg in expr.exprs()])
             case "or":
                 branches = [self._action(arg, names, prime=prime) for arg in expr.exprs()]
                 return lambda s, t, env: (a for branch in branches for a in branch(s, t, env))
@@ -251,12 +219,12 @@ class Evaluator:
                 inner, sets = self._bind(expr, names)
                 body = self._action(expr.expr(-1), inner, prime=prime)
                 return lambda s, t, env: (
-                    a for bound in _choices(sets, s, t, env) for a in body(s, t, bound)
+                    a for bound in choices(sets, s, t, env) for a in body(s, t, bound)
                 )
             case "eq" | "in" if (target := self._target(expr.expr(0), prime)) is not None:
                 return self._assignment(target, expr, names)
             case "unchanged":
-                return _unchanged(self._changed_variables(expr.expr(0)))
+                return kept(self._changed_variables(expr.expr(0)))
             case "name" | "call" if expr.args[0] in self._definitions and expr.args[0] not in names:
                 return self._operator_steps(expr, names, prime)
             case "call" if expr.args[0] in names:
@@ -265,8 +233,8 @@ class Evaluator:
                 return self._alternatives(expr, names, prime)
             case "angle_action":
                 step = self._action(expr.expr(0), names, prime=prime)
-                same = self._unchanged(Expr("unchanged", (expr.expr(1),), expr.span), names)
-                return lambda s, t, env: (a for a in step(s, t, env) if not same(s, a, env))
+                stays = self._unchanged(Expr("unchanged", (expr.expr(1),), expr.span), names)
+                return lambda s, t, env: (a for a in step(s, t, env) if not stays(s, a, env))
             case "let":
                 inner, values = self._locals(expr, names, prime=prime)
                 body = self._action(expr.expr(-1), inner, prime=prime)
@@ -304,7 +272,7 @@ class Evaluator:
         def steps(s: State, t: State, env: Env) -> Iterator[State]:
             value = code(s, t, env)
             if t[index] is UNSET:
-                for option in ordered(_listed(expr, value)) if choose else (value,):
+                for option in ordered(listed(expr, value)) if choose else (value,):
                     yield (*t[:index], option, *t[index + 1 :])
             elif member(t[index], value) if choose else t[index] == value:
                 yield t
@@ -333,11 +301,11 @@ class Evaluator:
         return lambda s, t, env: steps(s, t, tuple(arg(s, t, env) for arg in args))
 
     def _local_steps(self, expr: Expr, names: Names) -> Steps:
-        at = _place(str(expr.args[0]), names)
+        at = place(str(expr.args[0]), names)
         args = [self._delayed(arg, names) for arg in expr.exprs()]
 
         def steps(s: State, t: State, env: Env) -> Iterator[State]:
-            operator: _Operator = env[at]
+            operator: Operator = env[at]
             return operator.steps(s, t, (*operator.env, *(arg(s, t, env) for arg in args)))
 
         return steps
@@ -363,12 +331,12 @@ class Evaluator:
         if expr.op in INFIX:
             infix, (left, right) = INFIX[expr.op], self._codes(expr, names)
             if expr.op in ARITHMETIC:
-                return _partial(expr, lambda s, t, env: infix(left(s, t, env), right(s, t, env)))
+                return located(expr, lambda s, t, env: infix(left(s, t, env), right(s, t, env)))
             return lambda s, t, env: infix(left(s, t, env), right(s, t, env))
         if expr.op in PREFIX:
             prefix, (only,) = PREFIX[expr.op], self._codes(expr, names)
             if expr.op == "neg":
-                return _partial(expr, lambda s, t, env: prefix(only(s, t, env)))
+                return located(expr, lambda s, t, env: prefix(only(s, t, env)))
             return lambda s, t, env: prefix(only(s, t, env))
         raise expr.span.error(f"{expr.op} has no value here; it is temporal, or outside the subset")
 
@@ -378,10 +346,10 @@ class Evaluator:
     def _name(self, expr: Expr, names: Names) -> Code:
         name = str(expr.args[0])
         if name in names:
-            at = _place(name, names)
-            return lambda s, t, env: v() if type(v := env[at]) is _Lazy else v
+            at = place(name, names)
+            return lambda s, t, env: v() if type(v := env[at]) is Lazy else v
         if name in self._index:
-            return self._variable(expr, self._index[name])
+            return variable(expr, self._index[name])
         if name in self._constants:
             value = self._constants[name]
             return lambda s, t, env: value
@@ -392,25 +360,16 @@ class Evaluator:
             return lambda s, t, env: standard
         raise expr.span.error(f"unknown name {name}; define it, or give the constant a value")
 
-    def _variable(self, expr: Expr, index: int) -> Code:
-        def read(s: State, t: State, env: Env) -> Value:
-            value = s[index]
-            if value is UNSET:
-                raise expr.span.error(f"{expr.args[0]} is read before it is assigned")
-            return value
-
-        return read
-
     def _call(self, expr: Expr, names: Names) -> Code:
         name = str(expr.args[0])
         if name not in names and name not in self._definitions:
             return self._builtin(expr, names)
         args = [self._delayed(arg, names) for arg in expr.exprs()]
         if name in names:
-            at = _place(name, names)
+            at = place(name, names)
 
             def apply_local(s: State, t: State, env: Env) -> Value:
-                operator: _Operator = env[at]
+                operator: Operator = env[at]
                 return operator.code(s, t, (*operator.env, *(arg(s, t, env) for arg in args)))
 
             return apply_local
@@ -425,14 +384,14 @@ class Evaluator:
         builtin, args = BUILTIN.get(str(expr.args[0])), self._codes(expr, names)
         if builtin is None:
             raise expr.span.error(f"unknown operator {expr.args[0]}")
-        return _partial(expr, lambda s, t, env: builtin(*(arg(s, t, env) for arg in args)))
+        return located(expr, lambda s, t, env: builtin(*(arg(s, t, env) for arg in args)))
 
     def _delayed(self, expr: Expr, names: Names) -> Code:
         """What a name is to stand for: a value, or what will compute it if it may not exist."""
         code = self._code(expr, names)
-        if not _may_fail(expr, names):
+        if not may_fail(expr, names):
             return code
-        return lambda s, t, env: _Lazy(lambda: code(s, t, env))
+        return lambda s, t, env: Lazy(lambda: code(s, t, env))
 
     def _prime(self, expr: Expr, names: Names) -> Code:
         code = self._code(expr.expr(0), names)
@@ -448,13 +407,7 @@ class Evaluator:
 
     def _unchanged(self, expr: Expr, names: Names) -> Code:
         indexes = self._changed_variables(expr.expr(0))
-
-        def same(s: State, t: State, env: Env) -> bool:
-            if any(t[i] is UNSET for i in indexes):
-                raise expr.span.error("UNCHANGED is tested before its variables are assigned")
-            return all(s[i] == t[i] for i in indexes)
-
-        return same
+        return same(expr, indexes)
 
     def _naturals(self, _expr: Expr, _names: Names) -> Code:
         return lambda s, t, env: NATURALS
@@ -529,11 +482,11 @@ class Evaluator:
 
     def _apply(self, expr: Expr, names: Names) -> Code:
         fn, arg = self._codes(expr, names)
-        return _partial(expr, lambda s, t, env: apply(fn(s, t, env), arg(s, t, env)))
+        return located(expr, lambda s, t, env: apply(fn(s, t, env), arg(s, t, env)))
 
     def _field(self, expr: Expr, names: Names) -> Code:
         record, name = self._code(expr.expr(0), names), expr.args[1]
-        return _partial(expr, lambda s, t, env: record(s, t, env).items[name])
+        return located(expr, lambda s, t, env: record(s, t, env).items[name])
 
     def _except(self, expr: Expr, names: Names) -> Code:
         base = self._code(expr.expr(0), names)
@@ -547,7 +500,7 @@ class Evaluator:
             result = base(s, t, env)
             for path, value in updates:
                 keys = tuple(code(s, t, env) for code in path)
-                change = functools.partial(_changed, value, s, t, env)
+                change = functools.partial(changed, value, s, t, env)
                 result = updated(result, keys, change)
             return result
 
@@ -561,35 +514,35 @@ class Evaluator:
         inner, sets = names, []
         for bound in expr.args:
             if isinstance(bound, Bound):
-                code = _listing(bound.domain, self._code(bound.domain, names))
+                code = listing(bound.domain, self._code(bound.domain, names))
                 inner = (*inner, *bound.names)
                 sets += [code] * len(bound.names)
         return inner, sets
 
     def _eq(self, expr: Expr, names: Names) -> Code:
         left, right = self._codes(expr, names)
-        return lambda s, t, env: _equal(expr, left(s, t, env), right(s, t, env))
+        return lambda s, t, env: equal(expr, left(s, t, env), right(s, t, env))
 
     def _ne(self, expr: Expr, names: Names) -> Code:
         left, right = self._codes(expr, names)
-        return lambda s, t, env: not _equal(expr, left(s, t, env), right(s, t, env))
+        return lambda s, t, env: not equal(expr, left(s, t, env), right(s, t, env))
 
     def _forall(self, expr: Expr, names: Names) -> Code:
         inner, sets = self._bind(expr, names)
         body = self._code(expr.expr(-1), inner)
-        return lambda s, t, env: all(body(s, t, b) for b in _choices(sets, s, t, env))
+        return lambda s, t, env: all(body(s, t, b) for b in choices(sets, s, t, env))
 
     def _exists(self, expr: Expr, names: Names) -> Code:
         inner, sets = self._bind(expr, names)
         body = self._code(expr.expr(-1), inner)
-        return lambda s, t, env: any(body(s, t, b) for b in _choices(sets, s, t, env))
+        return lambda s, t, env: any(body(s, t, b) for b in choices(sets, s, t, env))
 
     def _choose(self, expr: Expr, names: Names) -> Code:
         inner, sets = self._bind(expr, names)
         body = self._code(expr.expr(-1), inner)
 
         def run(s: State, t: State, env: Env) -> Value:
-            for bound in _choices(sets, s, t, env):
+            for bound in choices(sets, s, t, env):
                 if body(s, t, bound):
                     return bound[-1]
             raise expr.span.error("CHOOSE: no element qualifies")
@@ -599,14 +552,12 @@ class Evaluator:
     def _filter(self, expr: Expr, names: Names) -> Code:
         inner, sets = self._bind(expr, names)
         test = self._code(expr.expr(-1), inner)
-        return lambda s, t, env: frozenset(
-            b[-1] for b in _choices(sets, s, t, env) if test(s, t, b)
-        )
+        return lambda s, t, env: frozenset(b[-1] for b in choices(sets, s, t, env) if test(s, t, b))
 
     def _map(self, expr: Expr, names: Names) -> Code:
         inner, sets = self._bind(expr, names)
         body = self._code(expr.expr(-1), inner)
-        return lambda s, t, env: frozenset(body(s, t, b) for b in _choices(sets, s, t, env))
+        return lambda s, t, env: frozenset(body(s, t, b) for b in choices(sets, s, t, env))
 
     def _function(self, expr: Expr, names: Names) -> Code:
         inner, sets = self._bind(expr, names)
@@ -615,7 +566,7 @@ class Evaluator:
                 "functions of several arguments are outside the subset; nest them"
             )
         body = self._code(expr.expr(-1), inner)
-        return lambda s, t, env: function({b[-1]: body(s, t, b) for b in _choices(sets, s, t, env)})
+        return lambda s, t, env: function({b[-1]: body(s, t, b) for b in choices(sets, s, t, env)})
 
     def _let(self, expr: Expr, names: Names) -> Code:
         inner, values = self._locals(expr, names)
@@ -645,91 +596,4 @@ class Evaluator:
 
     def _operator(self, body: Expr, names: Names, prime: bool) -> Code:
         code, steps = self._code(body, names), self._action(body, names, prime=prime)
-        return lambda s, t, env: _Operator(code, steps, env)
-
-
-def _place(name: str, names: Names) -> int:
-    """Where the value of a bound name stands, from the end of the environment."""
-    return -1 - names[::-1].index(name)
-
-
-def _may_fail(expr: Expr, names: Names) -> bool:
-    if expr.op == "name" and expr.args[0] in names:
-        return False
-    return expr.op in PARTIAL or any(_may_fail(part, names) for part in expr.exprs())
-
-
-def _choices(sets: list[Code], s: State, t: State, env: Env) -> Iterator[Env]:
-    """Every extension of `env` by one element of each set, in their order."""
-    if len(sets) == 1:
-        return ((*env, v) for v in ordered(sets[0](s, t, env)))
-    every = [ordered(code(s, t, env)) for code in sets]
-    return ((*env, *combination) for combination in itertools.product(*every))
-
-
-def _equal(expr: Expr, a: Value, b: Value) -> bool:
-    """Values of two kinds are not compared, names aside: to Python TRUE is 1."""
-    if type(a) is type(b):
-        return bool(a == b)
-    kinds = {type(a), type(b)}
-    if str in kinds or kinds == {tuple, Function}:
-        return False
-    if Space in kinds:
-        return _listed(expr, a) == _listed(expr, b)
-    raise expr.span.error(f"no value: {show(a)} and {show(b)} are compared; they differ in kind")
-
-
-def _listed(expr: Expr, container: Value) -> frozenset[Value]:
-    try:
-        return elements(container)
-    except Unlisted as error:
-        raise expr.span.error(str(error)) from error
-
-
-def _listing(expr: Expr, code: Code) -> Code:
-    return lambda s, t, env: _listed(expr, code(s, t, env))
-
-
-def _sequence(parts: list[Steps]) -> Steps:
-    """All conjuncts, left to right: each extends the successors of those before it."""
-
-    def steps(s: State, t: State, env: Env) -> Iterator[State]:
-        def rest(at: int, after: State) -> Iterator[State]:
-            if at == len(parts):
-                yield after
-                return
-            for more in parts[at](s, after, env):
-                yield from rest(at + 1, more)
-
-        yield from rest(0, t)
-
-    return steps
-
-
-def _changed(code: Code, s: State, t: State, env: Env, old: Value) -> Value:
-    """The new value of an EXCEPT, where `@` is the old one."""
-    return code(s, t, (*env, old))
-
-
-def _unchanged(indexes: list[int]) -> Steps:
-    def steps(s: State, t: State, env: Env) -> Iterator[State]:
-        after = list(t)
-        for index in indexes:
-            if after[index] is not UNSET and after[index] != s[index]:
-                return
-            after[index] = s[index]
-        yield tuple(after)
-
-    return steps
-
-
-def _partial(expr: Expr, code: Code) -> Code:
-    """An operator that has no value for some arguments: then an error that names its place."""
-
-    def run(s: State, t: State, env: Env) -> Value:
-        try:
-            return code(s, t, env)
-        except (LookupError, ArithmeticError, Unlisted) as error:
-            raise expr.span.error(f"no value: {error}") from error
-
-    return run
+        return lambda s, t, env: Operator(code, steps, env)
