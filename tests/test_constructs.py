@@ -160,3 +160,11 @@ def test_a_prime_has_no_place_in_what_is_said_of_one_state(tmp_path: Path, confi
     model = written(tmp_path, text, config)
     with pytest.raises(SpecError, match="one state"):
         check(*model, Settings(engine="compiled"))
+
+
+def test_a_string_is_no_model_value(tmp_path: Path) -> None:
+    """To the standard tools "a" and a differ; here they would be one."""
+    text = 'CONSTANT A\nInit == x \\in A\nNext == Step\nStep == x = "a" /\\ x\' = x'
+    with pytest.raises(SpecError, match=r"M\.tla:7:13: the string a is spelled as a model value"):
+        load_model(*written(tmp_path, text, "CONSTANT A = {a, b} (* a comment *)"))
+    load_model(*written(tmp_path, text, 'CONSTANT A = {"a", "b"} \\* strings'))

@@ -136,6 +136,14 @@ def test_what_is_not_understood_is_refused_with_its_place(
         ("INIT Init NEXT Next\nVIEW Small\n", "VIEW"),
         ("INIT Init NEXT Next\nINVARIANT Absent\n", "Absent is not defined"),
         ("INIT Init NEXT Half\n", "does not say what y' is"),
+        ("INIT Init Other NEXT Next\n", "INIT: got 2 names"),
+        ("INIT Init NEXT Next CHECK_DEADLOCK MAYBE\n", "expected TRUE or FALSE"),
+        ("SPECIFICATION Spec INIT Init\n", "SPECIFICATION beside INIT"),
+        ("INIT Init NEXT Next CONSTANT A = {{a}, {b}}\n", "{: got this as a value"),
+        ("INIT Init NEXT Next CONSTANT A = {a, b\n", "closing brace"),
+        ("INIT Init NEXT Next CONSTANT A = <<1>>\n", "<: got this as a value"),
+        ("INIT Init NEXT Next CONSTANT A <- [M]B\n", "expected A = value or A <- Name"),
+        ("INIT Init NEXT Next CONSTANT A\n", "A nothing nothing"),
     ],
 )
 def test_a_configuration_is_refused_by_name(tmp_path: Path, config: str, words: str) -> None:
