@@ -9,6 +9,7 @@ import json
 import re
 import tempfile
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,15 @@ from tokenspeed.fsm.evaluate import Label, State
 from tokenspeed.fsm.model import Model, load_model
 
 pytestmark = pytest.mark.skipif(compiled.compiler() is None, reason="no C++ compiler here")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled_in_haste() -> Iterator[None]:
+    """Half of the time goes by in the compiler; what the model says does not depend on it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled, "FLAGS", ("-std=c++20", "-O0", "-DNDEBUG", "-pthread"))
+        yield
+
 
 Steps = dict[int, Counter[tuple[State, Label, State]]]
 WAIT = "  /\\ UNCHANGED <<n, s, f, q, r>>"
@@ -125,7 +135,7 @@ def fuzz(examples: int) -> settings:
 @fuzz(2)
 @given(seed=st.integers(0, 1 << 20))
 def test_random_specifications_mean_the_same_to_both_engines(seed: int) -> None:
-    both_engines_agree(seed, count=30)
+    both_engines_agree(seed, count=20)
 
 
 @pytest.mark.slow
