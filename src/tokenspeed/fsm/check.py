@@ -108,7 +108,7 @@ def check(
     ):
         return _interpreted(model, settings)
     core = read_model(model)
-    notes = ("liveness holds of the behaviours that keep to the CONSTRAINT; others were not seen",)
+    notes = ("liveness was checked of the behaviours that keep to the CONSTRAINT, no others",)
     bounded = core.properties.debts and (core.constraints or core.step_constraints)
     return _report(compiled.run(core, _options(settings), progress), notes if bounded else ())
 
