@@ -253,6 +253,28 @@ def test_fairness_decides(tmp_path: Path, spec: str, formula: str, result: str) 
         assert all(step.state["y"] == 0 for step in lasso) or formula == "Often"
 
 
+@pytest.mark.parametrize(
+    ("spec", "formula", "constraint", "result"),
+    [
+        ("Weak", "Lit", "ACTION_CONSTRAINT Rising", "ok"),  # fair, it would have to Reset
+        ("Unfair", "Lit", "ACTION_CONSTRAINT Rising", "liveness"),
+        ("Weak", "Once", "CONSTRAINT Low", "ok"),  # fair, it would have to go Up, out of it
+    ],
+)
+def test_liveness_within_a_constraint_is_of_the_behaviours_that_keep_to_it(
+    tmp_path: Path, spec: str, formula: str, constraint: str, result: str
+) -> None:
+    path = tmp_path / "Lights.tla"
+    path.write_text(LIGHTS.replace("====", "Rising == x' >= x\nLow == x < 2\n===="))
+    text = f"SPECIFICATION {spec}\nPROPERTY {formula}\n{constraint}\n"
+    report = check(path, configured(tmp_path / "Lights.cfg", text))
+    assert report.result == result
+    assert "keep to the CONSTRAINT" in report.notes[0]
+    if result == "liveness":
+        values = [step.state["x"] for step in report.trace]
+        assert values == sorted(values), "no step breaks the constraint"
+
+
 @needs_draft
 def test_the_livelock_of_the_draft_is_found_again(tmp_path: Path) -> None:
     """A prefetch that takes the page which was just evicted for somebody who starves."""
@@ -406,8 +428,12 @@ def test_broken_specs_are_refused_with_their_place(
         ("x' = SubSeq(x, 2, 3)", "beyond the sequence"),
         ("x' = Append(SubSeq(x, 0, 1), 1)", "beyond the sequence"),
         ("x' = SubSeq(x, Head(x), Len(x) - 1)", "Head of an empty sequence"),
-        ("x' = <<1 \\div (Head(x) - 1)>>", "divi"),
+        ("x' = <<1 \\div (Head(x) - 1)>>", "no value"),
+        ("x' = <<1 % (Head(x) - 3)>>", "no value"),
+        ("x' = <<65536 * (Head(x) + 65535)>>", "no value"),
         ("x' = <<CHOOSE y \\in {1, 2} : y > 2>>", "CHOOSE"),
+        ("x' = <<CASE x[1] > 1 -> 1 [] x[1] < 1 -> 2>>", "no arm of this CASE"),
+        ("CASE x[1] > 1 -> x' = x [] x[1] < 1 -> x' = x", "no arm of this CASE"),
     ],
 )
 def test_what_has_no_value_is_an_error_with_its_place(

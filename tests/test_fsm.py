@@ -15,7 +15,7 @@ from tokenspeed.fsm.check import explore, state_graph
 from tokenspeed.fsm.evaluate import State
 from tokenspeed.fsm.generated import STATES
 from tokenspeed.fsm.manifest import Recorded, read_manifest
-from tokenspeed.fsm.model import Model, load_model
+from tokenspeed.fsm.model import Model, load_model, parse_config
 from tokenspeed.fsm.values import ordered
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,6 +44,14 @@ def test_every_state_and_every_way_has_a_model_that_reaches_it() -> None:
     reached = {m.violated for m in MODELS if m.result == "invariant"}
     assert {f"Never{state}" for state in STATES if state != "New"} <= reached
     assert {"NeverResumed", "NeverTwoHolders", "NeverEvicted", "NeverFull"} <= reached
+
+
+def test_every_model_that_must_hold_asks_for_the_same_safety() -> None:
+    """None leaves out an invariant, or that what drains stays drained."""
+    lifecycle = [m for m in MODELS if m.spec == "MCLifecycle.tla" and m.result == "ok"]
+    configs = {m.name: parse_config(SPECS / m.config) for m in lifecycle}
+    assert {name for name, c in configs.items() if "DrainOnly" not in c.properties} == set()
+    assert len({c.invariants for c in configs.values()}) == 1
 
 
 def test_the_interpreter_agrees_with_the_record() -> None:
@@ -128,6 +136,14 @@ def test_what_is_not_understood_is_refused_with_its_place(
         ("INIT Init NEXT Next\nVIEW Small\n", "VIEW"),
         ("INIT Init NEXT Next\nINVARIANT Absent\n", "Absent is not defined"),
         ("INIT Init NEXT Half\n", "does not say what y' is"),
+        ("INIT Init Other NEXT Next\n", "INIT: got 2 names"),
+        ("INIT Init NEXT Next CHECK_DEADLOCK MAYBE\n", "expected TRUE or FALSE"),
+        ("SPECIFICATION Spec INIT Init\n", "SPECIFICATION beside INIT"),
+        ("INIT Init NEXT Next CONSTANT A = {{a}, {b}}\n", "{: got this as a value"),
+        ("INIT Init NEXT Next CONSTANT A = {a, b\n", "closing brace"),
+        ("INIT Init NEXT Next CONSTANT A = <<1>>\n", "<: got this as a value"),
+        ("INIT Init NEXT Next CONSTANT A <- [M]B\n", "expected A = value or A <- Name"),
+        ("INIT Init NEXT Next CONSTANT A\n", "A nothing nothing"),
     ],
 )
 def test_a_configuration_is_refused_by_name(tmp_path: Path, config: str, words: str) -> None:

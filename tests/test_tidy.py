@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import mypy_extensions
 import pytest
 
 from tokenspeed.cli import cli
@@ -471,6 +472,11 @@ def declared() -> dict[str, set[str]]:
 
 def imported_packages() -> set[str]:
     return {found.module.split(".")[0] for s in sources("src/") for found in imports(s.tree)}
+
+
+def test_a_failing_example_can_be_written_down() -> None:
+    """Hypothesis imports what calls this; a warning that is an error would hide the example."""
+    assert mypy_extensions.TypedDict("Example", {"n": int})
 
 
 def test_each_requirement_is_imported() -> None:

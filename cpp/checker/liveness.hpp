@@ -1,5 +1,6 @@
 // Liveness: is there a fair behaviour that never does what it should? Rule: the whole graph,
-// without symmetry; a behaviour may stutter for ever wherever fairness lets it.
+// without symmetry; a behaviour may stutter for ever wherever fairness lets it. With a CONSTRAINT,
+// the behaviours that keep to it: a step that leaves them is still enabled, and never taken.
 //
 // A property is refuted by a path to a state where it starts to be owed, from there within states
 // that do not pay, into a strongly connected component that is fair (Tarjan 1972; strong fairness
@@ -23,10 +24,12 @@ class Liveness {
     for (Index at = 0; at < store_.size(); ++at) {
       edges_from_.push_back(edges_.size());
       const std::size_t first = edges_.size();
-      Model::next(Model::unpack(store_[at]), [&](int, const State& after, auto&&) {
+      const State state = Model::unpack(store_[at]);
+      Model::next(state, [&](int, const State& after, auto&&) {
         const Index to = store_.find(Model::pack(after));
-        if (to != kNone) edges_.push_back(to);  // outside a CONSTRAINT there is nothing
+        if (to != kNone && Model::step_inside(state, after)) edges_.push_back(to);
       });
+      if (interrupted) throw Interrupted{};
       const auto begin = edges_.begin() + static_cast<std::ptrdiff_t>(first);
       std::sort(begin, edges_.end());
       edges_.erase(std::unique(begin, edges_.end()), edges_.end());
@@ -38,6 +41,7 @@ class Liveness {
 
   Outcome run() {
     for (int property = 0; property < Model::kLiveness; ++property) {
+      if (interrupted) throw Interrupted{};
       Outcome out = refute(property);
       if (out.verdict != Verdict::Ok) return out;
     }

@@ -44,6 +44,7 @@ class Program {
 
   static int main(int argc, char** argv) {
     const Options options = parse(argc, argv);
+    std::signal(SIGINT, [](int) { interrupted = 1; });
     Program program(options);
     return options.walks > 0 ? program.simulate() : program.check();
   }
@@ -91,7 +92,13 @@ class Program {
     } catch (const Overflow& what) {
       return too_narrow(what);
     } catch (const Undefined& what) {
-      out = {Verdict::Error, what.where, kNone, {}, {}, {}};
+      out = failed(what.where);
+    } catch (const Interrupted&) {
+      out = failed("interrupted");
+    } catch (const std::bad_alloc&) {
+      out = failed("out of memory");
+    } catch (const std::exception& what) {
+      out = failed(what.what());
     }
     const double seconds = std::chrono::duration<double>(Clock::now() - begin).count();
     std::string json = "{\"result\": ";
@@ -115,6 +122,7 @@ class Program {
     return 0;
   }
 
+  static Outcome failed(const char* why) { return {Verdict::Error, why, kNone, {}, {}, {}}; }
   static int too_narrow(const Overflow& what) {
     std::printf("{\"overflow\": \"%s\", \"value\": %ld}\n", what.bound, what.value);
     return 3;
@@ -255,16 +263,20 @@ class Program {
       Model::show(line, state);
       line += ", \"steps\": [";
       bool comma = false;
-      successors(state, [&](int action, const State& after, const Label& label) {
-        const Index to = search_.store().find(Search<Model>::key(after, canonical_));
-        if (to == kNone) return;
-        line += comma ? ", [" : "[";
-        comma = true;
-        quote(line, Model::kActionNames[action]);
-        line += ", [";
-        label(line);
-        line += "], " + std::to_string(to) + "]";
-      });
+      try {
+        successors(state, [&](int action, const State& after, const Label& label) {
+          const Index to = search_.store().find(Search<Model>::key(after, canonical_));
+          if (to == kNone || !Model::step_inside(state, after)) return;
+          line += comma ? ", [" : "[";
+          comma = true;
+          quote(line, Model::kActionNames[action]);
+          line += ", [";
+          label(line);
+          line += "], " + std::to_string(to) + "]";
+        });
+      } catch (const Undefined&) {
+        // It is the state where the check ended; the verdict says so.
+      }
       line += "]}\n";
       file << line;
     }
@@ -295,11 +307,16 @@ class Program {
     std::vector<std::pair<int, State>> following;
     State start{};
     try {
-      Model::initial([&](const State& state) { starts.push_back(state); });
-      while (walks < options_.walks && violated.empty()) {
+      Model::initial([&](const State& state) {
+        if (Model::inside(state)) starts.push_back(state);
+      });
+      while (walks < options_.walks && violated.empty() && !starts.empty() && !interrupted) {
         ++walks;
         choices.clear();
         State state = start = starts[random.next() % starts.size()];
+        if (const int bad = Model::violated(state); bad >= 0) violated = Model::kInvariants[bad];
+        if (const int bad = Model::violated_initially(state); bad >= 0)
+          violated = Model::kInitially[bad];
         for (int depth = 0; depth < options_.walk_depth && violated.empty(); ++depth) {
           const std::uint64_t pick = random.next();
           following.clear();
@@ -322,7 +339,7 @@ class Program {
           if (const int bad = Model::violated(state); bad >= 0) violated = Model::kInvariants[bad];
           if (const int bad = Model::broken_step(before, state); bad >= 0)
             violated = Model::kStepNames[bad];
-          if (!Model::inside(state)) break;
+          if (!Model::inside(state) || !Model::step_inside(before, state)) break;
         }
         simulated(walks, generated);
       }
@@ -332,6 +349,7 @@ class Program {
       violated = what.where;
       result = "error";
     }
+    if (interrupted && violated.empty()) violated = "interrupted", result = "error";
     if (!violated.empty() && result == "ok") result = "invariant";
     std::string json = "{\"result\": ";
     quote(json, result);

@@ -10,6 +10,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <csignal>
 #include <memory>
 #include <new>
 #include <thread>
@@ -27,6 +28,10 @@ struct Limits {
   std::size_t memory_mb = 4096;
   Index states_max = kNone;
 };
+
+// Set by SIGINT: whoever searches stops soon, and keeps what was found.
+inline volatile std::sig_atomic_t interrupted = 0;
+struct Interrupted {};
 
 enum class Verdict { Ok, Invariant, Deadlock, Step, Liveness, Error };
 
@@ -120,23 +125,20 @@ class Search {
 
   template <class Report>
   Outcome run(Report&& report) {
-    try {
-      Outcome out = start();
-      Index from = 0;
-      while (out.verdict == Verdict::Ok && from < store_.size()) {
-        ++depth_;
-        const Index until = static_cast<Index>(store_.size());
-        while (out.verdict == Verdict::Ok && from < until) {
-          const Index to = std::min(until, from + kChunk * static_cast<Index>(kBlock));
-          out = block(from, to);
-          from = to;
-          report(*this, until - from);
-        }
+    Outcome out = start();
+    Index from = 0;
+    while (out.verdict == Verdict::Ok && from < store_.size()) {
+      ++depth_;
+      const Index until = static_cast<Index>(store_.size());
+      while (out.verdict == Verdict::Ok && from < until) {
+        const Index to = std::min(until, from + kChunk * static_cast<Index>(kBlock));
+        out = block(from, to);
+        from = to;
+        if (interrupted) throw Interrupted{};
+        report(*this, until - from);
       }
-      return out;
-    } catch (const std::bad_alloc&) {
-      return {Verdict::Error, "out of memory", kNone, {}, {}, {}};
     }
+    return out;
   }
 
   static Key key(const State& state, Canonical<Model>& canonical) {
@@ -183,23 +185,14 @@ class Search {
         if (out.verdict != Verdict::Ok) return;
         const bool inside = Model::inside(state);
         const Key k = key(state, canonical);
-        if (inside && !store_.enter(k, k.hash(), kNone)) return;
-        if (const int bad = Model::violated(state); bad >= 0) {
-          if (!inside) store_.enter(k, k.hash(), kNone);
-          out = {Verdict::Invariant,
-                 Model::kInvariants[bad],
-                 static_cast<Index>(store_.size() - 1),
-                 {},
-                 {},
-                 {}};
-        } else if (const int wrong = Model::violated_initially(state); wrong >= 0) {
-          out = {Verdict::Invariant,
-                 Model::kInitially[wrong],
-                 static_cast<Index>(store_.size() - 1),
-                 {},
-                 {},
-                 {}};
-        }
+        if (store_.find(k) != kNone) return;
+        const int bad = Model::violated(state);
+        const int wrong = bad >= 0 ? -1 : Model::violated_initially(state);
+        if (!inside && bad < 0 && wrong < 0) return;
+        store_.enter(k, k.hash(), kNone);
+        const Index at = static_cast<Index>(store_.size() - 1);
+        if (bad >= 0) out = {Verdict::Invariant, Model::kInvariants[bad], at, {}, {}, {}};
+        if (wrong >= 0) out = {Verdict::Invariant, Model::kInitially[wrong], at, {}, {}, {}};
       });
     } catch (const Undefined& what) {
       out = {Verdict::Error, what.where, kNone, {}, {}, {}};
@@ -257,6 +250,7 @@ class Search {
       worker.batch.clear();
       worker.states.clear();
       std::int32_t count = 0;
+      const char* error = nullptr;
       try {
         Model::next(state, [&](int action, const State& after, auto&&) {
           ++chunk.generated;
@@ -268,9 +262,12 @@ class Search {
                                   -1, count++, Kind::New});
           worker.states.push_back(after);
         });
-        judge(state, chunk, worker);
       } catch (const Undefined& what) {
-        chunk.error = what.where;
+        error = what.where;  // the successors before it are judged all the same
+      }
+      if (!judge(state, chunk, worker)) return;
+      if (error) {
+        chunk.error = error;
         chunk.found.push_back({{}, 0, chunk.generated, at, 0, 0, count, Kind::Error});
         return;
       }
@@ -280,26 +277,37 @@ class Search {
     }
   }
 
-  void judge(const State& state, Chunk& chunk, Worker& worker) {
+  // False if a property has no value for one of the successors.
+  bool judge(const State& state, Chunk& chunk, Worker& worker) {
     for (std::size_t i = 0; i < worker.batch.size(); ++i) {
       Found& found = worker.batch[i];
-      const State& after = worker.states[i];
-      if constexpr (Model::kSteps > 0) {
-        if (const int bad = Model::broken_step(state, after); bad >= 0) {
-          found.kind = Kind::Step;
-          found.property = static_cast<std::int16_t>(bad);
-          chunk.found.push_back(found);
-          continue;
-        }
+      try {
+        if (judged(state, worker.states[i], found)) chunk.found.push_back(found);
+      } catch (const Undefined& what) {
+        chunk.error = what.where;
+        found.kind = Kind::Error;
+        chunk.found.push_back(found);
+        return false;
       }
-      if (store_.find(found.key, found.hash) != kNone) continue;
-      const bool inside = Model::inside(after) && Model::step_inside(state, after);
-      const int bad = Model::violated(after);
-      if (!inside && bad < 0) continue;
-      found.property = static_cast<std::int16_t>(bad);
-      found.kind = bad >= 0 ? Kind::Bad : Kind::New;
-      chunk.found.push_back(found);
     }
+    return true;
+  }
+
+  // What is to be said of a successor, if anything.
+  bool judged(const State& state, const State& after, Found& found) const {
+    if constexpr (Model::kSteps > 0) {
+      if (const int bad = Model::broken_step(state, after); bad >= 0) {
+        found.kind = Kind::Step;
+        found.property = static_cast<std::int16_t>(bad);
+        return true;
+      }
+    }
+    if (store_.find(found.key, found.hash) != kNone) return false;
+    const bool inside = Model::inside(after) && Model::step_inside(state, after);
+    const int bad = Model::violated(after);
+    found.property = static_cast<std::int16_t>(bad);
+    found.kind = bad >= 0 ? Kind::Bad : Kind::New;
+    return inside || bad >= 0;
   }
 
   Outcome enter(const Chunk& chunk) {

@@ -14,6 +14,7 @@
 
 #include <array>
 #include <bit>
+#include <climits>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -408,18 +409,38 @@ int place_of(int rank, const char* where) {
   if (place < 0) undefined(where);
   return place;
 }
+// Numbers are those of 32 bits, as in the standard tools; what leaves them is no value.
+template <class Operator>
+int checked(Operator&& overflows, int a, int b, const char* where) {
+  int out;
+  if (overflows(a, b, &out)) undefined(where);
+  return out;
+}
+inline int sum(int a, int b, const char* where) {
+  return checked([](int x, int y, int* z) { return __builtin_add_overflow(x, y, z); }, a, b, where);
+}
+inline int difference(int a, int b, const char* where) {
+  return checked([](int x, int y, int* z) { return __builtin_sub_overflow(x, y, z); }, a, b, where);
+}
+inline int product(int a, int b, const char* where) {
+  return checked([](int x, int y, int* z) { return __builtin_mul_overflow(x, y, z); }, a, b, where);
+}
+inline int power(int a, int b, const char* where) {
+  if (b < 0 || (a == 0 && b == 0)) undefined(where);
+  if (a == 0 || a == 1) return a;
+  if (a == -1) return b % 2 ? -1 : 1;
+  int out = 1;
+  while (b-- > 0) out = product(out, a, where);
+  return out;
+}
 inline int floor_div(int a, int b, const char* where) {
-  if (b == 0) undefined(where);
+  if (b == 0 || (b == -1 && a < -INT_MAX)) undefined(where);
   const int q = a / b;
   return q - (a % b != 0 && (a < 0) != (b < 0));
 }
 inline int floor_mod(int a, int b, const char* where) {
-  return a - b * floor_div(a, b, where);
-}
-inline int power(int a, int b) {
-  int out = 1;
-  while (b-- > 0) out *= a;
-  return out;
+  if (b <= 0) undefined(where);
+  return a % b < 0 ? a % b + b : a % b;
 }
 
 // Where a member stands among a struct's `all`.

@@ -27,7 +27,7 @@ vars == <<st, tab, ref, known, real, kv, inflight>>
 Min(a, b)  == IF a < b THEN a ELSE b
 Minus(a, b) == IF a < b THEN 0 ELSE a - b
 PageOf(i)  == (i - 1) \div PageSize + 1
-Offset(i)  == (i - 1) % PageSize + 1
+Offset(i)  == ((i - 1) % PageSize) + 1
 FreePages  == {p \in Page : ref[p] = 0}
 Steps(r)   == {i \in DOMAIN inflight : inflight[i].req = r}
 Pending(r) == Cardinality(Steps(r))

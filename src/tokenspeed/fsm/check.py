@@ -16,8 +16,7 @@ from attrs import field, frozen
 
 from tokenspeed.errors import SpecError
 from tokenspeed.fsm import compiled
-from tokenspeed.fsm.core import Node
-from tokenspeed.fsm.emit_model import read_model, walk
+from tokenspeed.fsm.emit_model import read_model
 from tokenspeed.fsm.evaluate import Label, State
 from tokenspeed.fsm.model import Model, load_model
 from tokenspeed.fsm.steps import Step
@@ -109,11 +108,9 @@ def check(
     ):
         return _interpreted(model, settings)
     core = read_model(model)
-    if core.symmetric and core.properties.debts:
-        raise SpecError(config, 1, 1, "SYMMETRY with a liveness property is unsound; leave one out")
-    found = compiled.run(core, _options(settings), progress)
-    notes = _symmetry_notes(walk(tuple(a.body for a in core.actions)), core.symmetric)
-    return _report(found, notes)
+    notes = ("liveness was checked of the behaviours that keep to the CONSTRAINT, no others",)
+    bounded = core.properties.debts and (core.constraints or core.step_constraints)
+    return _report(compiled.run(core, _options(settings), progress), notes if bounded else ())
 
 
 def simulate(
@@ -131,6 +128,8 @@ def simulate(
     core = read_model(load_model(spec, config))
     found = compiled.run(core, {"walks": walks, "walk_depth": depth, "seed": seed}, progress)
     note = f"{found['walks']} random behaviours of at most {depth} steps, seed {seed}"
+    if core.properties.debts:
+        note += "; liveness was not checked"
     return _report({"distinct": 0, "depth": 0, "cpu_seconds": found["seconds"], **found}, (note,))
 
 
@@ -148,20 +147,6 @@ def _report(found: dict[str, Any], notes: tuple[str, ...]) -> Report:
         found["cpu_seconds"], found["actions"], found["violated"], trace, found.get("loop"),
         notes=notes,
     )  # fmt: skip
-
-
-def _symmetry_notes(nodes: list[Node], symmetric: tuple[frozenset[str], ...]) -> tuple[str, ...]:
-    """A CHOOSE among interchangeable names is only sound where the choice is unique."""
-    names = frozenset().union(*symmetric)
-    found = {
-        f"{n.span.path.name}:{n.span.line}:{n.span.column}"
-        for n in nodes
-        if n.op == "choose" and names & n.type.root().names
-    }
-    if not found:
-        return ()
-    places = ", ".join(sorted(found))
-    return (f"CHOOSE among symmetric names is sound only if the choice is unique: {places}",)
 
 
 def state_graph(spec: Path, config: Path, path: Path, settings: Settings | None = None) -> Report:
@@ -200,6 +185,7 @@ def _interpreted(model: Model, settings: Settings) -> Report:
             )
             why = f"{keyword} wants the compiled checker: {remedy}"
             raise SpecError(config.path, 1, 1, why)
+    read_model(model)  # refuses what has no type
     report, _ = explore(model, settings.states_max)
     if settings.engine == "auto":
         report = attrs.evolve(report, notes=("no C++ compiler was found: interpreted, slowly",))
@@ -215,54 +201,65 @@ def explore(
     invariants = [(name, evaluator.predicate(name)) for name in config.invariants]
     successors = evaluator.successors(config.next)
     reached: dict[State, tuple[State, Label] | None] = {}
-    generated, depth = 0, 0
+    generated, depth, at = 0, 0, None
     actions = dict.fromkeys(evaluator.action_names(evaluator.definition(config.next).body), 0)
 
     def report(result: Result, at: State | None = None, why: str | None = None) -> Report:
-        bad = why or next((n for n, holds in invariants if at is not None and not holds(at)), None)
         trace = () if at is None else _trace(reached, at, evaluator.variables)
         seconds = time.process_time() - begin
         return Report(
-            result, generated, len(reached), depth, seconds, dict(actions), bad, trace,
+            result, generated, len(reached), depth, seconds, dict(actions), why, trace,
             engine="interpreter",
         )  # fmt: skip
 
-    def search() -> Report:
-        nonlocal generated, depth
-        frontier: list[State] = []
-        for state in evaluator.initial(config.init):
+    def broken(state: State) -> str | None:
+        return next((name for name, holds in invariants if not holds(state)), None)
+
+    def start() -> Report | None:
+        nonlocal generated
+        found = None
+        for state in evaluator.starts(config.init):
             generated += 1
-            if state not in reached:
+            if found is None and state not in reached:
+                why = broken(state)
                 reached[state] = None
-                frontier.append(state)
-        for state in frontier:
-            if not all(holds(state) for _, holds in invariants):
-                return report("invariant", state)
+                found = report("invariant", state, why) if why else None
+        return attrs.evolve(found, generated=generated) if found else None
+
+    def search() -> Report:
+        nonlocal generated, depth, at
+        frontier = list(reached)
         while frontier:
             depth += 1
             following: list[State] = []
-            for state in frontier:
+            for at in frontier:
                 before = generated
-                for label, after in successors(state):
+                for label, after in successors(at):
                     generated += 1
                     actions[label[0]] += 1
                     if after in reached:
                         continue
-                    if states_max is not None and len(reached) >= states_max:
-                        return report("error", None, "the limit of states was reached")
-                    reached[after] = (state, label)
+                    why = broken(after)
+                    if why is None and states_max is not None and len(reached) >= states_max:
+                        return report("error", at, "the limit of states was reached")
+                    reached[after] = (at, label)
                     following.append(after)
-                    if not all(holds(after) for _, holds in invariants):
-                        return report("invariant", after)
+                    if why:
+                        return report("invariant", after, why)
                 if config.check_deadlock and generated == before:
-                    return report("deadlock", state, "deadlock")
+                    return report("deadlock", at, "deadlock")
             frontier = following
         return report("ok")
 
     try:
-        return search(), reached
-    except SpecError as error:  # something has no value; what was found so far stands
-        return report("error", None, str(error)), reached
+        return start() or search(), reached
+    except SpecError as error:  # something has no value
+        why = str(error)
+    except KeyboardInterrupt:
+        why = "interrupted"
+    except MemoryError:
+        why = "out of memory"
+    return report("error", at, why), reached  # what was found so far stands
 
 
 def _trace(

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -143,23 +144,48 @@ def _executed(program: Path, options: dict[str, object], progress: Progress) -> 
     command = [str(program)]
     for name, value in options.items():
         command += [f"--{name.replace('_', '-')}", str(value)]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        notes: list[str] = []
+    notes: list[str] = []
+    with _started(command) as process:
         assert process.stderr is not None
-        assert process.stdout is not None
         listener = threading.Thread(
             target=_listen, args=(process.stderr, progress, notes), daemon=True
         )
         listener.start()
-        out = process.stdout.read()
+        out = _output(process)
         listener.join()
     if process.returncode not in (0, 3):
         reason = "".join(notes)[-2000:] or f"exit status {process.returncode}"
         raise TokenSpeedError(f"the model's program stopped: {reason}")
     found: dict[str, Any] = json.loads(out)
     return found
+
+
+def _started(command: list[str]) -> subprocess.Popen[str]:
+    """The model's program, running.
+
+    Raises:
+        TokenSpeedError: what is kept under its name is no program.
+    """
+    try:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    except OSError as error:
+        raise TokenSpeedError(
+            f"{command[0]}: {error.strerror}; remove it, and it will be built again"
+        ) from error
+
+
+def _output(process: subprocess.Popen[str]) -> str:
+    """All that it prints; interrupted, it is told to come to an end and say what it has found."""
+    assert process.stdout is not None
+    try:
+        return process.stdout.read()
+    except KeyboardInterrupt:
+        process.send_signal(signal.SIGINT)
+    try:
+        return process.stdout.read()
+    except KeyboardInterrupt:  # a second time: at once
+        process.kill()
+        raise
 
 
 def _listen(lines: Any, progress: Progress, notes: list[str]) -> None:

@@ -18,7 +18,7 @@ from tokenspeed.fsm.syntax import Bound, Definition, Expr, Span
 from tokenspeed.fsm.types import Type
 from tokenspeed.fsm.values import BUILTIN, Space, Unlisted, Value, elements
 
-__all__ = ["Closure", "Elaborator", "Local", "Node", "Scope"]
+__all__ = ["Closure", "Elaborator", "Local", "Node", "Scope", "walk"]
 
 
 @define(eq=False)
@@ -41,6 +41,21 @@ class Node:
     def nodes(self) -> tuple[Node, ...]:
         """The arguments that are nodes."""
         return tuple(arg for arg in self.args if isinstance(arg, Node))
+
+
+def walk(node: object, leaves: tuple[str, ...] = ("const",)) -> list[Node]:
+    """A node, or a tuple of them, and all below; but not below the constructs in `leaves`."""
+    found: list[Node] = []
+    stack: list[object] = [node]
+    while stack:
+        at = stack.pop()
+        if isinstance(at, Node):
+            found.append(at)
+            if at.op not in leaves:
+                stack.extend(at.args)
+        elif isinstance(at, tuple):
+            stack.extend(at)
+    return found
 
 
 @frozen(eq=False)
@@ -77,6 +92,7 @@ class Elaborator:
         self._constant: dict[str, bool] = {}
         self._primed = False
         self._assigning = False
+        self._acting = False
 
     # --- entrances ------------------------------------------------------------------------------
 
@@ -99,9 +115,17 @@ class Elaborator:
         """An initial predicate: `x \\in S` may choose the value of a variable."""
         self._assigning = True
         try:
-            return self.expr(expr, {})
+            return self.action(expr, {})
         finally:
             self._assigning = False
+
+    def action(self, expr: Expr, scope: Scope) -> Node:
+        """What is to be searched for successors: a branch counts even if it is constant."""
+        self._acting = True
+        try:
+            return self.expr(expr, scope)
+        finally:
+            self._acting = False
 
     def variables(self, expr: Expr) -> tuple[int, ...]:
         """The variables that a subscript or UNCHANGED names, by index."""
@@ -120,6 +144,8 @@ class Elaborator:
         """The expression as a constant, if it is one that can be computed and listed."""
         if expr.op in ("const", "unchanged", "enabled", "prime"):
             return None
+        if self._acting and self._branches(expr):
+            return None
         bound: dict[str, Value] = {}
         for name in self.free(expr):
             if name in scope:
@@ -134,6 +160,15 @@ class Elaborator:
         except (SpecError, Unlisted, LookupError, TypeError):
             return None  # it may stand where it is never reached; if not, the interpreter says why
         return Node("const", (value,), expr.span)
+
+    def _branches(self, expr: Expr) -> bool:
+        """Whether a search for successors may go on from here in several ways."""
+        exprs = expr.exprs()
+        parts = {"and": exprs, "if": exprs[1:], "case": exprs[1::2], "let": exprs[-1:]}
+        reached = parts.get(expr.op, ())
+        if expr.op in ("name", "call") and expr.args[0] in self._definitions:
+            reached = (self._definitions[str(expr.args[0])].body,)
+        return expr.op in ("or", "exists") or any(map(self._branches, reached))
 
     def free(self, expr: Expr) -> frozenset[str]:
         """The names that an expression mentions and does not bind."""
@@ -388,6 +423,12 @@ class Elaborator:
     def _map(self, expr: Expr, scope: Scope) -> Node:
         pairs, inner = self.bind(expr, scope)
         return Node("map", (tuple(pairs), self.expr(expr.expr(-1), inner)), expr.span)
+
+    def _times(self, expr: Expr, scope: Scope) -> Node:
+        """`S \\X T`: the pairs of their members."""
+        pairs = tuple((Local("item"), self.expr(e, scope)) for e in expr.exprs())
+        items = tuple(Node("local", (local,), expr.span) for local, _ in pairs)
+        return Node("map", (pairs, Node("tuple", items, expr.span)), expr.span)
 
     def _let(self, expr: Expr, scope: Scope) -> Node:
         inner: dict[str, Any] = dict(scope)

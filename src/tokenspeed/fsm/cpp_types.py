@@ -79,16 +79,19 @@ class CppTypes:
 
     def universe(self, kind: Type, span: Span) -> int:
         """How many bits a set of this type has."""
-        try:
-            values = self.card(kind)
-        except OverflowError:
-            values = SET_MAX + 1
-        if values > SET_MAX:
+        if not self.fits(kind):
             raise span.error(
-                f"a set whose elements are {kind} could have {values} elements; expected at most "
+                f"a set whose elements are {kind} could have too many elements; expected at most "
                 f"{SET_MAX}: choose smaller constants, or another representation"
             )
-        return values
+        return self.card(kind)
+
+    def fits(self, kind: Type) -> bool:
+        """Whether a set of values of this type can be had as bits."""
+        try:
+            return self.card(kind) <= SET_MAX
+        except OverflowError:
+            return False
 
     def card(self, kind: Type) -> int:
         """How many values a type has."""

@@ -6,11 +6,13 @@ does with it, and a test holds the two state graphs together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import final
 
-from tokenspeed.fsm.core import Local, Node
+from tokenspeed.fsm.core import Local, Node, walk
 from tokenspeed.fsm.cpp_types import CppTypes
+from tokenspeed.fsm.evaluate import NO_ARM
+from tokenspeed.fsm.symmetry import mentions
 from tokenspeed.fsm.syntax import Span
 from tokenspeed.fsm.types import Type
 from tokenspeed.fsm.values import ordered
@@ -18,12 +20,15 @@ from tokenspeed.fsm.values import ordered
 __all__ = ["Expressions"]
 
 _INFIX = {
-    "add": "+", "sub": "-", "mul": "*", "lt": "<", "gt": ">", "le": "<=", "ge": ">=",
-    "union": "|", "intersect": "&", "minus_set": "-",
+    "lt": "<", "gt": ">", "le": "<=", "ge": ">=", "union": "|", "intersect": "&", "minus_set": "-",
+}  # fmt: skip
+_ARITHMETIC = {
+    "add": "sum", "sub": "difference", "mul": "product", "pow": "power", "div": "floor_div",
+    "mod": "floor_mod",
 }  # fmt: skip
 # Constructs whose value may not exist: a LET of one is computed when it is first asked for.
 _PARTIAL = {
-    "choose", "apply", "Head", "Tail", "SubSeq", "case", "div", "mod", "field", "call",
+    "choose", "apply", "Head", "Tail", "SubSeq", "case", "div", "mod", "pow", "field", "call",
 }  # fmt: skip
 
 
@@ -70,6 +75,10 @@ class Expressions:
         if node.op in _INFIX:
             left, right = map(self.expr, node.nodes())
             return f"({left} {_INFIX[node.op]} {right})"
+        if node.op in _ARITHMETIC:
+            left, right = map(self.expr, node.nodes())
+            where = self.where(node.span, f"no value: {node.op} of these numbers")
+            return f"{_ARITHMETIC[node.op]}({left}, {right}, {where})"
         build: Callable[[Node], str] = getattr(self, f"_{node.op}")
         return build(node)
 
@@ -132,7 +141,7 @@ class Expressions:
 
     def _case(self, node: Node) -> str:
         args = node.nodes()
-        where = self.where(node.span, "no arm of this CASE holds; add OTHER")
+        where = self.where(node.span, NO_ARM)
         text = f"(undefined({where}), {self.type(node)}{{}})"
         for test, value in reversed(list(zip(args[::2], args[1::2], strict=True))):
             always = test.op == "const" and test.args[0] is True
@@ -195,6 +204,11 @@ class Expressions:
                 f"for (int {at} = 0; {at} < {len(values)}; ++{at}) {{\n"
                 f"const {kind} {name} = Rank<{kind}>::at({at});\n{body}}}\n"
             )
+        if not self.types.fits(
+            local.type
+        ):  # the set has too many bits, but its members can be told
+            members = ", ".join(self.types.constant(v, local.type, domain.span) for v in values)
+            return f"for (const {kind}& {name} : {{{members}}}) {{\n{body}}}\n"
         return _bits_loop(self.expr(domain), name, kind, body)
 
     def _subsets_loop(self, name: str, kind: str, domain: Node, body: str) -> str:
@@ -220,9 +234,18 @@ class Expressions:
 
     def _choose(self, node: Node) -> str:
         local, domain, body = node.args
-        inner = self.loop(local, domain, f"if ({self.expr(body)}) return {self.local(local)};\n")
-        where = self.where(node.span, "CHOOSE: no element qualifies")
-        return f"[&]() -> {self.type(node)} {{ {inner} undefined({where}); }}()"
+        name, kind = self.local(local), self.type(node)
+        none = self.where(node.span, "CHOOSE: no element qualifies")
+        if not mentions(node.type, self.types.symmetric):
+            inner = self.loop(local, domain, f"if ({self.expr(body)}) return {name};\n")
+            return f"[&]() -> {kind} {{ {inner} undefined({none}); }}()"
+        only = self.fresh("only")
+        several = self.where(node.span, "CHOOSE: several qualify, so SYMMETRY is unsound")
+        keep = f"if ({self.expr(body)}) {{ if ({only}) undefined({several}); {only} = {name}; }}\n"
+        return (
+            f"[&]() -> {kind} {{ std::optional<{kind}> {only}; {self.loop(local, domain, keep)} "
+            f"if (!{only}) undefined({none}); return *{only}; }}()"
+        )
 
     def _filter(self, node: Node) -> str:
         local, domain, body = node.args
@@ -253,6 +276,10 @@ class Expressions:
 
     def _big_union(self, node: Node) -> str:
         inner = node.args[0]
+        if inner.op == "set":  # nor need a few sets be put together first
+            return (
+                "(" + " | ".join([f"{self.type(node)}{{}}", *map(self.expr, inner.nodes())]) + ")"
+            )
         if inner.op == "map":  # the set of sets itself may be too large to have
             pairs, body = inner.args
             text = f"out = out | {self.expr(body)};\n"
@@ -296,21 +323,8 @@ class Expressions:
     # --- numbers --------------------------------------------------------------------------------
 
     def _neg(self, node: Node) -> str:
-        return f"(-{self.expr(node.args[0])})"
-
-    def _div(self, node: Node) -> str:
-        return f"floor_div({self._divided(node)})"
-
-    def _mod(self, node: Node) -> str:
-        return f"floor_mod({self._divided(node)})"
-
-    def _divided(self, node: Node) -> str:
-        left, right = map(self.expr, node.nodes())
-        return f"{left}, {right}, {self.where(node.span, 'division by zero')}"
-
-    def _pow(self, node: Node) -> str:
-        left, right = map(self.expr, node.nodes())
-        return f"power({left}, {right})"
+        where = self.where(node.span, "no value: neg of this number")
+        return f"difference(0, {self.expr(node.args[0])}, {where})"
 
     # --- structure ------------------------------------------------------------------------------
 
@@ -481,21 +495,8 @@ def _inner(at: Type, step: Node) -> Type:
     return at.fields[str(step.args[0])]
 
 
-def _walk(node: Node) -> Iterator[Node]:
-    yield node
-    for arg in node.args:
-        if isinstance(arg, Node):
-            yield from _walk(arg)
-        elif isinstance(arg, tuple):
-            for part in arg:
-                if isinstance(part, Node):
-                    yield from _walk(part)
-                elif isinstance(part, tuple):
-                    yield from (n for p in part if isinstance(p, Node) for n in _walk(p))
-
-
 def _partial(value: Node) -> bool:
-    for node in _walk(value):
+    for node in walk(value):
         if node.op in _PARTIAL:
             total = node.op == "apply" and node.args[0].type.root().kind in (
                 "fn",

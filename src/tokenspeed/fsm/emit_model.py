@@ -14,11 +14,13 @@ from typing import final
 from attrs import frozen
 
 from tokenspeed.errors import SpecError
-from tokenspeed.fsm.core import Elaborator, Local, Node, Scope
+from tokenspeed.fsm.core import Elaborator, Local, Node, Scope, walk
 from tokenspeed.fsm.cpp_types import Bounds, CppTypes
 from tokenspeed.fsm.emit_expr import Expressions
+from tokenspeed.fsm.evaluate import NO_ARM
 from tokenspeed.fsm.model import Model
-from tokenspeed.fsm.syntax import Expr
+from tokenspeed.fsm.symmetry import declared, join, refuse_distinction
+from tokenspeed.fsm.syntax import Expr, Span
 from tokenspeed.fsm.temporal import Fairness, Properties, Temporal
 from tokenspeed.fsm.types import Inference, Type, unify
 
@@ -90,10 +92,15 @@ class _Reader:
         constraints = tuple(core.expr(self._defined(n), {}) for n in config.constraints)
         steps = tuple(core.expr(self._defined(n), {}) for n in config.action_constraints)
         variables = tuple(Type.unknown() for _ in self._model.evaluator.variables)
+        asked = Span(config.path, 1, 1)
+        symmetric = declared(config.symmetry, core, self._definitions, asked)
+        if symmetric and properties.debts:
+            raise asked.error("SYMMETRY with a liveness property is unsound; leave one out")
         made = CompiledModel(
             self._model, variables, initial, actions, properties, tuple(fairness), constraints,
-            steps, self._symmetric(),
+            steps, symmetric,
         )  # fmt: skip
+        _refuse_primes(made)
         self._type(made)
         return made
 
@@ -111,33 +118,10 @@ class _Reader:
             if expr.op == "name" and body.op in ("or", "exists"):
                 return self._labelled(body, scope, binders)
             args = tuple(self._core.expr(arg, scope) for arg in expr.exprs())
-            return [Labelled(str(expr.args[0]), binders, args, self._core.expr(expr, scope))]
+            return [Labelled(str(expr.args[0]), binders, args, self._core.action(expr, scope))]
         raise expr.span.error(
             "Next is a disjunction of named actions, under \\E if they have arguments"
         )
-
-    def _symmetric(self) -> tuple[frozenset[str], ...]:
-        name = self._model.config.symmetry
-        if name is None:
-            return ()
-        found: list[frozenset[str]] = []
-
-        def walk(expr: Expr) -> None:
-            if expr.op == "union":
-                for part in expr.exprs():
-                    walk(part)
-            elif expr.op == "name":
-                walk(self._defined(str(expr.args[0])))
-            elif expr.op == "call" and expr.args[0] == "Permutations":
-                folded = self._core.fold(expr.exprs()[0], {})
-                if folded is None or not all(type(v) is str for v in folded.args[0]):
-                    raise expr.span.error("Permutations of a set that is no constant set of names")
-                found.append(folded.args[0])
-            else:
-                raise expr.span.error("SYMMETRY: expected Permutations(S), or a \\cup of them")
-
-        walk(self._defined(name))
-        return tuple(s for s in found if len(s) > 1)
 
     def _type(self, made: CompiledModel) -> None:
         properties = made.properties
@@ -157,49 +141,19 @@ class _Reader:
         inference.run([*roots, *predicates])
         for node in predicates:
             unify(node.type, Type("bool"), node.span)
-        _join_symmetric(made, [*predicates, *roots])
+        refuse_distinction(predicates, made.symmetric)
+        join(made.symmetric, [*predicates, *roots], made.initial.span)
 
 
-def _join_symmetric(made: CompiledModel, roots: list[Node]) -> None:
-    """One type for all the places where interchangeable names stand, so that they move together."""
-    if not made.symmetric:
-        return
-    kinds: dict[int, Type] = {}
-    seen: set[int] = set()
-
-    def kind(at: Type) -> None:
-        at = at.root()
-        if id(at) in seen:
-            return
-        seen.add(id(at))
-        if at.kind == "atom":
-            kinds[id(at)] = at
-        parts = [*at.items, *at.fields.values()]
-        parts += [getattr(at, n) for n in ("of", "key") if hasattr(at, n)]
-        for part in parts:
-            kind(part)
-
-    for root in roots:
-        for node in walk(root):
-            kind(node.type)
-    for names in made.symmetric:
-        touched = [at for at in kinds.values() if at.root().names & names]
-        for other in touched[1:]:
-            unify(touched[0], other, made.initial.span)
-
-
-def walk(node: object) -> list[Node]:
-    """A node and all below it."""
-    found: list[Node] = []
-    stack: list[object] = [node]
-    while stack:
-        at = stack.pop()
-        if isinstance(at, Node):
-            found.append(at)
-            stack.extend(at.args)
-        elif isinstance(at, tuple):
-            stack.extend(at)
-    return found
+def _refuse_primes(made: CompiledModel) -> None:
+    """Refuse a prime in what is said of one state."""
+    properties = made.properties
+    said: list[Node] = [made.initial, *made.constraints]
+    said += [node for _, node in (*properties.initially, *properties.invariants)]
+    said += [n for d in properties.debts for n in (d.starts, d.owing, d.visited)]
+    for node in walk(tuple(said), leaves=("const", "enabled")):
+        if node.op in ("primed", "unchanged"):
+            raise node.span.error("a prime in what is said of one state; it has no successor")
 
 
 def emit_model(compiled: CompiledModel, bounds: Bounds) -> str:
@@ -390,7 +344,12 @@ int main(int argc, char** argv) {{ return Program<Model>::main(argc, argv); }}
                 cases = [(test, node.args[1]), (f"!({test})", node.args[2])]
                 return self._branches(cases, assigned, then, inner)
             case "case" if self._moves(node, goes):
-                return self._branches(self._arms(node), assigned, then, inner)
+                arms, none = self._arms(node)
+                where = self._e.where(node.span, NO_ARM)
+                return (
+                    self._branches(arms, assigned, then, inner)
+                    + f"if ({none}) undefined({where});\n"
+                )
             case "exists":
                 local, domain, body = node.args
                 text = inner(body, assigned, then)
@@ -440,14 +399,15 @@ int main(int argc, char** argv) {{ return Program<Model>::main(argc, argv); }}
             return f"{{ const auto {name} = [&] {{\n{rest}}};\n{''.join(texts)}}}\n"
         return "".join(self._guarded(test, inner(node, assigned, then)) for test, node in cases)
 
-    def _arms(self, node: Node) -> list[tuple[str | None, Node]]:
-        """The arms of a CASE, each with the test that it is the first to hold."""
-        args, before, out = node.nodes(), "", []
+    def _arms(self, node: Node) -> tuple[list[tuple[str | None, Node]], str]:
+        """The arms of a CASE, each with the test that it is the first to hold; the test for none."""
+        args, out = node.nodes(), []
+        before = "true"
         for test, value in zip(args[::2], args[1::2], strict=True):
             this = self._e.expr(test)
-            out.append((before + this, value))
-            before += f"!{this} && "
-        return [(test, value) for test, value in out]
+            out.append((f"{before} && ({this})", value))
+            before += f" && !({this})"
+        return list(out), before
 
     @staticmethod
     def _guarded(test: str | None, text: str) -> str:

@@ -10,10 +10,32 @@ yet; `env` holds the values of bound names, innermost last.
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Iterator, Mapping
 
 from tokenspeed.errors import SpecError
+from tokenspeed.fsm.closures import (
+    UNSET,
+    Code,
+    Env,
+    Label,
+    Lazy,
+    Names,
+    Operator,
+    State,
+    Steps,
+    changed,
+    choices,
+    equal,
+    in_sequence,
+    kept,
+    listed,
+    listing,
+    located,
+    may_fail,
+    place,
+    same,
+    variable,
+)
 from tokenspeed.fsm.syntax import Bound, Definition, Expr, Module
 from tokenspeed.fsm.values import (
     BOOLEANS,
@@ -25,34 +47,20 @@ from tokenspeed.fsm.values import (
     Function,
     Value,
     apply,
-    elements,
     function,
     functions_space,
+    member,
     ordered,
+    product,
     records_space,
     updated,
 )
 
-__all__ = ["UNSET", "Evaluator", "Label", "State"]
+__all__ = ["NO_ARM", "UNSET", "Evaluator", "Label", "State"]
 
-State = tuple[Value, ...]
-Env = tuple[Value, ...]
-Code = Callable[[State, State, Env], Value]
-Steps = Callable[[State, State, Env], Iterator[State]]
-Label = tuple[str, tuple[Value, ...]]
-Names = tuple[str, ...]
-
-
+NO_ARM = "no arm of this CASE holds; add OTHER"
 _STANDARD: dict[str, Value] = {"Nat": NATURALS, "Int": INTEGERS, "BOOLEAN": BOOLEANS}
-
-
-class _Unset:
-    def __repr__(self) -> str:
-        return "UNSET"
-
-
-UNSET = _Unset()
-"""A variable of the successor that no conjunct has assigned yet."""
+ARITHMETIC = {"add", "sub", "mul", "div", "mod", "pow"}
 
 
 class Evaluator:
@@ -126,8 +134,12 @@ class Evaluator:
 
     def initial(self, name: str) -> list[State]:
         """All states that satisfy the definition `name`, in a fixed order."""
+        return list(self.starts(name))
+
+    def starts(self, name: str) -> Iterator[State]:
+        """The same one by one, repetitions included."""
         steps = self._action(self.definition(name).body, (), prime=False)
-        return list(steps(self._start, self._start, ()))
+        return steps(self._start, self._start, ())
 
     def successors(self, name: str) -> Callable[[State], Iterator[tuple[Label, State]]]:
         """Every way to satisfy the action `name`, labelled with its operator."""
@@ -167,7 +179,7 @@ class Evaluator:
             inner, sets = self._bind(expr, names)
             body = self._labelled(expr.expr(-1), inner)
             return lambda s, t, env: (
-                item for bound in _choices(sets, s, t, env) for item in body(s, t, bound)
+                item for bound in choices(sets, s, t, env) for item in body(s, t, bound)
             )
         if expr.op in ("name", "call"):
             name = str(expr.args[0])
@@ -199,7 +211,7 @@ class Evaluator:
     def _parts(self, expr: Expr, names: Names, prime: bool) -> Steps:
         match expr.op:
             case "and":
-                return _sequence([self._action(arg, names, prime=prime) for arg in expr.exprs()])
+                return in_sequence([self._action(arg, names, prime=prime) for arg in expr.exprs()])
             case "or":
                 branches = [self._action(arg, names, prime=prime) for arg in expr.exprs()]
                 return lambda s, t, env: (a for branch in branches for a in branch(s, t, env))
@@ -207,18 +219,24 @@ class Evaluator:
                 inner, sets = self._bind(expr, names)
                 body = self._action(expr.expr(-1), inner, prime=prime)
                 return lambda s, t, env: (
-                    a for bound in _choices(sets, s, t, env) for a in body(s, t, bound)
+                    a for bound in choices(sets, s, t, env) for a in body(s, t, bound)
                 )
             case "eq" | "in" if (target := self._target(expr.expr(0), prime)) is not None:
                 return self._assignment(target, expr, names)
             case "unchanged":
-                return _unchanged(self._changed_variables(expr.expr(0)))
+                return kept(self._changed_variables(expr.expr(0)))
             case "name" | "call" if expr.args[0] in self._definitions and expr.args[0] not in names:
                 return self._operator_steps(expr, names, prime)
+            case "call" if expr.args[0] in names:
+                return self._local_steps(expr, names)
             case "if" | "case":
                 return self._alternatives(expr, names, prime)
+            case "angle_action":
+                step = self._action(expr.expr(0), names, prime=prime)
+                stays = self._unchanged(Expr("unchanged", (expr.expr(1),), expr.span), names)
+                return lambda s, t, env: (a for a in step(s, t, env) if not stays(s, a, env))
             case "let":
-                inner, values = self._locals(expr, names)
+                inner, values = self._locals(expr, names, prime=prime)
                 body = self._action(expr.expr(-1), inner, prime=prime)
                 return lambda s, t, env: body(s, t, values(s, t, env))
         test = self._code(expr, names)
@@ -235,7 +253,7 @@ class Evaluator:
             for test, way in zip(tests, ways, strict=True):
                 if test(s, t, env):
                     return way(s, t, env)
-            return iter(())
+            raise expr.span.error(NO_ARM)
 
         return steps
 
@@ -253,11 +271,10 @@ class Evaluator:
 
         def steps(s: State, t: State, env: Env) -> Iterator[State]:
             value = code(s, t, env)
-            options = ordered(elements(value)) if choose else (value,)
             if t[index] is UNSET:
-                for option in options:
+                for option in ordered(listed(expr, value)) if choose else (value,):
                     yield (*t[:index], option, *t[index + 1 :])
-            elif t[index] in options:
+            elif member(t[index], value) if choose else t[index] == value:
                 yield t
 
         return steps
@@ -266,9 +283,11 @@ class Evaluator:
         if expr.op == "tuple":
             return [i for arg in expr.exprs() for i in self._changed_variables(arg)]
         name = str(expr.args[0])
-        if name in self._index:
+        if expr.op == "name" and name in self._index:
             return [self._index[name]]
-        return self._changed_variables(self.definition(name).body)
+        if expr.op == "name" and name in self._definitions:
+            return self._changed_variables(self._definitions[name].body)
+        raise expr.span.error("expected variables, or a tuple of them")
 
     def _operator_steps(self, expr: Expr, names: Names, prime: bool) -> Steps:
         name = str(expr.args[0])
@@ -277,9 +296,19 @@ class Evaluator:
             body = self._action(definition.body, definition.params, prime=prime)
             self._steps[name, prime] = body
         steps = self._steps[name, prime]
-        args = [self._code(arg, names) for arg in expr.exprs()]
+        args = [self._delayed(arg, names) for arg in expr.exprs()]
         self._check_arity(expr, definition, len(args))
         return lambda s, t, env: steps(s, t, tuple(arg(s, t, env) for arg in args))
+
+    def _local_steps(self, expr: Expr, names: Names) -> Steps:
+        at = place(str(expr.args[0]), names)
+        args = [self._delayed(arg, names) for arg in expr.exprs()]
+
+        def steps(s: State, t: State, env: Env) -> Iterator[State]:
+            operator: Operator = env[at]
+            return operator.steps(s, t, (*operator.env, *(arg(s, t, env) for arg in args)))
+
+        return steps
 
     # --- expressions ----------------------------------------------------------------------------
 
@@ -301,11 +330,13 @@ class Evaluator:
             return code
         if expr.op in INFIX:
             infix, (left, right) = INFIX[expr.op], self._codes(expr, names)
-            if expr.op in ("div", "mod"):
-                return _partial(expr, lambda s, t, env: infix(left(s, t, env), right(s, t, env)))
+            if expr.op in ARITHMETIC:
+                return located(expr, lambda s, t, env: infix(left(s, t, env), right(s, t, env)))
             return lambda s, t, env: infix(left(s, t, env), right(s, t, env))
         if expr.op in PREFIX:
             prefix, (only,) = PREFIX[expr.op], self._codes(expr, names)
+            if expr.op == "neg":
+                return located(expr, lambda s, t, env: prefix(only(s, t, env)))
             return lambda s, t, env: prefix(only(s, t, env))
         raise expr.span.error(f"{expr.op} has no value here; it is temporal, or outside the subset")
 
@@ -315,11 +346,10 @@ class Evaluator:
     def _name(self, expr: Expr, names: Names) -> Code:
         name = str(expr.args[0])
         if name in names:
-            at = len(names) - 1 - names[::-1].index(name) - len(names)
-            return lambda s, t, env: env[at]
+            at = place(name, names)
+            return lambda s, t, env: v() if type(v := env[at]) is Lazy else v
         if name in self._index:
-            index = self._index[name]
-            return lambda s, t, env: s[index]
+            return variable(expr, self._index[name])
         if name in self._constants:
             value = self._constants[name]
             return lambda s, t, env: value
@@ -332,21 +362,36 @@ class Evaluator:
 
     def _call(self, expr: Expr, names: Names) -> Code:
         name = str(expr.args[0])
-        args = self._codes(expr, names)
+        if name not in names and name not in self._definitions:
+            return self._builtin(expr, names)
+        args = [self._delayed(arg, names) for arg in expr.exprs()]
         if name in names:
-            at = len(names) - 1 - names[::-1].index(name) - len(names)
-            return lambda s, t, env: env[at](*(arg(s, t, env) for arg in args))
-        if name not in self._definitions:
-            builtin = BUILTIN.get(name)
-            if builtin is None:
-                raise expr.span.error(f"unknown operator {name}")
-            return _partial(expr, lambda s, t, env: builtin(*(arg(s, t, env) for arg in args)))
+            at = place(name, names)
+
+            def apply_local(s: State, t: State, env: Env) -> Value:
+                operator: Operator = env[at]
+                return operator.code(s, t, (*operator.env, *(arg(s, t, env) for arg in args)))
+
+            return apply_local
         self._check_arity(expr, self._definitions[name], len(args))
         body = self._body(name)
         if len(args) == 1:
             (only,) = args
             return lambda s, t, env: body(s, t, (only(s, t, env),))
         return lambda s, t, env: body(s, t, tuple(arg(s, t, env) for arg in args))
+
+    def _builtin(self, expr: Expr, names: Names) -> Code:
+        builtin, args = BUILTIN.get(str(expr.args[0])), self._codes(expr, names)
+        if builtin is None:
+            raise expr.span.error(f"unknown operator {expr.args[0]}")
+        return located(expr, lambda s, t, env: builtin(*(arg(s, t, env) for arg in args)))
+
+    def _delayed(self, expr: Expr, names: Names) -> Code:
+        """What a name is to stand for: a value, or what will compute it if it may not exist."""
+        code = self._code(expr, names)
+        if not may_fail(expr, names):
+            return code
+        return lambda s, t, env: Lazy(lambda: code(s, t, env))
 
     def _prime(self, expr: Expr, names: Names) -> Code:
         code = self._code(expr.expr(0), names)
@@ -362,7 +407,7 @@ class Evaluator:
 
     def _unchanged(self, expr: Expr, names: Names) -> Code:
         indexes = self._changed_variables(expr.expr(0))
-        return lambda s, t, env: all(s[i] == t[i] for i in indexes)
+        return same(expr, indexes)
 
     def _naturals(self, _expr: Expr, _names: Names) -> Code:
         return lambda s, t, env: NATURALS
@@ -403,7 +448,7 @@ class Evaluator:
             for test, value in arms:
                 if test(s, t, env):
                     return value(s, t, env)
-            raise expr.span.error("no arm of this CASE holds; add OTHER")
+            raise expr.span.error(NO_ARM)
 
         return run
 
@@ -427,17 +472,21 @@ class Evaluator:
             dict(zip(keys, (code(s, t, env) for code in codes), strict=True))
         )
 
+    def _times(self, expr: Expr, names: Names) -> Code:
+        codes = self._codes(expr, names)
+        return lambda s, t, env: product([code(s, t, env) for code in codes])
+
     def _functions(self, expr: Expr, names: Names) -> Code:
         source, target = self._codes(expr, names)
         return lambda s, t, env: functions_space(source(s, t, env), target(s, t, env))
 
     def _apply(self, expr: Expr, names: Names) -> Code:
         fn, arg = self._codes(expr, names)
-        return _partial(expr, lambda s, t, env: apply(fn(s, t, env), arg(s, t, env)))
+        return located(expr, lambda s, t, env: apply(fn(s, t, env), arg(s, t, env)))
 
     def _field(self, expr: Expr, names: Names) -> Code:
         record, name = self._code(expr.expr(0), names), expr.args[1]
-        return _partial(expr, lambda s, t, env: record(s, t, env).items[name])
+        return located(expr, lambda s, t, env: record(s, t, env).items[name])
 
     def _except(self, expr: Expr, names: Names) -> Code:
         base = self._code(expr.expr(0), names)
@@ -451,7 +500,7 @@ class Evaluator:
             result = base(s, t, env)
             for path, value in updates:
                 keys = tuple(code(s, t, env) for code in path)
-                change = functools.partial(_changed, value, s, t, env)
+                change = functools.partial(changed, value, s, t, env)
                 result = updated(result, keys, change)
             return result
 
@@ -465,27 +514,35 @@ class Evaluator:
         inner, sets = names, []
         for bound in expr.args:
             if isinstance(bound, Bound):
-                code = self._code(bound.domain, names)
+                code = listing(bound.domain, self._code(bound.domain, names))
                 inner = (*inner, *bound.names)
                 sets += [code] * len(bound.names)
         return inner, sets
 
+    def _eq(self, expr: Expr, names: Names) -> Code:
+        left, right = self._codes(expr, names)
+        return lambda s, t, env: equal(expr, left(s, t, env), right(s, t, env))
+
+    def _ne(self, expr: Expr, names: Names) -> Code:
+        left, right = self._codes(expr, names)
+        return lambda s, t, env: not equal(expr, left(s, t, env), right(s, t, env))
+
     def _forall(self, expr: Expr, names: Names) -> Code:
         inner, sets = self._bind(expr, names)
         body = self._code(expr.expr(-1), inner)
-        return lambda s, t, env: all(body(s, t, b) for b in _choices(sets, s, t, env, order=False))
+        return lambda s, t, env: all(body(s, t, b) for b in choices(sets, s, t, env))
 
     def _exists(self, expr: Expr, names: Names) -> Code:
         inner, sets = self._bind(expr, names)
         body = self._code(expr.expr(-1), inner)
-        return lambda s, t, env: any(body(s, t, b) for b in _choices(sets, s, t, env, order=False))
+        return lambda s, t, env: any(body(s, t, b) for b in choices(sets, s, t, env))
 
     def _choose(self, expr: Expr, names: Names) -> Code:
         inner, sets = self._bind(expr, names)
         body = self._code(expr.expr(-1), inner)
 
         def run(s: State, t: State, env: Env) -> Value:
-            for bound in _choices(sets, s, t, env):
+            for bound in choices(sets, s, t, env):
                 if body(s, t, bound):
                     return bound[-1]
             raise expr.span.error("CHOOSE: no element qualifies")
@@ -495,16 +552,12 @@ class Evaluator:
     def _filter(self, expr: Expr, names: Names) -> Code:
         inner, sets = self._bind(expr, names)
         test = self._code(expr.expr(-1), inner)
-        return lambda s, t, env: frozenset(
-            b[-1] for b in _choices(sets, s, t, env, order=False) if test(s, t, b)
-        )
+        return lambda s, t, env: frozenset(b[-1] for b in choices(sets, s, t, env) if test(s, t, b))
 
     def _map(self, expr: Expr, names: Names) -> Code:
         inner, sets = self._bind(expr, names)
         body = self._code(expr.expr(-1), inner)
-        return lambda s, t, env: frozenset(
-            body(s, t, b) for b in _choices(sets, s, t, env, order=False)
-        )
+        return lambda s, t, env: frozenset(body(s, t, b) for b in choices(sets, s, t, env))
 
     def _function(self, expr: Expr, names: Names) -> Code:
         inner, sets = self._bind(expr, names)
@@ -513,88 +566,34 @@ class Evaluator:
                 "functions of several arguments are outside the subset; nest them"
             )
         body = self._code(expr.expr(-1), inner)
-        return lambda s, t, env: function(
-            {b[-1]: body(s, t, b) for b in _choices(sets, s, t, env, order=False)}
-        )
+        return lambda s, t, env: function({b[-1]: body(s, t, b) for b in choices(sets, s, t, env)})
 
     def _let(self, expr: Expr, names: Names) -> Code:
         inner, values = self._locals(expr, names)
         body = self._code(expr.expr(-1), inner)
         return lambda s, t, env: body(s, t, values(s, t, env))
 
-    def _locals(self, expr: Expr, names: Names) -> tuple[Names, Callable[[State, State, Env], Env]]:
+    def _locals(
+        self, expr: Expr, names: Names, *, prime: bool = True
+    ) -> tuple[Names, Callable[[State, State, Env], Env]]:
         """The names that a LET adds, and what extends the environment by their values."""
-        inner, codes = names, []
+        inner, makers = names, []
         for definition in expr.args:
             if isinstance(definition, Definition):
-                body = self._code(definition.body, (*inner, *definition.params))
-                codes.append((body, bool(definition.params)))
+                scope = (*inner, *definition.params)
+                if definition.params:
+                    makers.append(self._operator(definition.body, scope, prime))
+                else:
+                    makers.append(self._delayed(definition.body, scope))
                 inner = (*inner, definition.name)
 
         def values(s: State, t: State, env: Env) -> Env:
-            for code, has_params in codes:
-                env = (*env, _closure(code, s, t, env) if has_params else code(s, t, env))
+            for make in makers:
+                env = (*env, make(s, t, env))
             return env
 
         return inner, values
 
-
-def _closure(code: Code, s: State, t: State, env: Env) -> Callable[..., Value]:
-    """An operator that a LET defines, as a function of its arguments."""
-    return lambda *args: code(s, t, (*env, *args))
-
-
-def _choices(
-    sets: list[Code], s: State, t: State, env: Env, *, order: bool = True
-) -> Iterator[Env]:
-    """Every extension of `env` by one element of each set; in a fixed order where it shows."""
-    if len(sets) == 1:
-        values = elements(sets[0](s, t, env))
-        return ((*env, v) for v in (ordered(values) if order else values))
-    every = [ordered(elements(code(s, t, env))) for code in sets]
-    return ((*env, *combination) for combination in itertools.product(*every))
-
-
-def _sequence(parts: list[Steps]) -> Steps:
-    """All conjuncts, left to right: each extends the successors of those before it."""
-
-    def steps(s: State, t: State, env: Env) -> Iterator[State]:
-        def rest(at: int, after: State) -> Iterator[State]:
-            if at == len(parts):
-                yield after
-                return
-            for more in parts[at](s, after, env):
-                yield from rest(at + 1, more)
-
-        yield from rest(0, t)
-
-    return steps
-
-
-def _changed(code: Code, s: State, t: State, env: Env, old: Value) -> Value:
-    """The new value of an EXCEPT, where `@` is the old one."""
-    return code(s, t, (*env, old))
-
-
-def _unchanged(indexes: list[int]) -> Steps:
-    def steps(s: State, t: State, env: Env) -> Iterator[State]:
-        after = list(t)
-        for index in indexes:
-            if after[index] is not UNSET and after[index] != s[index]:
-                return
-            after[index] = s[index]
-        yield tuple(after)
-
-    return steps
-
-
-def _partial(expr: Expr, code: Code) -> Code:
-    """An operator that has no value for some arguments: then an error that names its place."""
-
-    def run(s: State, t: State, env: Env) -> Value:
-        try:
-            return code(s, t, env)
-        except (LookupError, ZeroDivisionError) as error:
-            raise expr.span.error(f"no value: {error}") from error
-
-    return run
+    def _operator(self, body: Expr, names: Names, prime: bool) -> Code:
+        code, steps = self._code(body, names), self._action(body, names, prime=prime)
+        return lambda s, t, env: Operator(code, steps, env)

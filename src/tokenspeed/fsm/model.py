@@ -7,6 +7,7 @@ refused. EXTENDS of the standard modules costs nothing, of one's own reads the f
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from attrs import field, frozen
 
 from tokenspeed.errors import SpecError
 from tokenspeed.fsm.evaluate import Evaluator
-from tokenspeed.fsm.syntax import Bound, Definition, Expr, Instance, Module, parse_module
+from tokenspeed.fsm.names import check_names
+from tokenspeed.fsm.syntax import Bound, Definition, Expr, Instance, Module, Span, parse_module
 
 __all__ = ["Config", "Model", "load_model", "load_module", "parse_config"]
 
@@ -39,6 +41,7 @@ class Config:
     constraints: tuple[str, ...] = ()
     action_constraints: tuple[str, ...] = ()
     fairness: tuple[Expr, ...] = ()
+    model_values: frozenset[str] = frozenset()
 
 
 @frozen
@@ -62,7 +65,7 @@ def _merged(path: Path, seen: set[str]) -> Module:
     module = parse_module(path)
     seen.add(module.name)
     bases = [
-        _merged(_beside(path, name), seen)
+        _merged(_beside(path, name, Span(path, 1, 1)), seen)
         for name in module.extends
         if name not in STANDARD and name not in seen
     ]
@@ -78,11 +81,11 @@ def _merged(path: Path, seen: set[str]) -> Module:
     )
 
 
-def _beside(path: Path, name: str) -> Path:
+def _beside(path: Path, name: str, asked: Span) -> Path:
     found = path.with_name(f"{name}.tla")
     if not found.exists():
         known = ", ".join(STANDARD)
-        raise SpecError(path, 1, 1, f"{name}: expected {found.name} beside it, or {known}")
+        raise asked.error(f"{name}: expected {found.name} beside it, or {known}")
     return found
 
 
@@ -90,7 +93,7 @@ def _instantiated(path: Path, outer: Module, instance: Instance) -> list[Definit
     """The definitions of another module, its parameters replaced, under `name!`."""
     if instance.module in STANDARD:
         return []
-    inner = _merged(_beside(path, instance.module), set())
+    inner = _merged(_beside(path, instance.module, instance.span), set())
     prefix = f"{instance.name}!" if instance.name else ""
     unknown = sorted(set(instance.substitutions) - {*inner.constants, *inner.variables})
     if unknown:
@@ -136,6 +139,9 @@ def _renamed_part(part: object, names: dict[str, str], inner: dict[str, str]) ->
 def load_model(spec: Path, config: Path) -> Model:
     """Bind the constants of `config`, resolve Init and Next, and check the ASSUMEs."""
     module, settings = load_module(spec), parse_config(config)
+    check_names(module)
+    for definition in module.definitions:
+        _refuse_confusion(definition.body, settings)
     names = {d.name: d for d in module.definitions}
     if "SPECIFICATION" in settings.overrides:
         settings = _behaviour(settings, names)
@@ -157,6 +163,23 @@ def load_model(spec: Path, config: Path) -> Model:
                 "this ASSUME is false for the constants of the configuration"
             )
     return Model(evaluator, settings)
+
+
+def _refuse_confusion(part: object, settings: Config) -> None:
+    """A string that is spelled as a model value is another value; here they would be one."""
+    if isinstance(part, Definition):
+        _refuse_confusion(part.body, settings)
+    if isinstance(part, Bound):
+        _refuse_confusion(part.domain, settings)
+    if not isinstance(part, Expr):
+        return
+    if part.op == "string" and part.args[0] in settings.model_values:
+        raise part.span.error(
+            f"the string {part.args[0]} is spelled as a model value of {settings.path.name}, and "
+            "is another value; choose another name"
+        )
+    for each in part.args[-1:] if part.op == "update" else part.args:
+        _refuse_confusion(each, settings)
 
 
 def _behaviour(settings: Config, names: dict[str, Definition]) -> Config:
@@ -184,7 +207,9 @@ def _conjuncts(expr: Expr) -> list[Expr]:
     return [expr]
 
 
-_WORD = re.compile(r'"[^"]*"|<-|[{}=,]|[^\s{}=,<]+')
+_COMMENT = re.compile(r"\\\*[^\n]*|\(\*.*?\*\)", re.DOTALL)
+_WORD = re.compile(r'"[^"]*"|<-|[{}=,]|[^\s{}=,<"]+|\S')
+_VALUE = re.compile(r'-?\d+|"[^"]*"|\w+')
 _KEYWORDS = {
     "CONSTANT", "CONSTANTS", "INIT", "NEXT", "SPECIFICATION", "INVARIANT", "INVARIANTS", "PROPERTY",
     "PROPERTIES", "SYMMETRY", "CHECK_DEADLOCK", "CONSTRAINT", "CONSTRAINTS", "ACTION_CONSTRAINT",
@@ -195,8 +220,7 @@ _REFUSED = {"VIEW", "ALIAS", "POSTCONDITION"}
 
 def parse_config(path: Path) -> Config:
     """Read a `.cfg`. Model values (`r1 = r1`) are their own names."""
-    text = re.sub(r"\\\*.*", "", path.read_text(encoding="utf-8"))
-    words = _WORD.findall(text)
+    words = _WORD.findall(_COMMENT.sub(" ", path.read_text(encoding="utf-8")))
     sections: dict[str, list[str]] = {}
     current: list[str] | None = None
     for word in words:
@@ -208,47 +232,78 @@ def parse_config(path: Path) -> Config:
             raise SpecError(path, 1, 1, f"{word}: expected one of {', '.join(sorted(_KEYWORDS))}")
         else:
             current.append(word)
-    constants, overrides = _constants(path, sections.get("CONSTANT", []))
+    given = sections.get("CONSTANT", [])
+    constants, overrides = _constants(path, given)
     if "SPECIFICATION" in sections:
-        overrides["SPECIFICATION"] = sections["SPECIFICATION"][0]
+        if {"INIT", "NEXT"} & sections.keys():
+            raise SpecError(path, 1, 1, "SPECIFICATION beside INIT or NEXT; expected one of them")
+        overrides["SPECIFICATION"] = _only(path, sections, "SPECIFICATION", "")
     return Config(
         path=path,
         constants=constants,
         overrides=overrides,
-        init=sections.get("INIT", ["Init"])[0],
-        next=sections.get("NEXT", ["Next"])[0],
+        init=_only(path, sections, "INIT", "Init"),
+        next=_only(path, sections, "NEXT", "Next"),
         invariants=tuple(sections.get("INVARIANT", [])),
         properties=tuple(sections.get("PROPERTY", [])),
-        symmetry=next(iter(sections.get("SYMMETRY", [])), None),
-        check_deadlock=sections.get("CHECK_DEADLOCK", ["TRUE"])[0] == "TRUE",
+        symmetry=_only(path, sections, "SYMMETRY", "") or None,
+        check_deadlock=_truth(path, _only(path, sections, "CHECK_DEADLOCK", "TRUE")),
         constraints=tuple(sections.get("CONSTRAINT", [])),
         action_constraints=tuple(sections.get("ACTION_CONSTRAINT", [])),
+        model_values=frozenset(
+            value
+            for each in constants.values()
+            for value in (each if isinstance(each, frozenset) else {each})
+            if type(value) is str and f'"{value}"' not in given
+        ),
     )
+
+
+def _only(path: Path, sections: dict[str, list[str]], keyword: str, default: str) -> str:
+    """The one word after a keyword."""
+    words = sections.get(keyword, [default])
+    if len(words) != 1:
+        raise SpecError(path, 1, 1, f"{keyword}: got {len(words)} names; expected one")
+    return words[0]
+
+
+def _truth(path: Path, word: str) -> bool:
+    if word not in ("TRUE", "FALSE"):
+        raise SpecError(path, 1, 1, f"CHECK_DEADLOCK: got {word}; expected TRUE or FALSE")
+    return word == "TRUE"
 
 
 def _constants(path: Path, words: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
     constants: dict[str, Any] = {}
     overrides: dict[str, str] = {}
-    at = 0
-    while at < len(words):
-        name, sign = words[at], words[at + 1] if at + 1 < len(words) else "nothing"
-        if sign == "<-":
-            overrides[name] = words[at + 2]
-            at += 3
-        elif sign == "=" and words[at + 2] == "{":
-            end = words.index("}", at)
-            members = [w for w in words[at + 3 : end] if w != ","]
-            constants[name] = frozenset(_constant(w) for w in members)
-            at = end + 1
+    rest = iter(words)
+    for name in rest:
+        sign, value = next(rest, "nothing"), next(rest, "nothing")
+        if sign == "<-" and value.isidentifier():
+            overrides[name] = value
         elif sign == "=":
-            constants[name] = _constant(words[at + 2])
-            at += 3
+            constants[name] = _set(path, rest) if value == "{" else _constant(path, value)
         else:
-            raise SpecError(path, 1, 1, f"{name} {sign}: expected {name} = value or {name} <- Name")
+            said = f"{name} {sign} {value}"
+            raise SpecError(path, 1, 1, f"{said}: expected {name} = value or {name} <- Name")
     return constants, overrides
 
 
-def _constant(word: str) -> Any:
+def _set(path: Path, rest: Iterator[str]) -> frozenset[Any]:
+    """The members up to the closing brace."""
+    members: list[str] = []
+    for word in rest:
+        if word == "}":
+            return frozenset(_constant(path, member) for member in members)
+        if word != ",":
+            members.append(word)
+    raise SpecError(path, 1, 1, "a set without its closing brace")
+
+
+def _constant(path: Path, word: str) -> Any:
+    if not _VALUE.fullmatch(word):
+        expected = "a number, a string, TRUE, FALSE, a model value, or a set of them"
+        raise SpecError(path, 1, 1, f"{word}: got this as a value; expected {expected}")
     if word.lstrip("-").isdigit():
         return int(word)
     return {"TRUE": True, "FALSE": False}.get(word, word.strip('"'))

@@ -122,6 +122,20 @@ _PREFIX = {
     "enabled": "enabled",
 }  # fmt: skip
 
+# How tightly operators bind, from lowest to highest ("Specifying Systems", table 6). What overlaps
+# is ambiguous, and wants parentheses; a few may follow themselves.
+_BINDS = {
+    "implies": (1, 1), "iff": (2, 2), "leads_to": (2, 2), "and": (3, 3), "or": (3, 3),
+    "not": (4, 4), "always": (4, 15), "eventually": (4, 15), "enabled": (4, 15),
+    "unchanged": (4, 15), "eq": (5, 5), "ne": (5, 5), "in": (5, 5), "notin": (5, 5),
+    "subseteq": (5, 5), "lt": (5, 5), "gt": (5, 5), "le": (5, 5), "ge": (5, 5),
+    "powerset": (8, 8), "big_union": (8, 8), "union": (8, 8), "intersect": (8, 8),
+    "minus_set": (8, 8), "domain": (9, 9), "range": (9, 9), "add": (10, 10), "mod": (10, 11),
+    "times": (10, 13), "sub": (11, 11), "neg": (12, 12), "mul": (13, 13), "div": (13, 13),
+    "concat": (13, 13), "pow": (14, 14),
+}  # fmt: skip
+_CHAINED = {"and", "or", "union", "intersect", "add", "sub", "mul", "concat", "times"}
+
 
 def parse_module(path: Path) -> Module:
     """Read one `.tla` file.
@@ -151,6 +165,16 @@ class _Reader:
     def refuse(self, node: Node, instead: str = "it is outside the subset of fsm/") -> SpecError:
         words = _text(node).split("\n")[0][:60]
         return self.span(node).error(f"{node.type} `{words}`: {instead}")
+
+    def refuse_ambiguous(self, op: str, operand: Node, *, chained: bool = False) -> None:
+        """Refuse an operand that does not bind more tightly than the operator around it."""
+        if operand.type not in ("bound_infix_op", "bound_prefix_op"):
+            return
+        symbol = _field(operand, "symbol")
+        names = _INFIX if operand.type == "bound_infix_op" else _PREFIX
+        inner = names.get(symbol.type, "")
+        if inner in _BINDS and _BINDS[inner][0] <= _BINDS[op][1] and not (chained and inner == op):
+            raise self.refuse(operand, "ambiguous without parentheses, to the standard tools too")
 
     def refuse_errors(self, node: Node) -> None:
         if not node.has_error:
@@ -287,7 +311,14 @@ def _infix(reader: _Reader, node: Node) -> Built:
     op = _INFIX.get(symbol.type)
     if op is None:
         raise reader.refuse(symbol)
-    return op, [reader.expr(_field(node, "lhs")), reader.expr(_field(node, "rhs"))]
+    first, second = _field(node, "lhs"), _field(node, "rhs")
+    reader.refuse_ambiguous(op, first, chained=op in _CHAINED)
+    if second.type == "bound_infix_op":  # a prefix operator on the right can only go this way
+        reader.refuse_ambiguous(op, second)
+    left, right = reader.expr(first), reader.expr(second)
+    if op == "times" and left.op == op and first.type != "parentheses":
+        return op, [*left.exprs(), right]  # A \X B \X C has triples, (A \X B) \X C has pairs
+    return op, [left, right]
 
 
 def _prefix(reader: _Reader, node: Node) -> Built:
@@ -295,7 +326,10 @@ def _prefix(reader: _Reader, node: Node) -> Built:
     op = _PREFIX.get(symbol.type)
     if op is None:
         raise reader.refuse(symbol)
-    return op, [reader.expr(_field(node, "rhs"))]
+    operand = _field(node, "rhs")
+    if operand.type == "bound_infix_op":
+        reader.refuse_ambiguous(op, operand)
+    return op, [reader.expr(operand)]
 
 
 def _postfix(reader: _Reader, node: Node) -> Built:
@@ -351,6 +385,8 @@ def _pairs(op: str) -> Callable[[_Reader, Node], Built]:
         parts = [part for part in _code(node) if part.type != "all_map_to"]
         out: list[object] = []
         for name, value in zip(parts[::2], parts[1::2], strict=True):
+            if _text(name) in out:
+                raise reader.refuse(name, "this field is given twice")
             out += [_text(name), reader.expr(value)]
         return op, out
 
@@ -426,6 +462,13 @@ def _parentheses(reader: _Reader, node: Node) -> Built:
     return inner.op, inner.args
 
 
+def _number(reader: _Reader, node: Node) -> Built:
+    value = int(_text(node))
+    if value >= 1 << 31:
+        raise reader.refuse(node, "expected a number of 32 bits, as the standard tools do")
+    return "nat", (value,)
+
+
 _BUILD: dict[str, Callable[[_Reader, Node], Built]] = {
     "conj_list": _items("and"),
     "disj_list": _items("or"),
@@ -456,7 +499,7 @@ _BUILD: dict[str, Callable[[_Reader, Node], Built]] = {
     "step_expr_or_stutter": _several("box_action"),
     "step_expr_no_stutter": _angle,
     "identifier_ref": lambda _reader, node: ("name", (_text(node),)),
-    "nat_number": lambda _reader, node: ("nat", (int(_text(node)),)),
+    "nat_number": _number,
     "boolean": lambda _reader, node: ("bool", (_text(node) == "TRUE",)),
     "string": lambda _reader, node: ("string", (_text(node)[1:-1],)),
     "nat_number_set": lambda _reader, _node: ("naturals", ()),

@@ -98,6 +98,12 @@ class Type:
         made.keys, made.key, made.of = keys, key, of
         return made
 
+    def parts(self) -> list[Type]:
+        """The types that this one is made of."""
+        at = self.root()
+        named = [getattr(at, name) for name in ("of", "key") if hasattr(at, name)]
+        return [*at.items, *at.fields.values(), *named]
+
     def __str__(self) -> str:
         at = self.root()
         match at.kind:
@@ -140,9 +146,7 @@ def unify(a: Type, b: Type, span: Span) -> None:
 
 def _occurs(part: Type, whole: Type) -> bool:
     whole = whole.root()
-    parts = [*whole.items, *whole.fields.values()]
-    parts += [getattr(whole, name) for name in ("of", "key") if hasattr(whole, name)]
-    return whole is part or any(_occurs(part, each) for each in parts)
+    return whole is part or any(_occurs(part, each) for each in whole.parts())
 
 
 def _same(a: Type, b: Type, _span: Span) -> None:

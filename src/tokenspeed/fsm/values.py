@@ -37,6 +37,7 @@ __all__ = [
     "member",
     "order_key",
     "ordered",
+    "product",
     "records_space",
     "show",
     "updated",
@@ -232,7 +233,13 @@ def updated(fn: Value, path: tuple[Value, ...], change: Callable[[Value], Value]
 
 def member(value: Value, container: Value) -> bool:
     """`value \\in container`, where the container may be a set that is not enumerated."""
-    return container.test(value) if isinstance(container, Space) else value in container
+    if isinstance(container, Space):
+        return container.test(value)
+    if type(value) in (bool, int) and any(type(each) is not type(value) for each in container):
+        return any(
+            type(each) is type(value) and each == value for each in container
+        )  # TRUE is not 1
+    return value in container
 
 
 def _same(a: Value, b: Value) -> bool:
@@ -276,11 +283,12 @@ def _subsets(values: Value) -> Value:
     return Space("a SUBSET", test, members)
 
 
-def _times(a: Value, b: Value) -> Value:
+def product(sets: list[Value]) -> Space:
+    """`S \\X T \\X ...`: tuples, an item of each."""
     return Space(
         "a product",
-        lambda v: type(v) is tuple and len(v) == 2 and member(v[0], a) and member(v[1], b),
-        lambda: itertools.product(ordered(elements(a)), ordered(elements(b))),
+        lambda v: type(v) is tuple and len(v) == len(sets) and all(map(member, v, sets)),
+        lambda: itertools.product(*(ordered(elements(each)) for each in sets)),
     )
 
 
@@ -309,6 +317,30 @@ def _sub_sequence(s: Value, first: int, last: int) -> Value:
     return s[first - 1 : last]
 
 
+NUMBER_MAX = 2**31 - 1
+
+
+def _number(value: int) -> int:
+    """A number that the standard tools have too: one of 32 bits."""
+    if not -NUMBER_MAX - 1 <= value <= NUMBER_MAX:
+        raise OverflowError(f"{value} is no number of 32 bits")
+    return value
+
+
+def _modulo(a: int, b: int) -> int:
+    if b <= 0:
+        raise ZeroDivisionError(f"{a} % {b}: expected a positive divisor")
+    return a % b
+
+
+def _power(a: int, b: int) -> int:
+    if b < 0 or a == b == 0:
+        raise ArithmeticError(f"{a} ^ {b} has no value")
+    if abs(a) > 1 and b > 31:
+        raise OverflowError(f"{a} ^ {b} is no number of 32 bits")
+    return _number(a**b)
+
+
 INFIX: dict[str, Callable[[Value, Value], Value]] = {
     "eq": _same,
     "ne": operator.ne,
@@ -318,13 +350,12 @@ INFIX: dict[str, Callable[[Value, Value], Value]] = {
     "union": _union,
     "intersect": _intersection,
     "minus_set": _without,
-    "add": operator.add,
-    "sub": operator.sub,
-    "mul": operator.mul,
-    "div": operator.floordiv,
-    "mod": operator.mod,
-    "pow": operator.pow,
-    "times": _times,
+    "add": lambda a, b: _number(a + b),
+    "sub": lambda a, b: _number(a - b),
+    "mul": lambda a, b: _number(a * b),
+    "div": lambda a, b: _number(a // b),
+    "mod": _modulo,
+    "pow": _power,
     "lt": operator.lt,
     "gt": operator.gt,
     "le": operator.le,
@@ -335,7 +366,7 @@ INFIX: dict[str, Callable[[Value, Value], Value]] = {
 }
 PREFIX: dict[str, Callable[[Value], Value]] = {
     "not": operator.not_,
-    "neg": operator.neg,
+    "neg": lambda a: _number(-a),
     "domain": domain,
     "powerset": _subsets,
     "big_union": lambda sets: frozenset().union(*elements(sets)),
