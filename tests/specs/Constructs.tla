@@ -42,7 +42,7 @@ Drain ==
   /\ \/ log' = Tail(log)
      \/ Len(log) >= 2 /\ log' = SubSeq(log, 2, 2) \o <<Head(log)>>
   /\ \E keep \in SUBSET {m \in msgs : m.kind = "set"} :
-       msgs' = IF keep = {} THEN msgs ELSE msgs \ {CHOOSE m \in keep : TRUE}
+       msgs' = IF Cardinality(keep) # 1 THEN msgs ELSE msgs \ {CHOOSE m \in keep : TRUE}
   /\ UNCHANGED <<fn, box, n>>
 
 Turn(a, b) ==
