@@ -27,7 +27,6 @@ from typing import Any, Self, final
 import attrs
 import numpy as np
 import torch
-from attrs import define, field
 from numpy.typing import NDArray
 
 from tokenspeed import models
@@ -44,8 +43,8 @@ from tokenspeed.request import (
     Request,
     SamplingParams,
     TokenLogprob,
-    Usage,
 )
+from tokenspeed.sequence import LiveSequence
 from tokenspeed.spmd import Executor, Mesh, Pending
 from tokenspeed.stats import Cleared, Health, Stats
 from tokenspeed.stream import Stream, completion, deliver, join, running_loop
@@ -63,28 +62,6 @@ Numbers = NDArray[np.int64]
 
 STEP_STUCK_S = 120.0
 """A step that takes longer makes the engine report itself dead."""
-
-
-@define(eq=False)
-class _Sequence:
-    """The engine's own record of a live request."""
-
-    number: int
-    request: Request
-    stream: Stream
-    detokenizer: Detokenizer
-    stop_ids: frozenset[int]
-    cached_tokens: int = 0
-    output_ids: list[int] = field(factory=list)
-    withheld_ids: deque[int] = field(factory=deque)
-    withheld_logprobs: deque[TokenLogprob] = field(factory=deque)
-
-    def usage(self) -> Usage:
-        return Usage(
-            prompt_tokens=len(self.request.prompt_ids),
-            completion_tokens=len(self.output_ids),
-            cached_tokens=self.cached_tokens,
-        )
 
 
 @final
@@ -138,7 +115,7 @@ class Engine:
             overlap=config.overlap,
             eos_ids=tokenizer.eos_ids,
         )
-        self._sequences: dict[int, _Sequence] = {}
+        self._sequences: dict[int, LiveSequence] = {}
         self._launched: deque[tuple[StepPlan, Numbers, Pending]] = deque()
         self._outbox: list[tuple[Stream, Delta]] = []
         self._inbox: deque[Callable[[], None]] = deque()
@@ -494,7 +471,7 @@ class Engine:
     def _start(self, number: int, request: Request, stream: Stream) -> None:
         params = request.params
         ends = () if params.ignore_eos else self.tokenizer.eos_ids
-        sequence = _Sequence(
+        sequence = LiveSequence(
             number=number,
             request=request,
             stream=stream,
@@ -520,7 +497,7 @@ class Engine:
             self._scheduler.abort(number)
             self._end(sequence, "abort")
 
-    def _accept(self, sequence: _Sequence, row: int, result: StepResult) -> bool:
+    def _accept(self, sequence: LiveSequence, row: int, result: StepResult) -> bool:
         """Take a sampled token into the sequence; true if it ends there."""
         token = int(result.token_ids[row])
         sequence.output_ids.append(token)
@@ -541,29 +518,18 @@ class Engine:
             self._end(sequence, "length", text=piece.text)
             return False  # the scheduler counts too
         if piece.tokens:
-            self._outbox.append((sequence.stream, self._delta(sequence, piece.text, piece.tokens)))
+            self._outbox.append((sequence.stream, sequence.delta(piece.text, piece.tokens)))
         return False
 
-    def _delta(self, sequence: _Sequence, text: str, tokens: int) -> Delta:
-        logprobs = sequence.withheld_logprobs
-        return Delta(
-            text=text,
-            token_ids=tuple(sequence.withheld_ids.popleft() for _ in range(tokens)),
-            logprobs=tuple(logprobs.popleft() for _ in range(min(tokens, len(logprobs)))),
-        )
-
     def _end(
-        self, sequence: _Sequence, reason: FinishReason, *, text: str = "", error: str | None = None
+        self,
+        sequence: LiveSequence,
+        reason: FinishReason,
+        *,
+        text: str = "",
+        error: str | None = None,
     ) -> None:
-        if not sequence.detokenizer.stopped:
-            text += sequence.detokenizer.flush()
-        last = attrs.evolve(
-            self._delta(sequence, text, len(sequence.withheld_ids)),
-            finish_reason=reason,
-            usage=sequence.usage(),
-            error=error,
-        )
-        self._outbox.append((sequence.stream, last))
+        self._outbox.append((sequence.stream, sequence.last(text, reason, error)))
         self._finished[reason] += 1
         del self._sequences[sequence.number]
         with self._wake:
