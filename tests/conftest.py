@@ -1,14 +1,18 @@
 """What every test runs under: one thread of torch, Hypothesis without a clock, and figures printed.
 
-Rule: a test that fails here fails everywhere, so examples are drawn from a fixed seed.
+Rule: a test that fails here fails everywhere, so examples are drawn from a fixed seed; where a
+scheduler was in it, the report names the recording that replays it.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+import scheduling
 
 # Read when torch is first imported, which no conftest does. On two cores a second thread slows down
 # tensors this small, and it changes the order of float sums.
@@ -25,3 +29,20 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for report in terminalreporter.getreports("passed"):
         for name, value in report.user_properties:
             terminalreporter.line(f"{name}: {value}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _recordings(tmp_path_factory: pytest.TempPathFactory) -> None:
+    scheduling.recordings = tmp_path_factory.mktemp("recordings")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.when == "call" and report.failed:
+        path = scheduling.recording(item.nodeid)
+        if path.exists():
+            report.sections.append(("what the scheduler was asked", f"tokenspeed replay {path}"))
+    return report

@@ -3,13 +3,18 @@
 Each page cell holds what was last written there: (request's salt, all tokens up to that position).
 A step reads every cell that its row's attention would read and fails if one holds anything else. So
 a page that was freed too early, mapped twice, or matched wrongly shows at once.
+
+What the scheduler of a test was asked is recorded; if the test fails, the report says where.
 """
 
 from __future__ import annotations
 
+import os
+import re
 from collections import deque
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -19,8 +24,17 @@ from tokenspeed.fsm.kv_adapters import ADAPTERS, EventBatch
 from tokenspeed.fsm.kv_events import Batch, Clear, Evict, Publish
 from tokenspeed.fsm.kv_log import Noted, Pages, page_hash
 from tokenspeed.fsm.monitor import Monitor
+from tokenspeed.fsm.replay import RecordedScheduler
 
 Cell = tuple[str, tuple[int, ...]]
+
+recordings = Path()
+"""The directory of this run's recordings; conftest.py sets it."""
+
+
+def recording(test: str) -> Path:
+    """Where the last scheduler of a test is recorded; of Hypothesis, in the smallest example."""
+    return recordings / re.sub(r"\W+", "-", test)[-120:]
 
 
 def next_token(prefix: Sequence[int]) -> int:
@@ -92,7 +106,8 @@ class World:
 
     def __init__(self, **config: int) -> None:
         self.config = {"waiting_max": 1000, "context_max": 1000, **config}
-        self.scheduler = Scheduler(**self.config)  # type: ignore[arg-type]
+        path = recording(os.environ["PYTEST_CURRENT_TEST"].rpartition(" ")[0])
+        self.scheduler = RecordedScheduler(path, Scheduler(**self.config), self.config)
         self.scheduler.record(True)
         self.scheduler.record_kv(True)
         self.listener = Listener(config["page_size"])

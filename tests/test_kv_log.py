@@ -27,6 +27,7 @@ from tokenspeed.fsm import kv_log
 from tokenspeed.fsm.kv_adapters import ADAPTERS
 from tokenspeed.fsm.kv_events import monitor
 from tokenspeed.fsm.kv_log import KVLog, Pages, page_hash
+from tokenspeed.fsm.replay import play
 from tokenspeed.fsm.trace import read_trace, validate
 from tokenspeed.plan import StepPlan
 from tokenspeed.request import Request, SamplingParams
@@ -101,7 +102,8 @@ class Run:
 def run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Turns of a conversation, two salts, more than the pool holds, and clears."""
     path = tmp_path_factory.mktemp("run")
-    files = {"kv_events": str(path / "events"), "trace_lifecycle": str(path / "trace")}
+    names = {"kv_events": "events", "trace_lifecycle": "trace", "record_scheduler": "recording"}
+    files = {setting: str(path / name) for setting, name in names.items()}
     with pytest.MonkeyPatch.context() as monkeypatch, start(folder, **files) as engine:
         talk = ask(engine, [1, 2, 3, 4, 5, 6, 7, 8, 9], 4)
         talk = ask(engine, [*talk, 10, 11], 6)
@@ -118,6 +120,12 @@ def run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
         stats = engine.stats()
     assert stats.preemptions == 0
     return Run(path / "events", path / "trace", under_way, idle)
+
+
+def test_a_live_run_is_replayed(run: Run) -> None:
+    done = play(run.events.with_name("recording"), check=True)
+    assert (done.difference, done.notes) == (None, ())
+    assert done.calls > 50
 
 
 def test_a_live_run_is_accepted(run: Run) -> None:

@@ -13,14 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scheduling import World
+from tokenspeed._core import Scheduler
 from tokenspeed.cli import cli
 from tokenspeed.errors import ConfigError
 from tokenspeed.fsm.trace import (
     TraceHeader,
     TraceStep,
     TraceWriter,
-    make_scheduler,
     read_trace,
+    traced,
     validate,
 )
 
@@ -152,35 +153,35 @@ def test_a_trace_of_another_spec_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_an_engine_writes_what_its_scheduler_does(tmp_path: Path) -> None:
     """Off: nothing is kept. On: every step is there, and the spec accepts them."""
-    quiet = make_scheduler(None, **SIZES)
+    quiet = Scheduler(**SIZES)
     quiet.submit(0, np.array([1, 2], np.int32), 2)
     assert quiet.trace() == []
     path = tmp_path / "trace"
-    traced = make_scheduler(str(path), **SIZES)
-    traced.submit(0, np.array([1, 2, 3], np.int32), 2)
-    traced.submit(1, np.array([1, 2, 3], np.int32), 2)
-    while plan := traced.plan():
+    writing = traced(str(path), **SIZES)
+    writing.submit(0, np.array([1, 2, 3], np.int32), 2)
+    writing.submit(1, np.array([1, 2, 3], np.int32), 2)
+    while plan := writing.plan():
         rows = len(plan.numbers)
-        traced.commit(plan.step, np.full(rows, 7, np.int32), np.zeros(rows, bool))
-    assert not traced.abort(1)
+        writing.commit(plan.step, np.full(rows, 7, np.int32), np.zeros(rows, bool))
+    assert not writing.abort(1)
     header, steps = read_trace(path)
     assert validate(SPECS, header, steps) is None
     assert [s.to for s in steps if s.action == "Release"] == ["Finished", "Finished"]
     with pytest.raises(ConfigError, match="trace_lifecycle"):
-        make_scheduler(str(tmp_path), **SIZES)
+        traced(str(tmp_path), **SIZES)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
 def test_a_full_disk_ends_the_trace_and_not_the_engine(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    traced = make_scheduler(str(tmp_path / "trace"), **SIZES)
-    traced._trace.path = Path("/dev/full")  # type: ignore[attr-defined]
-    traced.submit(0, np.array([1, 2, 3], np.int32), 2)
+    writing = traced(str(tmp_path / "trace"), **SIZES)
+    writing._trace.path = Path("/dev/full")  # type: ignore[attr-defined]
+    writing.submit(0, np.array([1, 2, 3], np.int32), 2)
     assert "the lifecycle trace ends here: No space left" in caplog.text
-    plan = traced.plan()
+    plan = writing.plan()
     assert plan is not None
-    assert traced.trace() == []
+    assert writing.trace() == []
 
 
 def test_the_command_judges_a_trace(tmp_path: Path) -> None:

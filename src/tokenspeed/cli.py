@@ -63,6 +63,7 @@ def _engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--threads", type=int, help="torch's CPU threads"),
         click.option("--trace-lifecycle", help="write every step of the lifecycle here, as NDJSON"),
         click.option("--kv-events", help="write the prefix cache's events here, as vLLM's NDJSON"),
+        click.option("--record-scheduler", help="write every call of the scheduler, for replay"),
     ]
     for option in reversed(options):
         command = option(command)
@@ -225,6 +226,7 @@ def codegen(only_check: bool) -> None:
 
 cli.add_command(fsm_commands.check)
 cli.add_command(fsm_commands.monitor)
+cli.add_command(fsm_commands.replay)
 
 
 @cli.group()

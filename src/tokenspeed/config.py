@@ -79,6 +79,7 @@ class EngineConfig:
         threads: torch's CPU threads; None leaves torch's choice.
         trace_lifecycle: file for every step of the lifecycle, as NDJSON; None writes nothing.
         kv_events: file for what enters and leaves the prefix cache, in vLLM's schema, as NDJSON.
+        record_scheduler: file for every call of the scheduler, for `tokenspeed replay`.
     """
 
     dtype: str = field(default="bfloat16", validator=_choice(*DTYPES))
@@ -94,6 +95,7 @@ class EngineConfig:
     threads: int | None = field(default=None, validator=_integer(1, 1024, optional=True))
     trace_lifecycle: str | None = None
     kv_events: str | None = None
+    record_scheduler: str | None = None
 
     def __attrs_post_init__(self) -> None:
         if self.prefill_chunk < self.slots:

@@ -34,7 +34,7 @@ from tokenspeed._core import QueueFull
 from tokenspeed.config import DEFAULT_MODEL, EngineConfig
 from tokenspeed.errors import ConfigError, EngineStopped, OverloadedError, RequestError, StepError
 from tokenspeed.fsm.kv_log import make_kv_log
-from tokenspeed.fsm.trace import make_scheduler
+from tokenspeed.fsm.replay import make_scheduler
 from tokenspeed.plan import Joined, StepPlan, StepResult
 from tokenspeed.request import (
     Completion,
@@ -96,6 +96,7 @@ class Engine:
         )
         self._scheduler = make_scheduler(
             config.trace_lifecycle,
+            config.record_scheduler,
             page_size=config.page_size,
             pages=self.pages,
             slots=config.slots,

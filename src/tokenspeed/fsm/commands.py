@@ -1,4 +1,4 @@
-"""`tokenspeed check` and `monitor`: the spec against models, and against other engines.
+"""`tokenspeed check`, `monitor`, `replay`: the spec against models, engines and what they recorded.
 
 Rule: progress and prose go to stderr, JSON to stdout; 0 means that what was asked holds, 1 that it
 does not, 2 that the question could not be put.
@@ -32,12 +32,13 @@ from tokenspeed.fsm.manifest import Recorded, read_manifest, specs_directory, wr
 from tokenspeed.fsm.model import load_model
 from tokenspeed.fsm.museum import guards, read_museum, try_exhibit, try_guard
 from tokenspeed.fsm.pictures import graph_dot, graph_svg, refuse_large, sequence_svg, sequence_text
+from tokenspeed.fsm.replay import play
 from tokenspeed.fsm.runtime import Replayed
 from tokenspeed.fsm.runtime import replay as follow
 from tokenspeed.fsm.steps import Step, changes
 from tokenspeed.fsm.trace import read_trace, validate
 
-__all__ = ["check", "monitor"]
+__all__ = ["check", "monitor", "replay"]
 
 _screen = Console(stderr=True)
 _path = click.Path(path_type=Path, exists=True, dir_okay=False)
@@ -412,3 +413,27 @@ def monitor(events: Path, adapter: str, pages: int | None, as_json: bool) -> Non
         _screen.print(escape(said), style="yellow", highlight=False, soft_wrap=True)
     _screen.print(f"{report.events:,} events in {report.lines:,} lines", highlight=False)
     sys.exit(report.exit_status)
+
+
+@click.command()
+@click.argument("recording", type=_path)
+@click.option("--check", "checking", is_flag=True, help="recompute who holds which page, each time")
+@click.option("--json", "as_json", is_flag=True, help="the report as JSON on stdout")
+def replay(recording: Path, checking: bool, as_json: bool) -> None:
+    """Ask a fresh scheduler what RECORDING (of serve --record-scheduler) asked, and compare."""
+    columns = (TextColumn("replaying"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+    with Progress(*columns, TimeElapsedColumn(), console=_screen, transient=True) as bars:
+        task = bars.add_task("", total=None)
+        done = play(
+            recording,
+            check=checking,
+            progress=lambda read, total: bars.update(task, completed=read, total=total),
+        )
+    if as_json:
+        result = "ok" if done.difference is None else "differs"
+        click.echo(json.dumps({"result": result, **attrs.asdict(done)}))
+    for note in done.notes:
+        _screen.print(escape(note), style="yellow", highlight=False, soft_wrap=True)
+    verdict = "the same answers" if done.difference is None else escape(str(done.difference))
+    _screen.print(f"{done.calls:,} calls: {verdict}", highlight=False, soft_wrap=True)
+    sys.exit(0 if done.difference is None else 1)

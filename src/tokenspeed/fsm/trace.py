@@ -27,8 +27,7 @@ from tokenspeed.fsm.syntax import Expr, Span
 from tokenspeed.fsm.values import Function, Value
 
 __all__ = [
-    "Rejected", "TraceHeader", "TraceStep", "TraceWriter", "make_scheduler", "read_trace",
-    "validate",
+    "Rejected", "TraceHeader", "TraceStep", "TraceWriter", "read_trace", "traced", "validate",
 ]  # fmt: skip
 
 log = logging.getLogger("tokenspeed.fsm")
@@ -189,13 +188,13 @@ class _TracedScheduler(Scheduler):
             self.record(False)
 
 
-def make_scheduler(trace: str | None, **settings: Any) -> Scheduler:
-    """A scheduler; with a path, one that writes its trace there.
+def traced(path: str, **settings: Any) -> Scheduler:
+    """A scheduler that writes its trace.
 
     Raises:
         ConfigError: the file cannot be written.
     """
-    return _TracedScheduler(trace, **settings) if trace else Scheduler(**settings)
+    return _TracedScheduler(path, **settings)
 
 
 def read_trace(path: Path) -> tuple[TraceHeader, list[TraceStep]]:
