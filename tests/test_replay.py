@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -255,8 +256,9 @@ def test_a_failing_property_names_the_recording_of_its_smallest_example(tmp_path
     options = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "--basetemp",
                str(tmp_path / "base"), "-p", "no:cacheprovider"]  # fmt: skip
     done = subprocess.run(
-        command + options, cwd=ROOT / "tests", capture_output=True, text=True, check=False
-    )
+        command + options, cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), *sys.path])},
+    )  # fmt: skip
     assert done.returncode == 1, done.stdout + done.stderr
     (named,) = re.findall(r"^tokenspeed replay (.+)$", done.stdout, re.MULTILINE)
     told = rows(Path(named))

@@ -235,13 +235,6 @@ def test_a_full_queue_is_its_own_error() -> None:
     scheduler.submit(2, np.ones(3, np.int32), 1)
 
 
-@pytest.mark.parametrize("field", ["page_size", "pages", "slots", "step_tokens", "context_max"])
-def test_bad_settings_name_the_field(field: str) -> None:
-    settings = {**SMALL, "waiting_max": 4, "context_max": 100, field: 0}
-    with pytest.raises(ValueError, match=field):
-        Scheduler(**settings)
-
-
 def test_equal_calls_give_equal_plans() -> None:
     def run() -> list[list[int]]:
         w = world(pages=12, overlap=1)

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <mutex>
 
 #include "arrays.hpp"
@@ -39,6 +40,34 @@ class Native {
   std::mutex mutex_;
   Scheduler scheduler_;
 };
+
+// A setting as any integer of Python's, so that what has no place in 32 bits is refused by name.
+std::int32_t number(const Setting& setting, const py::handle& given) {
+  const auto integer = py::reinterpret_steal<py::object>(PyNumber_Index(given.ptr()));
+  if (!integer) throw py::error_already_set();
+  int overflow = 0;
+  const long long value = PyLong_AsLongLongAndOverflow(integer.ptr(), &overflow);
+  if (overflow != 0 || value != static_cast<std::int32_t>(value)) {
+    throw py::value_error(setting.refuse(py::str(integer)));
+  }
+  return static_cast<std::int32_t>(value);
+}
+
+SchedulerConfig configuration(const py::dict& given) {
+  SchedulerConfig config;
+  for (const auto& [key, value] : given) {
+    const auto name = key.cast<std::string>();
+    const auto setting = std::ranges::find(kSettings, name, &Setting::name);
+    if (setting != std::end(kSettings)) {
+      config.*setting->value = number(*setting, value);
+    } else if (name == "prefix_cache") {
+      config.prefix_cache = value.cast<bool>();
+    } else {
+      throw py::type_error("the scheduler has no setting " + name);
+    }
+  }
+  return config;
+}
 
 using Ints = arrays::Input<std::int32_t>;
 using Flags = arrays::Input<bool>;
@@ -261,16 +290,9 @@ PYBIND11_MODULE(_core, m) {
       .def_readonly("steps", &Stats::steps);
 
   py::class_<Native>(m, "Scheduler", py::module_local())
-      .def(py::init([](std::int32_t page_size, std::int32_t pages, std::int32_t slots,
-                       std::int32_t waiting_max, std::int32_t step_tokens, std::int32_t context_max,
-                       std::int32_t overlap, bool prefix_cache) {
-             return std::make_unique<Native>(SchedulerConfig{page_size, pages, slots, waiting_max,
-                                                             step_tokens, context_max, overlap,
-                                                             prefix_cache});
-           }),
-           py::kw_only(), py::arg("page_size"), py::arg("pages"), py::arg("slots"),
-           py::arg("waiting_max"), py::arg("step_tokens"), py::arg("context_max"),
-           py::arg("overlap") = 0, py::arg("prefix_cache") = true)
+      .def(py::init([](const py::kwargs& settings) {
+        return std::make_unique<Native>(configuration(settings));
+      }))
       .def("submit", &submit, py::arg("number"), py::arg("prompt"), py::arg("max_tokens"),
            py::arg("salt") = "")
       .def("plan",

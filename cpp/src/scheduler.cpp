@@ -1,6 +1,7 @@
 #include "scheduler.hpp"
 
 #include <algorithm>
+#include <limits>
 
 namespace tokenspeed {
 
@@ -14,22 +15,35 @@ ControlConfig Scheduler::constants(const SchedulerConfig& config) {
           config.step_tokens, config.overlap + 1, config.prefix_cache};
 }
 
+std::string Setting::refuse(const std::string& given) const {
+  return std::string(name) + ": got " + given + "; expected " + std::to_string(low) + " to " +
+         std::to_string(high);
+}
+
+// Each alone, then those that depend on each other.
 std::string Scheduler::invalid(const SchedulerConfig& config) {
+  for (const Setting& setting : kSettings) {
+    const std::int32_t value = config.*setting.value;
+    if (value < setting.low || value > setting.high) return setting.refuse(std::to_string(value));
+  }
   const auto expected = [](const char* field, std::int32_t value, const std::string& what) {
     return std::string(field) + ": got " + std::to_string(value) + "; expected " + what;
   };
-  if (config.waiting_max < 1) return expected("waiting_max", config.waiting_max, "at least 1");
-  if (config.context_max < 2) return expected("context_max", config.context_max, "at least 2");
-  if (config.overlap < 0 || config.overlap > kOverlapMax) {
-    return expected("overlap", config.overlap, "0 to " + std::to_string(kOverlapMax));
+  if (config.step_tokens < config.slots) {
+    return expected("step_tokens", config.step_tokens,
+                    "at least " + std::to_string(config.slots) + ", one for each of the slots");
   }
-  // One token for each slot; before Control looks at it, under a name that a caller does not know.
-  if (config.step_tokens < std::max(config.slots, 1)) {
-    return expected(
-        "step_tokens", config.step_tokens,
-        "at least " + std::to_string(std::max(config.slots, 1)) + ", one for each of the slots");
+  if (config.page_size > config.step_tokens) {
+    return expected("page_size", config.page_size,
+                    "at most step_tokens (" + std::to_string(config.step_tokens) + ")");
   }
-  return Control::invalid(constants(config));
+  constexpr std::int32_t kTokensMax = std::numeric_limits<std::int32_t>::max();
+  if (config.pages > kTokensMax / config.page_size) {
+    return expected("pages", config.pages,
+                    "at most " + std::to_string(kTokensMax / config.page_size) + " of " +
+                        std::to_string(config.page_size) + " tokens, 32 bits of tokens in all");
+  }
+  return {};
 }
 
 // As many spare plans as there may be steps in flight, and one that is being made.

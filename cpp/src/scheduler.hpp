@@ -28,6 +28,26 @@ struct SchedulerConfig {
   bool prefix_cache = true;
 };
 
+// A number of the configuration: its name, where it is, and from what to what it may be. Within
+// these bounds no sum or product of sizes leaves 32 bits.
+struct Setting {
+  std::string_view name;
+  std::int32_t SchedulerConfig::* value;
+  std::int32_t low;
+  std::int32_t high;
+  // The refusal of what was given for it.
+  std::string refuse(const std::string& given) const;
+};
+inline constexpr Setting kSettings[] = {
+    {"page_size", &SchedulerConfig::page_size, 1, 1 << 16},
+    {"pages", &SchedulerConfig::pages, 1, 1 << 24},
+    {"slots", &SchedulerConfig::slots, 1, 1 << 16},
+    {"waiting_max", &SchedulerConfig::waiting_max, 1, 1 << 24},
+    {"step_tokens", &SchedulerConfig::step_tokens, 1, 1 << 24},
+    {"context_max", &SchedulerConfig::context_max, 2, 1 << 24},
+    {"overlap", &SchedulerConfig::overlap, 0, 64},
+};
+
 // Why a request was not taken; `field` is empty if it was.
 struct Refusal {
   std::string field;
@@ -118,7 +138,6 @@ class Scheduler final {
   std::map<PageId, Prefix> prefixes() const { return control_.prefixes(); }
 
  private:
-  static constexpr std::int32_t kOverlapMax = 64;
   // Of the head of the queue, when it last did not fit: how many of its leading pages were held.
   // Pages that nobody holds are as good as free ones, so what it lacks depends on these alone.
   struct HeldBack {

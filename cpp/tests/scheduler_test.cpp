@@ -2,6 +2,7 @@
 // a request that is used after it moved, or a count that is off ends this program.
 #include "scheduler.hpp"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <deque>
@@ -43,7 +44,7 @@ void run(unsigned seed) {
   config.page_size = 1 + upto(4);
   config.pages = 8 + upto(16);
   config.slots = 1 + upto(4);
-  config.step_tokens = config.slots + upto(8);
+  config.step_tokens = std::max(config.slots, config.page_size) + upto(8);
   config.context_max = config.pages * config.page_size;
   config.overlap = upto(3);
   config.prefix_cache = upto(4) > 0;

@@ -82,17 +82,18 @@ class Scheduler:
     """Continuous batching over the generated lifecycle. Any thread may look while one drives.
 
     Raises:
-        ValueError: a setting is out of bounds; the message names it.
+        ValueError: a setting is out of bounds; the message names it, what was given, the bounds.
+        TypeError: a setting is no integer, or there is none of that name.
     """
 
     def __init__(
         self,
         *,
-        page_size: int,
+        page_size: int = 16,
         pages: int,
-        slots: int,
-        waiting_max: int,
-        step_tokens: int,
+        slots: int = 64,
+        waiting_max: int = 1024,
+        step_tokens: int = 512,
         context_max: int,
         overlap: int = 0,
         prefix_cache: bool = True,

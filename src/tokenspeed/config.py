@@ -21,6 +21,9 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 
 DTYPES = ("float32", "bfloat16")
 
+TOKENS_MAX = 2**31 - 1
+"""In a pool: positions are counted in 32 bits."""
+
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _Validator = Callable[[Any, Any, Any], None]
 
@@ -85,7 +88,7 @@ class EngineConfig:
     dtype: str = field(default="bfloat16", validator=_choice(*DTYPES))
     device: str = field(default="cpu", validator=_device)
     page_size: int = field(default=16, validator=_integer(1, 1024))
-    pages: int | None = field(default=None, validator=_integer(1, 2**30, optional=True))
+    pages: int | None = field(default=None, validator=_integer(1, 1 << 24, optional=True))
     slots: int = field(default=64, validator=_integer(1, 4096))
     waiting_max: int = field(default=1024, validator=_integer(1, 1_000_000))
     prefill_chunk: int = field(default=512, validator=_integer(1, 1 << 20))
@@ -104,6 +107,24 @@ class EngineConfig:
                 self.prefill_chunk,
                 f"at least slots ({self.slots}): every running request decodes in every step",
             )
+        if self.page_size > self.prefill_chunk:
+            raise ConfigError(
+                "page_size", self.page_size, f"at most prefill_chunk ({self.prefill_chunk})"
+            )
+        if self.pages is not None:
+            self._check_pool(self.pages, self.pages * self.page_size)
+
+    def _check_pool(self, pages: int, tokens: int) -> None:
+        if tokens > TOKENS_MAX:
+            most = TOKENS_MAX // self.page_size
+            raise ConfigError("pages", pages, f"at most {most} of {self.page_size} tokens")
+        if tokens < 2:
+            raise ConfigError("pages", pages, "at least 2 of 1 token: one to read, one to write")
+        if self.context_max is not None and self.context_max > tokens:
+            raise ConfigError(
+                "context_max", self.context_max,
+                f"at most pages x page_size ({tokens}); a request must fit into the pool",
+            )  # fmt: skip
 
 
 @frozen(kw_only=True)

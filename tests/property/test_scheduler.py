@@ -26,8 +26,9 @@ class Scheduling(RuleBasedStateMachine):
     )
     def start(self, pages: int, slots: int, page_size: int, extra: int, **settings: int) -> None:
         self.world = World(
-            pages=pages, slots=slots, page_size=page_size, step_tokens=slots + extra, **settings
-        )
+            pages=pages, slots=slots, page_size=page_size,
+            step_tokens=max(slots, page_size) + extra, **settings,
+        )  # fmt: skip
         self.room = pages * page_size
 
     @rule(

@@ -119,7 +119,7 @@ class Bounds:
         pages: device pages.
         page_size: tokens in a page.
         slots: requests that may hold pages at once.
-        chunk: tokens of one step, at most; no fewer than `slots`.
+        chunk: tokens of one step, at most; no fewer than `slots`, nor than `page_size`.
         in_flight_max: steps launched and not completed; overlap + 1.
         prefix_cache: whether pages of equal prefixes are shared.
     """
@@ -245,7 +245,7 @@ class LifecycleMachine(RuleBasedStateMachine, Generic[EngineT]):
             pages=pages,
             page_size=page_size,
             slots=slots,
-            chunk=slots + extra,
+            chunk=max(slots, page_size) + extra,
             in_flight_max=min(in_flight_max, self.depth_max),
             prefix_cache=prefix_cache,
         )
