@@ -25,6 +25,7 @@ from tokenspeed.fsm.kv_events import Batch, Clear, Evict, Publish
 from tokenspeed.fsm.kv_log import Noted, Pages, page_hash
 from tokenspeed.fsm.monitor import Monitor
 from tokenspeed.fsm.replay import RecordedScheduler
+from tokenspeed.fsm.trace import TraceHeader, TraceWriter
 
 Cell = tuple[str, tuple[int, ...]]
 
@@ -228,3 +229,16 @@ class World:
             if not client.aborted:
                 assert client.done
                 assert client.output == client.expected(), number
+
+    def write_trace(self, path: Path) -> Path:
+        """All that the scheduler did, as `serve --trace-lifecycle` writes it."""
+        c = self.config
+        header = TraceHeader(
+            c["pages"], c["page_size"], c["slots"], c["step_tokens"], c.get("overlap", 0)
+        )
+        writer = TraceWriter(path, header)
+        for number, client in self.clients.items():
+            length = len(client.prompt) + client.max_tokens
+            writer.submitted(number, client.prompt, length, client.salt)
+        writer.write(self.scheduler.trace())
+        return path

@@ -193,9 +193,10 @@ def test_a_full_disk_ends_the_recording_and_not_the_engine(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     scheduler = make_scheduler(None, str(tmp_path / "recording"), **SIZES)
-    scheduler.path = Path("/dev/full")  # type: ignore[attr-defined]
-    for number in range(2):
-        scheduler.submit(number, np.array([1, 2, 3], np.int32), 2)
+    with Path("/dev/full").open("wb", buffering=0) as full, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduler, "_file", full)
+        for number in range(2):
+            scheduler.submit(number, np.array([1, 2, 3], np.int32), 2)
     assert caplog.text.count("the recording of the scheduler ends here: No space left") == 1
     assert scheduler.plan() is not None
 

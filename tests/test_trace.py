@@ -17,9 +17,7 @@ from tokenspeed._core import Scheduler
 from tokenspeed.cli import cli
 from tokenspeed.errors import ConfigError
 from tokenspeed.fsm.trace import (
-    TraceHeader,
     TraceStep,
-    TraceWriter,
     read_trace,
     traced,
     validate,
@@ -31,32 +29,9 @@ SIZES = {
 SPECS = Path(__file__).resolve().parents[1] / "specs"
 
 
-class Traced(World):
-    """A world whose scheduler writes down what it does."""
-
-    def __init__(self, path: Path, **config: int) -> None:
-        super().__init__(**config)
-        c = self.config
-        header = TraceHeader(
-            c["pages"], c["page_size"], c["slots"], c["step_tokens"], c.get("overlap", 0)
-        )
-        self.writer = TraceWriter(path, header)
-
-    def submit(
-        self, prompt: list[int], max_tokens: int, salt: str = "", stop_after: int = 10**9
-    ) -> int:
-        number = len(self.clients)
-        self.writer.submitted(number, prompt, len(prompt) + max_tokens, salt)
-        return super().submit(prompt, max_tokens, salt, stop_after)
-
-    def written(self) -> Path:
-        self.writer.write(self.scheduler.trace())
-        return self.writer.path
-
-
 def busy(path: Path, *, overlap: int, pages: int = 6) -> Path:
     """A short run with shared prefixes, preemption, stops, aborts and clears."""
-    world = Traced(path, pages=pages, page_size=2, slots=3, step_tokens=4, overlap=overlap)
+    world = World(pages=pages, page_size=2, slots=3, step_tokens=4, overlap=overlap)
     for _ in range(2):
         for number, salt in enumerate(("", "", "other", "")):
             world.submit([1, 2, 3, 4, 5 + number], 5, salt, stop_after=4 if number == 1 else 99)
@@ -67,7 +42,7 @@ def busy(path: Path, *, overlap: int, pages: int = 6) -> Path:
         world.submit([1, 2, 3, 4, 5], 5)
         world.finish()
     world.clear_cache()
-    return world.written()
+    return world.write_trace(path)
 
 
 @pytest.mark.parametrize("overlap", [0, 1, 2])
@@ -96,7 +71,7 @@ def test_any_run_is_a_behaviour_of_the_spec(
     requests: list[tuple[int, int, bool, int]],
 ) -> None:
     path = tmp_path_factory.mktemp("t") / "trace"
-    world = Traced(path, pages=12, page_size=page_size, slots=2, step_tokens=3, overlap=overlap)
+    world = World(pages=12, page_size=page_size, slots=2, step_tokens=3, overlap=overlap)
     for prompt, output, salted, turns in requests:
         number = world.submit(list(range(1, prompt + 1)), output, "x" if salted else "")
         for _ in range(turns):
@@ -106,7 +81,7 @@ def test_any_run_is_a_behaviour_of_the_spec(
         if turns == 4:
             world.clear_cache()
     world.finish()
-    header, steps = read_trace(world.written())
+    header, steps = read_trace(world.write_trace(path))
     assert validate(SPECS, header, steps) is None
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -125,7 +126,9 @@ class RecordedScheduler:
         self.path = path
         self._scheduler = scheduler
         self._writing = True
-        path.write_bytes(_line(asdict(Header(settings=dict(settings)))))
+        self._file = path.open("wb", buffering=0)  # what is written is there, even after a crash
+        weakref.finalize(self, self._file.close)
+        self._file.write(_line(asdict(Header(settings=dict(settings)))))
         for name in CALLS:
             setattr(self, name, partial(self._call, name))
 
@@ -147,8 +150,7 @@ class RecordedScheduler:
         if not self._writing:
             return
         try:
-            with self.path.open("ab") as file:
-                file.write(_line(row))
+            self._file.write(_line(row))
         except OSError as error:
             log.error("the recording of the scheduler ends here: %s", error.strerror)
             self._writing = False

@@ -1,0 +1,113 @@
+"""Random schedules on tiny pools: whatever comes, everybody ends and every page comes back.
+
+Rule: a schedule is its seed. Requests share prefixes and salts, are aborted, and want more than the
+pool has; steps complete when they like, up to two of them late. Every cell that a step reads is
+checked (`scheduling.World`), and of some schedules the whole trace, by the specification.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+
+from scheduling import World
+from tokenspeed.fsm.trace import read_trace, validate
+
+SPECS = Path(__file__).resolve().parents[1] / "specs"
+
+
+def schedule(seed: int, actions: int = 40, **more: int) -> World:
+    """Run one to its end.
+
+    Args:
+        seed: which.
+        actions: until nothing new comes.
+        more: settings of the scheduler beside those that are drawn.
+    """
+    chance = random.Random(seed)
+    page_size, slots = chance.randint(1, 4), chance.randint(1, 4)
+    world = World(
+        page_size=page_size, slots=slots, pages=chance.randint(4, 16),
+        step_tokens=max(page_size, slots) + chance.randint(0, 8), overlap=chance.randint(0, 2),
+        prefix_cache=chance.random() < 0.9, **more,
+    )  # fmt: skip
+    for _ in range(actions):
+        chance.choice(ACTIONS)(world, chance)
+    world.finish()
+    return world
+
+
+def submit(world: World, chance: random.Random) -> None:
+    room = world.config["pages"] * world.config["page_size"]
+    max_tokens = chance.randint(1, min(16, room))
+    prompt = [chance.randint(0, 1)] * chance.randint(1, 24) + [chance.randint(0, 3)]
+    world.submit(
+        prompt[: room - max_tokens + 1], max_tokens, chance.choice(["", "", "", "tenant"]),
+        stop_after=chance.choice([10**9, chance.randint(1, 6)]),
+    )  # fmt: skip
+
+
+def abort(world: World, chance: random.Random) -> None:
+    if world.clients:
+        world.abort(chance.choice(sorted(world.clients)))
+
+
+def clear(world: World, chance: random.Random) -> None:
+    if chance.random() < 0.2:
+        world.clear_cache()
+
+
+def launch(world: World, _: random.Random) -> None:
+    world.launch()
+
+
+def commit(world: World, _: random.Random) -> None:
+    if world.launched:
+        world.commit()
+
+
+def turns(world: World, chance: random.Random) -> None:
+    for _ in range(chance.randint(1, 5)):
+        world.turn()
+
+
+ACTIONS = (submit, submit, submit, abort, clear, launch, launch, commit, commit, turns)
+
+
+def run(seeds: Iterable[int], judged_every: int, folder: Path) -> dict[str, int]:
+    """What happened in all of them together."""
+    seen = dict.fromkeys(("requests", "aborted", "preemptions", "evictions", "hits", "judged"), 0)
+    for seed in seeds:
+        world = schedule(seed)
+        stats = world.scheduler.stats()
+        seen["requests"] += len(world.clients)
+        seen["aborted"] += sum(client.aborted for client in world.clients.values())
+        seen["preemptions"] += stats.preemptions
+        seen["evictions"] += stats.evictions
+        seen["hits"] += stats.prefix_hits
+        if seed % judged_every == 0:
+            seen["judged"] += 1
+            header, steps = read_trace(world.write_trace(folder / "trace"))
+            assert validate(SPECS, header, steps) is None, f"seed {seed}"
+    return seen
+
+
+def test_random_schedules_end_with_every_page_back(tmp_path: Path) -> None:
+    seen = run(range(200), 40, tmp_path)
+    assert min(seen.values()) >= 5, "the schedules no longer lead everywhere"
+
+
+@pytest.mark.slow
+def test_ten_thousand_random_schedules(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    start_s = time.process_time()
+    seen = run(range(10_000), 200, tmp_path)
+    cpu_s = round(time.process_time() - start_s, 1)
+    record_property("schedules", json.dumps({"schedules": 10_000, **seen, "cpu_s": cpu_s}))
+    assert min(seen.values()) >= 50
