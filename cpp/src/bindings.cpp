@@ -81,11 +81,12 @@ void submit(Native& self, std::int64_t number, const Ints& prompt, std::int32_t 
   if (refusal.refused()) throw py::value_error(refusal.field + ": " + refusal.message);
 }
 
-py::object commit(Native& self, std::int64_t step, const Ints& token_ids, const Flags& stop) {
+py::object commit(Native& self, std::int64_t step, const Ints& token_ids, const Flags& stop,
+                  std::int64_t duration_us) {
   const auto tokens = token_ids.span();
   const auto flags = stop.span<std::uint8_t>();
-  CommittedPointer out =
-      self.run([&](Scheduler& scheduler) { return scheduler.commit(step, tokens, flags); });
+  CommittedPointer out = self.run(
+      [&](Scheduler& scheduler) { return scheduler.commit(step, tokens, flags, duration_us); });
   if (!out->error.empty()) throw py::value_error(out->error);
   return arrays::Boxed<Committed>::box(std::move(out));
 }
@@ -299,7 +300,8 @@ PYBIND11_MODULE(_core, m) {
            [](Native& self) {
              return arrays::Boxed<Plan>::box(self.run([](Scheduler& s) { return s.plan(); }));
            })
-      .def("commit", &commit, py::arg("step"), py::arg("token_ids"), py::arg("stop"))
+      .def("commit", &commit, py::arg("step"), py::arg("token_ids"), py::arg("stop"),
+           py::arg("duration_us") = 0)
       .def(
           "abort",
           [](Native& self, std::int64_t number) {

@@ -51,7 +51,8 @@ Scheduler::Scheduler(const SchedulerConfig& config)
     : config_(config),
       control_(constants(config)),
       plans_(static_cast<std::size_t>(config.overlap) + 2),
-      commits_(2) {
+      commits_(2),
+      works_(static_cast<std::size_t>(config.overlap) + 1) {
   outcomes_.reserve(static_cast<std::size_t>(config.slots));
 }
 
@@ -130,28 +131,43 @@ PlanPointer Scheduler::plan() {
   });
   plan->clear();
   plan->step = control_.steps();
-  // Every running request can decode; prefill takes what is left, so that neither starves the
-  // other.
-  const auto decode_rows = std::ranges::count_if(
-      control_.running(), [this](RequestIndex index) { return control_.wanted(index) == 1; });
-  std::int32_t budget = config_.step_tokens - static_cast<std::int32_t>(decode_rows);
-  if (schedule_running(*plan, budget)) admit_waiting(*plan, budget);
+  work_ = {};
+  Allowance left = allowance();
+  if (schedule_running(*plan, left)) admit_waiting(*plan, left);
   if (!control_.launch()) return {};
+  work_of(plan->step) = work_;
   ++counts_.steps;
   return plan;
 }
 
+// Every running request can decode; prefill takes what the step, and the latency budget of those
+// who decode, leave of it: so that neither starves the other.
+Allowance Scheduler::allowance() const noexcept {
+  Work decode;
+  for (const RequestIndex index : control_.running()) {
+    if (control_.wanted(index) == 1) decode.add(1, control_.record(index).planned);
+  }
+  const std::int32_t tokens = config_.step_tokens - decode.decode_rows;
+  if (config_.itl_budget_us == 0 || decode.decode_rows == 0) return Allowance(tokens);
+  const double within_us = static_cast<double>(config_.itl_budget_us) / model_.margin();
+  return {tokens, model_, within_us - model_.predict_us(decode)};
+}
+
 // In order of arrival. False if somebody found no page: then nobody new comes in.
-bool Scheduler::schedule_running(Plan& plan, std::int32_t& budget) {
+bool Scheduler::schedule_running(Plan& plan, Allowance& left) {
   for (std::size_t at = 0; at < control_.running().size(); ++at) {  // it may shrink from the back
     const RequestIndex index = control_.running()[at];
     const std::int32_t wants = control_.wanted(index);
-    const std::int32_t tokens = wants == 1 ? 1 : std::min(wants, budget);
-    if (tokens < 1) continue;
-    const std::int32_t scheduled = schedule(index, tokens, plan);
-    if (wants > 1) budget -= scheduled;
+    if (wants == 1) schedule(index, 1, plan);
+    if (wants > 1 && !left.empty()) prefill(index, left, plan);
   }
   return !short_;
+}
+
+void Scheduler::prefill(RequestIndex index, Allowance& left, Plan& plan) {
+  const std::int32_t context = control_.record(index).planned;
+  const std::int32_t tokens = left.grant(control_.wanted(index), context);
+  left.spend(schedule(index, tokens, plan), context);
 }
 
 // As many of `tokens` as there are pages for; how many that is.
@@ -175,6 +191,7 @@ std::int32_t Scheduler::schedule(RequestIndex index, std::int32_t tokens, Plan& 
     plan.token_ids.push_back(-1);  // the one that a step in flight samples
   }
   plan.query_start.push_back(static_cast<std::int32_t>(plan.token_ids.size()));
+  work_.add(count, row.from);
   return count;
 }
 
@@ -217,11 +234,11 @@ bool Scheduler::preempt_youngest(RequestIndex for_whom, Plan& plan) {
 // --- admission
 // --------------------------------------------------------------------------------------
 
-void Scheduler::admit_waiting(Plan& plan, std::int32_t& budget) {
-  while (budget > 0 && !control_.queue().empty()) {
+void Scheduler::admit_waiting(Plan& plan, Allowance& left) {
+  while (!left.empty() && !control_.queue().empty()) {
     const RequestIndex index = control_.queue().begin()->second;
     if (!admit(index, plan)) return;
-    budget -= schedule(index, std::min(control_.wanted(index), budget), plan);
+    prefill(index, left, plan);
   }
 }
 
@@ -301,7 +318,7 @@ std::string Scheduler::refuse_results(const Ticket& ticket, std::int64_t step,
 }
 
 CommittedPointer Scheduler::commit(std::int64_t step, std::span<const Token> token_ids,
-                                   std::span<const std::uint8_t> stop) {
+                                   std::span<const std::uint8_t> stop, std::int64_t duration_us) {
   CommittedPointer out = commits_.take(
       [this](Committed& made) { made.reserve(static_cast<std::size_t>(config_.slots)); });
   out->clear();
@@ -311,6 +328,9 @@ CommittedPointer Scheduler::commit(std::int64_t step, std::span<const Token> tok
   }
   out->error = refuse_results(control_.launched().front(), step, token_ids, stop);
   if (!out->error.empty()) return out;
+  if (config_.itl_budget_us > 0 && duration_us > 0) {
+    model_.observe(work_of(step), static_cast<double>(duration_us));
+  }
   outcomes_.clear();
   control_.complete(token_ids, stop, outcomes_);
   for (std::size_t row = 0; row < outcomes_.size(); ++row) {

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "control.hpp"
+#include "cost_model.hpp"
 #include "recycler.hpp"
 
 namespace tokenspeed {
@@ -26,6 +27,7 @@ struct SchedulerConfig {
   std::int32_t context_max = 0;    // prompt and output tokens of a request
   std::int32_t overlap = 0;        // steps launched beyond the one that is awaited
   bool prefix_cache = true;
+  std::int32_t itl_budget_us = 0;  // of a step with decoding rows; 0: they wait for any prefill
 };
 
 // A number of the configuration: its name, where it is, and from what to what it may be. Within
@@ -46,6 +48,7 @@ inline constexpr Setting kSettings[] = {
     {"step_tokens", &SchedulerConfig::step_tokens, 1, 1 << 24},
     {"context_max", &SchedulerConfig::context_max, 2, 1 << 24},
     {"overlap", &SchedulerConfig::overlap, 0, 64},
+    {"itl_budget_us", &SchedulerConfig::itl_budget_us, 0, 60'000'000},
 };
 
 // Why a request was not taken; `field` is empty if it was.
@@ -116,8 +119,10 @@ class Scheduler final {
   Refusal submit(std::int64_t number, std::span<const Token> prompt, std::int32_t max_tokens,
                  std::string_view salt);
   PlanPointer plan();
+  // `duration_us`: from the completion before this one, or from when there was work again; 0 if
+  // nobody knows. What the latency budget leaves for prefill is learned from it.
   CommittedPointer commit(std::int64_t step, std::span<const Token> token_ids,
-                          std::span<const std::uint8_t> stop);
+                          std::span<const std::uint8_t> stop, std::int64_t duration_us = 0);
   bool abort(std::int64_t number);
   // Evicts every cached page that no request holds, leaves first. What a request holds stays.
   Cleared clear_cache();
@@ -146,17 +151,22 @@ class Scheduler final {
     PrefixIndex::Held held;
   };
   static ControlConfig constants(const SchedulerConfig& config);
-  bool schedule_running(Plan& plan, std::int32_t& budget);
-  void admit_waiting(Plan& plan, std::int32_t& budget);
+  Allowance allowance() const noexcept;
+  bool schedule_running(Plan& plan, Allowance& left);
+  void admit_waiting(Plan& plan, Allowance& left);
   bool admit(RequestIndex index, Plan& plan);
   std::int64_t spare_pages() const noexcept;
   std::int64_t lacks(RequestIndex index, std::int32_t held) const noexcept;
   bool fits(RequestIndex index);
   bool still_held_back(RequestIndex index, HeldBack& known) const;
+  void prefill(RequestIndex index, Allowance& left, Plan& plan);
   std::int32_t schedule(RequestIndex index, std::int32_t tokens, Plan& plan);
   std::int32_t acquire(RequestIndex index, std::int32_t tokens, Plan& plan);
   bool find_page(RequestIndex for_whom, Plan& plan);
   bool preempt_youngest(RequestIndex for_whom, Plan& plan);
+  Work& work_of(std::int64_t step) noexcept {
+    return works_[static_cast<std::size_t>(step) % works_.size()];
+  }
   std::string refuse_results(const Ticket& ticket, std::int64_t step,
                              std::span<const Token> token_ids,
                              std::span<const std::uint8_t> stop) const;
@@ -166,6 +176,9 @@ class Scheduler final {
   Recycler<Plan> plans_;
   Recycler<Committed> commits_;
   HeldBack held_back_;
+  CostModel model_;
+  Work work_;                      // of the plan being made
+  std::vector<Work> works_;        // of the steps in flight, each at its number modulo their most
   std::vector<Outcome> outcomes_;  // of the step being committed
   bool short_ = false;             // in the plan being made, a request found no page
   Stats counts_;

@@ -48,6 +48,7 @@ void run(unsigned seed) {
   config.context_max = config.pages * config.page_size;
   config.overlap = upto(3);
   config.prefix_cache = upto(4) > 0;
+  config.itl_budget_us = upto(2) * upto(1000);
   REQUIRE(Scheduler::invalid(config).empty());
   Scheduler scheduler(config);
   scheduler.set_recording_kv(true);
@@ -72,7 +73,7 @@ void run(unsigned seed) {
       stop.push_back(upto(12) == 0 ? 1 : 0);
     }
     REQUIRE(!scheduler.commit(plan->step + 1, tokens, stop)->error.empty());
-    REQUIRE(scheduler.commit(plan->step, tokens, stop)->error.empty());
+    REQUIRE(scheduler.commit(plan->step, tokens, stop, upto(1000))->error.empty());
     check();
   };
 

@@ -92,7 +92,8 @@ class Driver {
     --launched_;
     const std::size_t rows = plan->slots.size();
     const auto done =
-        scheduler_.commit(plan->step, std::span(tokens_).first(rows), std::span(stop_).first(rows));
+        scheduler_.commit(plan->step, std::span(tokens_).first(rows), std::span(stop_).first(rows),
+                          500 + 10 * std::int64_t{kRows});
     if (!done->error.empty()) fail(done->error.c_str(), overlap_);
     return rows;
   }
@@ -106,6 +107,7 @@ class Driver {
     config.step_tokens = 4 * kRows;
     config.context_max = kPrompt + kSteps + 40;
     config.overlap = overlap;
+    config.itl_budget_us = 1000;
     return config;
   }
 

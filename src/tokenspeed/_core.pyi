@@ -97,6 +97,7 @@ class Scheduler:
         context_max: int,
         overlap: int = 0,
         prefix_cache: bool = True,
+        itl_budget_us: int = 0,
     ) -> None: ...
     def submit(
         self, number: int, prompt: NDArray[np.int32], max_tokens: int, salt: str = ""
@@ -106,8 +107,18 @@ class Scheduler:
     def plan(self) -> Plan | None:
         """Plan and launch a step; None if nothing can run or `overlap + 1` steps are in flight."""
 
-    def commit(self, step: int, token_ids: NDArray[np.int32], stop: NDArray[np.bool_]) -> Committed:
-        """Complete the oldest launched step. Raises ValueError, changing nothing, on another."""
+    def commit(
+        self,
+        step: int,
+        token_ids: NDArray[np.int32],
+        stop: NDArray[np.bool_],
+        duration_us: int = 0,
+    ) -> Committed:
+        """Complete the oldest launched step. Raises ValueError, changing nothing, on another.
+
+        `duration_us` is the time since the completion before, or since there was work again; 0 if
+        nobody knows. The latency budget learns from it what a step costs.
+        """
 
     def abort(self, number: int) -> bool:
         """End a request in whatever state; False if it is unknown or ending already."""

@@ -63,6 +63,15 @@ def _seconds(low: float, high: float) -> _Validator:
     return check
 
 
+def _number(low: float, high: float, unit: str) -> _Validator:
+    def check(_instance: Any, attribute: Any, value: Any) -> None:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not (number and low <= value <= high):
+            raise ConfigError(attribute.name, value, f"{unit} from {low:g} to {high:g}")
+
+    return check
+
+
 @frozen(kw_only=True)
 class EngineConfig:
     """How the engine runs a model.
@@ -79,6 +88,10 @@ class EngineConfig:
         context_max: prompt and output tokens of a request; None takes the model's own.
         overlap: steps launched beyond the one whose result is awaited (0 or 1).
         prefix_cache: share the KV of equal prompt prefixes.
+        itl_budget_ms: while requests decode, a step takes no more prefill than is expected to fit
+            into so many milliseconds, so that their tokens come no further apart; a little prefill
+            goes on in any case. None: a step takes what prefill_chunk allows.
+        tps_floor: the same as tokens/s that each decoding request keeps; instead of itl_budget_ms.
         threads: torch's CPU threads; None leaves torch's choice.
         trace_lifecycle: file for every step of the lifecycle, as NDJSON; None writes nothing.
         kv_events: file for what enters and leaves the prefix cache, in vLLM's schema, as NDJSON.
@@ -95,6 +108,10 @@ class EngineConfig:
     context_max: int | None = field(default=None, validator=_integer(2, 1 << 24, optional=True))
     overlap: int = field(default=0, validator=_integer(0, 1))
     prefix_cache: bool = True
+    itl_budget_ms: float | None = field(
+        default=None, validator=_number(0.1, 60_000, "milliseconds")
+    )
+    tps_floor: float | None = field(default=None, validator=_number(0.02, 10_000, "tokens/s"))
     threads: int | None = field(default=None, validator=_integer(1, 1024, optional=True))
     trace_lifecycle: str | None = None
     kv_events: str | None = None
@@ -106,6 +123,10 @@ class EngineConfig:
                 "prefill_chunk",
                 self.prefill_chunk,
                 f"at least slots ({self.slots}): every running request decodes in every step",
+            )
+        if self.itl_budget_ms is not None and self.tps_floor is not None:
+            raise ConfigError(
+                "tps_floor", self.tps_floor, "none beside itl_budget_ms, which says the same"
             )
         if self.page_size > self.prefill_chunk:
             raise ConfigError(
@@ -125,6 +146,13 @@ class EngineConfig:
                 "context_max", self.context_max,
                 f"at most pages x page_size ({tokens}); a request must fit into the pool",
             )  # fmt: skip
+
+    @property
+    def itl_budget_us(self) -> int:
+        """Microseconds that a step with decoding requests may take; 0: any."""
+        if self.tps_floor is not None:
+            return round(1e6 / self.tps_floor)
+        return round(1e3 * (self.itl_budget_ms or 0))
 
 
 @frozen(kw_only=True)

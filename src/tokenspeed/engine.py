@@ -105,6 +105,7 @@ class Engine:
             context_max=self.context_max,
             overlap=config.overlap,
             prefix_cache=config.prefix_cache,
+            itl_budget_us=config.itl_budget_us,
         )
         self._kv_log = make_kv_log(config.kv_events, self._scheduler, time.time())
         self._executor = Executor(
@@ -390,6 +391,8 @@ class Engine:
 
     def _obey(self) -> bool:
         """Apply the commands that have come; wait for one if there is nothing to do."""
+        if not self._launched and self._scheduler.idle():
+            self._step_started_s = None
         with self._wake:
             self._wake.wait_for(
                 lambda: self._closing or self._inbox or self._launched or not self._scheduler.idle()
@@ -456,7 +459,9 @@ class Engine:
                 token_ids=np.zeros(plan.rows, np.int32),
                 failed=dict.fromkeys(range(plan.rows), str(error)),
             )
-        self._step_started_s = time.monotonic() if self._launched else None
+        now_s, started_s = time.monotonic(), self._step_started_s
+        took_us = 0 if result.failed or started_s is None else round(1e6 * (now_s - started_s))
+        self._step_started_s = now_s  # the next one is under way, or about to be planned
         stop = np.zeros(plan.rows, np.bool_)
         for row, number in enumerate(numbers.tolist()):
             sequence = self._sequences.get(number)
@@ -467,7 +472,7 @@ class Engine:
                 self._end(sequence, "error", error=result.failed[row])
             elif plan.sampled[row]:
                 stop[row] = self._accept(sequence, row, result)
-        self._scheduler.commit(plan.step, result.token_ids, stop)
+        self._scheduler.commit(plan.step, result.token_ids, stop, took_us)
 
     def _start(self, number: int, request: Request, stream: Stream) -> None:
         params = request.params

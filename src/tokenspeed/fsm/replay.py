@@ -44,7 +44,7 @@ FORM = 1
 CALLS: Mapping[str, Mapping[str, DTypeLike | None]] = {
     "submit": {"number": None, "prompt": np.int32, "max_tokens": None, "salt": None},
     "plan": {},
-    "commit": {"step": None, "token_ids": np.int32, "stop": np.bool_},
+    "commit": {"step": None, "token_ids": np.int32, "stop": np.bool_, "duration_us": None},
     "abort": {"number": None},
     "clear_cache": {},
 }

@@ -160,8 +160,14 @@ class _TracedScheduler(Scheduler):
         self._tell()
         return found
 
-    def commit(self, step: int, token_ids: NDArray[np.int32], stop: NDArray[np.bool_]) -> Committed:
-        found = super().commit(step, token_ids, stop)
+    def commit(
+        self,
+        step: int,
+        token_ids: NDArray[np.int32],
+        stop: NDArray[np.bool_],
+        duration_us: int = 0,
+    ) -> Committed:
+        found = super().commit(step, token_ids, stop, duration_us)
         self._tell()
         return found
 
