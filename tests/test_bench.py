@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +35,20 @@ def test_the_scheduler_is_measured_as_json() -> None:
     assert (found["memory"]["rows"], found["memory"]["context"]) == (2, 128)
     assert found["stats_us"] > 0
     assert "step, 2 x 128 tokens" in done.stderr, "the table is for people"
+
+
+BEYOND_MB_MAX = 250
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no resident size is told here")
+def test_a_thousand_long_requests_fit_into_memory() -> None:
+    """1,024 of 51,200 tokens, 48K of them shared: the whole process, without the token ids."""
+    case = ["--rows", "1024", "--contexts", "51200", "--steps", "20", "--repeats", "1"]
+    done = run(*case, "--json")
+    assert done.returncode == 0, done.stderr
+    memory = json.loads(done.stdout)["memory"]
+    assert memory["token_ids_mb"] > 1024 * 51200 * 4 / 1e6
+    assert 0 < memory["beyond_mb"] <= BEYOND_MB_MAX
 
 
 @pytest.mark.parametrize("words", [["--steps", "0"], ["--rows", "0"], ["--prompt-tokens", "64"]])

@@ -4,9 +4,9 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <mutex>
 
 #include "arrays.hpp"
+#include "locked.hpp"
 #include "scheduler.hpp"
 
 namespace py = pybind11;
@@ -19,7 +19,7 @@ class QueueFull : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// The scheduler and its lock.
+// The scheduler and its lock, for which nobody waits with the GIL.
 class Native {
  public:
   explicit Native(const SchedulerConfig& config) : scheduler_(checked(config)) {}
@@ -27,8 +27,7 @@ class Native {
   template <class F>
   auto run(F&& f) {
     py::gil_scoped_release free;
-    const std::lock_guard lock(mutex_);
-    return f(scheduler_);
+    return scheduler_.run(std::forward<F>(f));
   }
 
  private:
@@ -37,8 +36,7 @@ class Native {
     if (!wrong.empty()) throw py::value_error(wrong);
     return config;
   }
-  std::mutex mutex_;
-  Scheduler scheduler_;
+  Locked<Scheduler> scheduler_;
 };
 
 // A setting as any integer of Python's, so that what has no place in 32 bits is refused by name.
