@@ -8,23 +8,29 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from test_schedules import schedule
 from tokenspeed._core import Plan, Scheduler
+from tokenspeed.fsm.trace import read_trace, traced, validate
+
+SPECS = Path(__file__).resolve().parents[1] / "specs"
 
 PAGE = 64
 CHUNK = 8192
+FULL = {"page_size": PAGE, "slots": 8, "step_tokens": CHUNK}
 SMALL = {"page_size": 4, "pages": 64, "slots": 4, "step_tokens": 16}
 
 
 class Driver:
-    """A scheduler whose steps all complete, as late as its overlap allows."""
+    """A scheduler whose steps all complete, as late as its overlap allows; traced, with a path."""
 
-    def __init__(self, **settings: int) -> None:
-        self.scheduler = Scheduler(**{"waiting_max": 1000, "context_max": 1 << 20, **settings})
+    def __init__(self, trace: Path | None = None, **settings: int) -> None:
+        sizes = {"waiting_max": 1000, "context_max": 1 << 20, **settings}
+        self.scheduler = traced(str(trace), **sizes) if trace else Scheduler(**sizes)
         self.overlap = settings.get("overlap", 0)
         self.launched: deque[Plan] = deque()
         self.plans: list[Plan] = []
@@ -82,14 +88,18 @@ def draw(seed: int, tokens: int) -> list[int]:
 @pytest.mark.parametrize("overlap", [0, 1])
 @pytest.mark.parametrize("pages", [*range(733, 742), 769])
 def test_two_requests_that_fill_the_pool_exactly_both_finish(pages: int, overlap: int) -> None:
-    driver = Driver(page_size=PAGE, pages=pages, slots=8, step_tokens=CHUNK, overlap=overlap)
+    driver = Driver(**FULL, pages=pages, overlap=overlap)
+    fill_the_pool(driver)
+    assert driver.outputs == {0: 900, 1: 200}
+
+
+def fill_the_pool(driver: Driver) -> None:
     driver.step()
     driver.submit(0, draw(0, 22_526), 900)
     for _ in range(4):
         driver.step()
     driver.submit(1, draw(1, 27_648), 200)
     driver.finish()
-    assert driver.outputs == {0: 900, 1: 200}
 
 
 # Of 60 random schedules on tiny pools, 48 ended the process.
@@ -105,47 +115,63 @@ def test_random_schedules_on_tiny_pools_end(first: int) -> None:
 # Ties were broken by name: `zzz`, submitted first, did not run in 50 steps of younger arrivals.
 def test_the_oldest_runs_first_whatever_it_is_called() -> None:
     driver = Driver(**SMALL)
-    oldest = 10**12
-    driver.submit(oldest, draw(0, 20), 30)
+    let_younger_ones_arrive(driver)
+    assert all(OLDEST in plan.numbers for plan in driver.plans[:31])
+    assert driver.outputs[OLDEST] == 30
+    joined = [number for plan in driver.plans for _, number in plan.joined.tolist()]
+    assert joined == sorted(joined, key=lambda number: number % OLDEST)
+
+
+OLDEST = 10**12
+
+
+def let_younger_ones_arrive(driver: Driver) -> None:
+    driver.submit(OLDEST, draw(0, 20), 30)
     for number in range(50):
         driver.submit(number, draw(number, 20), 4)
         assert driver.step()
-    assert all(oldest in plan.numbers for plan in driver.plans[:31])
-    assert driver.outputs[oldest] == 30
-    joined = [number for plan in driver.plans for _, number in plan.joined.tolist()]
-    assert joined == sorted(joined, key=lambda number: number % oldest)
+    driver.finish()
 
 
 # A large request that did not fit was passed by all small ones that came later.
 def test_a_large_request_is_not_passed_by_small_ones() -> None:
     driver = Driver(**SMALL)
+    let_a_large_one_wait(driver)
+    joined = [number for plan in driver.plans for _, number in plan.joined.tolist()]
+    assert joined.index(3) == 3, "right after those that were there before it"
+
+
+def let_a_large_one_wait(driver: Driver) -> None:
     for number in range(3):
         driver.submit(number, draw(number, 40), 12)
     driver.step()
-    large = 3
-    driver.submit(large, draw(large, 200), 4)
+    driver.submit(3, draw(3, 200), 4)
     for number in range(4, 60):
         driver.submit(number, draw(number, 8), 2)
         driver.step()
-    joined = [number for plan in driver.plans for _, number in plan.joined.tolist()]
-    assert joined.index(large) == 3, "right after those that were there before it"
     driver.finish()
 
 
 # Prefill went first: a decode ran in none of 50 steps while prompts kept arriving.
 @pytest.mark.parametrize("overlap", [0, 1, 2])
 def test_every_decode_runs_in_every_step(overlap: int) -> None:
-    driver = Driver(**{**SMALL, "pages": 512, "overlap": overlap})
+    driver = Driver(**{**SMALL, "pages": 512}, overlap=overlap)
+    during = driver.plans[slice(*let_prompts_arrive(driver))]
+    assert len(during) >= 50
+    assert all(0 in plan.numbers for plan in during)
+    assert all(len(plan.token_ids) > len(plan.slots) for plan in during[2:]), "and so does prefill"
+    driver.finish()
+
+
+def let_prompts_arrive(driver: Driver) -> tuple[int, int]:
+    """From which step to which they do."""
     driver.submit(0, draw(0, 3), 100)
     driver.step()
     before = len(driver.plans)
     for number in range(1, 51):
         driver.submit(number, draw(number, 30), 2)
         driver.step()
-    during = driver.plans[before:]
-    assert len(during) >= 50
-    assert all(0 in plan.numbers for plan in during)
-    assert all(len(plan.token_ids) > len(plan.slots) for plan in during[2:]), "and so does prefill"
+    return before, len(driver.plans)
 
 
 # --- Deception ------------------------------------------------------------------------------------
@@ -225,3 +251,27 @@ def test_long_requests_in_a_small_pool_do_not_thrash(
     assert most < slots
     assert total <= 2 * requests
     assert total > 0 or max_tokens < 1_000
+
+
+# --- By the specification -------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("probe", "settings"),
+    [
+        (fill_the_pool, {**FULL, "pages": 737}),
+        (fill_the_pool, {**FULL, "pages": 737, "overlap": 1}),
+        (let_younger_ones_arrive, SMALL),
+        (let_a_large_one_wait, SMALL),
+        (let_prompts_arrive, {**SMALL, "overlap": 2}),
+    ],
+)
+def test_what_a_probe_leads_to_is_a_behaviour_of_the_spec(
+    probe: Callable[[Driver], object], settings: dict[str, int], tmp_path: Path
+) -> None:
+    driver = Driver(tmp_path / "trace", **settings)
+    probe(driver)
+    header, steps = read_trace(tmp_path / "trace")
+    assert len(steps) > 500
+    assert validate(SPECS, header, steps) is None

@@ -83,7 +83,11 @@ def run(seeds: Iterable[int], judged_every: int, folder: Path) -> dict[str, int]
     """What happened in all of them together."""
     seen = dict.fromkeys(("requests", "aborted", "preemptions", "evictions", "hits", "judged"), 0)
     for seed in seeds:
-        world = schedule(seed)
+        try:
+            world = schedule(seed)
+        except AssertionError as error:
+            error.add_note(f"schedule({seed})")
+            raise
         stats = world.scheduler.stats()
         seen["requests"] += len(world.clients)
         seen["aborted"] += sum(client.aborted for client in world.clients.values())
