@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -121,10 +122,15 @@ class World:
         self.plans: list[Plan] = []
 
     def submit(
-        self, prompt: list[int], max_tokens: int, salt: str = "", stop_after: int = 10**9
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        salt: str = "",
+        stop_after: int = 10**9,
+        **hints: Any,
     ) -> int:
         number = len(self.clients)
-        self.scheduler.submit(number, np.asarray(prompt, np.int32), max_tokens, salt)
+        self.scheduler.submit(number, np.asarray(prompt, np.int32), max_tokens, salt, **hints)
         self.clients[number] = Client(prompt, max_tokens, salt, stop_after)
         return number
 
@@ -203,6 +209,7 @@ class World:
 
     def check(self) -> None:
         assert self.scheduler.check() == []
+        assert self.scheduler.stats().pages_kept <= self.config.get("session_pages_max", 0)
         self.monitor.feed(self.scheduler.events())
         self.listener.hear(self.scheduler.kv_events())
         self.listener.check(self.scheduler.prefixes())

@@ -38,17 +38,21 @@ LOOKS = {
 
 
 def busy(overlap: int = 1) -> Path:
-    """Shared prefixes, preemption, aborts, clears, refusals: every kind of call."""
+    """Shared prefixes, sessions, preemption, aborts, clears, refusals: every kind of call."""
     world = World(
-        pages=6, page_size=2, slots=3, step_tokens=4, overlap=overlap, waiting_max=4, context_max=12
-    )
+        pages=6, page_size=2, slots=3, step_tokens=4, overlap=overlap, waiting_max=4,
+        context_max=12, session_pages_max=2,
+    )  # fmt: skip
     for number in range(4):
-        world.submit([1, 2, 3, 4, 5 + number], 5, "other" if number == 2 else "")
+        salt, session = ("other", "") if number == 2 else ("", "a turn's")
+        world.submit([1, 2, 3, 4, 5 + number], 5, salt, session=session, keep_us=9)
+        world.scheduler.advance(number)
     with pytest.raises(ValueError, match="context_max"):
         world.submit([1] * 12, 12)
     for _ in range(5):
         world.turn()
     world.abort(3)
+    world.scheduler.end_session("a turn's")
     world.clear_cache()
     world.finish()
     assert world.scheduler.stats().preemptions

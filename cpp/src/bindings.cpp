@@ -71,20 +71,26 @@ using Ints = arrays::Input<std::int32_t>;
 using Flags = arrays::Input<bool>;
 
 void submit(Native& self, std::int64_t number, const Ints& prompt, std::int32_t max_tokens,
-            const std::string& salt) {
+            const std::string& salt, const std::string& session, Microseconds keep_us,
+            bool supersedes) {
   const auto tokens = prompt.span();
-  const Refusal refusal = self.run(
-      [&](Scheduler& scheduler) { return scheduler.submit(number, tokens, max_tokens, salt); });
+  const Turn turn{session, keep_us, supersedes};
+  const Refusal refusal = self.run([&](Scheduler& scheduler) {
+    return scheduler.submit(number, tokens, max_tokens, salt, turn);
+  });
   if (refusal.queue_full) throw QueueFull(refusal.message);
   if (refusal.refused()) throw py::value_error(refusal.field + ": " + refusal.message);
 }
 
 py::object commit(Native& self, std::int64_t step, const Ints& token_ids, const Flags& stop,
-                  std::int64_t duration_us) {
+                  std::int64_t duration_us, const std::optional<Flags>& awaits_tool) {
   const auto tokens = token_ids.span();
   const auto flags = stop.span<std::uint8_t>();
-  CommittedPointer out = self.run(
-      [&](Scheduler& scheduler) { return scheduler.commit(step, tokens, flags, duration_us); });
+  std::span<const std::uint8_t> awaits;
+  if (awaits_tool) awaits = awaits_tool->span<std::uint8_t>();
+  CommittedPointer out = self.run([&](Scheduler& scheduler) {
+    return scheduler.commit(step, tokens, flags, duration_us, awaits);
+  });
   if (!out->error.empty()) throw py::value_error(out->error);
   return arrays::Boxed<Committed>::box(std::move(out));
 }
@@ -282,6 +288,8 @@ PYBIND11_MODULE(_core, m) {
       .def_readonly("pages_total", &Stats::pages_total)
       .def_readonly("pages_free", &Stats::pages_free)
       .def_readonly("pages_cached", &Stats::pages_cached)
+      .def_readonly("pages_kept", &Stats::pages_kept)
+      .def_readonly("sessions", &Stats::sessions)
       .def_readonly("prefix_queries", &Stats::prefix_queries)
       .def_readonly("prefix_hits", &Stats::prefix_hits)
       .def_readonly("preemptions", &Stats::preemptions)
@@ -293,13 +301,26 @@ PYBIND11_MODULE(_core, m) {
         return std::make_unique<Native>(configuration(settings));
       }))
       .def("submit", &submit, py::arg("number"), py::arg("prompt"), py::arg("max_tokens"),
-           py::arg("salt") = "")
+           py::arg("salt") = "", py::arg("session") = "", py::arg("keep_us") = 0,
+           py::arg("supersedes") = false)
       .def("plan",
            [](Native& self) {
              return arrays::Boxed<Plan>::box(self.run([](Scheduler& s) { return s.plan(); }));
            })
       .def("commit", &commit, py::arg("step"), py::arg("token_ids"), py::arg("stop"),
-           py::arg("duration_us") = 0)
+           py::arg("duration_us") = 0, py::arg("awaits_tool") = py::none())
+      .def(
+          "advance",
+          [](Native& self, Microseconds now_us) {
+            self.run([&](Scheduler& s) { s.advance(now_us); });
+          },
+          py::arg("now_us"))
+      .def(
+          "end_session",
+          [](Native& self, const std::string& session) {
+            return self.run([&](Scheduler& s) { return s.end_session(session); });
+          },
+          py::arg("session"))
       .def(
           "abort",
           [](Native& self, std::int64_t number) {

@@ -28,7 +28,8 @@ std::string Control::invalid(const ControlConfig& config) {
 Control::Control(const ControlConfig& config)
     : config_(config),
       pool_(config.pages),
-      index_(config.page_size, config.pages),
+      index_(config.page_size, config.pages, config.kept_max),
+      sessions_(index_.retention(), kSessionsMax),
       launched_(config.in_flight_max, config.slots) {
   const auto slots = static_cast<std::size_t>(config.slots);
   free_slots_.reserve(slots);
@@ -44,26 +45,31 @@ Control::Control(const ControlConfig& config)
 Control::~Control() {
   const auto abandon = [this]<class R>(std::vector<R>& requests) {
     for (R& request : requests) {
-      if constexpr (lifecycle::owns_pages(R::kState)) drain(request.pages());
+      if constexpr (lifecycle::owns_pages(R::kState)) drain(request.pages(), Record{});
       request.abandon();
     }
   };
   std::apply([&](auto&... shelf) { (abandon(shelf.requests), ...); }, shelves_);
 }
 
-// The last page first, so that the index can let leaves go.
-void Control::drain(PageTable& pages) {
+// The last page first, so that the index can let leaves go. What is left of it in the cache, if
+// anything.
+TailId Control::drain(PageTable& pages, const Record& record) {
+  const std::uint64_t session = record.session ? record.session->id : 0;
+  const TailId tail = index_.open_tail(session, record.revisits);
   while (!pages.empty()) {
     auto entry = pages.pop();
     if (auto* own = std::get_if<ExclusivePage>(&entry)) pool_.give_back(std::move(*own));
-    if (auto* shared = std::get_if<SharedPage>(&entry)) index_.release(std::move(*shared));
+    if (auto* shared = std::get_if<SharedPage>(&entry)) index_.release(std::move(*shared), tail);
   }
+  return index_.close_tail(tail);
 }
 
-void Control::give_back(Record& record, PageTable&& pages, Slot&& slot) {
-  drain(pages);
+TailId Control::give_back(Record& record, PageTable&& pages, Slot&& slot) {
+  const TailId tail = drain(pages, record);
   if (record.root >= 0) index_.leave(std::exchange(record.root, -1));
   free_slots_.push_back(slot.index());
+  return tail;
 }
 
 // --- containers by state
@@ -213,7 +219,8 @@ void Control::trace(std::string_view action, PageId page, std::int64_t value) {
 // ---------------------------------------------------------------------------------------
 
 std::optional<RequestIndex> Control::submit(std::int64_t number, std::span<const Token> prompt,
-                                            std::int32_t length_max, std::string_view salt) {
+                                            std::int32_t length_max, std::string_view salt,
+                                            const Turn& turn) {
   if (prompt.empty() || std::ssize(prompt) >= length_max) return std::nullopt;
   if (by_number_.contains(number)) return std::nullopt;
   std::vector<Token> tokens;  // what may throw comes before anybody knows of the request
@@ -238,6 +245,9 @@ std::optional<RequestIndex> Control::submit(std::int64_t number, std::span<const
   }
   put(lifecycle::Submit(*this, std::move(created), std::move(verdict).take()));
   queued_.emplace(arrivals_++, index);
+  record.session = sessions_.arrive(turn.session);
+  record.keep_us = turn.keep_us;
+  record.supersedes = turn.supersedes;
   return index;
 }
 
@@ -276,7 +286,8 @@ PageTable Control::match(RequestIndex index) {
   const PrefixIndex::Found found = cached(index);
   record.root = index_.enter(record.salt);
   record.cursor = found.pages > 0 ? found.at : record.root;
-  index_.hold(found, pages);
+  record.revisits = index_.hold(found, pages, record.session ? record.session->id : 0);
+  if (record.session) sessions_.took(*record.session, record.supersedes);
   return pages;
 }
 
@@ -307,11 +318,17 @@ bool Control::admit(RequestIndex index) {
   });
 }
 
+void Control::end_turn(RequestIndex index, TailId tail) {
+  const Record& record = records_[index];
+  sessions_.end(record.session, tail, record.keep_us, record.awaits_tool);
+}
+
 bool Control::abort(RequestIndex index) {
   return with(index, [&]<State S>() -> bool {
     if constexpr (lifecycle::edge(Action::Abort, S, State::Aborted)) {
       queued_.erase({records_[index].arrival, index});
       static_cast<void>(lifecycle::Abort(*this, take<S>(index)));
+      end_turn(index, -1);
       retire(index);
       return true;
     } else if constexpr (lifecycle::can(Action::Abort, S)) {
@@ -331,7 +348,7 @@ bool Control::release(RequestIndex index) {
       auto verdict = lifecycle::permit_Release(*this, handle<S>(index));
       if (!verdict) return false;
       auto out = lifecycle::Release(*this, take<S>(index), std::move(verdict).take());
-      give_back(records_[index], std::move(out.pages), std::move(out.slot));
+      end_turn(index, give_back(records_[index], std::move(out.pages), std::move(out.slot)));
       retire(index);
       return true;
     } else {
@@ -349,7 +366,7 @@ bool Control::preempt(RequestIndex index) {
       auto out = lifecycle::Preempt(*this, take<S>(index), std::move(verdict).take());
       put(std::move(out.request));
       Record& record = records_[index];
-      give_back(record, std::move(out.pages), std::move(out.slot));
+      sessions_.wait(record.session, give_back(record, std::move(out.pages), std::move(out.slot)));
       record.pages = record.planned = record.done = record.published = 0;
       queued_.emplace(record.arrival, index);
       recount(index);
@@ -513,7 +530,7 @@ bool Control::evict(PageId page) {
 // A page becomes evictable when the last that hangs from it goes, so that leaves go first.
 Cleared Control::clear() {
   Cleared out;
-  while (const auto page = index_.oldest_evictable()) {
+  while (const auto page = index_.next_evictable()) {
     evict(*page);
     ++out.evicted;
   }

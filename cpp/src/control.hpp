@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "prefix_index.hpp"
+#include "sessions.hpp"
 #include "tokenspeed/lifecycle.hpp"
 #include "tokenspeed/pages.hpp"
 
@@ -30,6 +31,14 @@ struct ControlConfig {
   std::int32_t chunk = 512;        // tokens of one request in one step, at most
   std::int32_t in_flight_max = 1;  // steps launched and not completed
   bool prefix_cache = true;        // without it nothing is published, so nothing is found
+  std::int32_t kept_max = 0;       // pages that are kept by the wish of a session
+};
+
+// What a request says of the session that it is a turn of.
+struct Turn {
+  std::string_view session{};  // empty: of none
+  Microseconds keep_us = 0;    // keep its pages so long once it has ended
+  bool supersedes = false;     // nobody will go on from the turn before
 };
 
 constexpr std::int32_t pages_for(std::int32_t tokens, std::int32_t page_size) noexcept {
@@ -61,6 +70,11 @@ struct alignas(64) Record {
   PrefixIndex::Cursor root = -1;    // of its salt, while it holds pages
   PrefixIndex::Cursor cursor = -1;  // of the last published page
   std::string salt;
+  Session* session = nullptr;
+  Microseconds keep_us = 0;
+  bool supersedes = false;
+  bool revisits = false;     // it came back to a branch of its session
+  bool awaits_tool = false;  // what its session does next
   std::int32_t known() const noexcept { return static_cast<std::int32_t>(tokens.size()); }
 };
 
@@ -190,7 +204,8 @@ class Control final {
 
   // --- the actions
   std::optional<RequestIndex> submit(std::int64_t number, std::span<const Token> prompt,
-                                     std::int32_t length_max, std::string_view salt);
+                                     std::int32_t length_max, std::string_view salt,
+                                     const Turn& turn = {});
   bool admit(RequestIndex index);
   bool acquire(RequestIndex index, PageId page);
   bool schedule(RequestIndex index, std::int32_t tokens);
@@ -205,6 +220,12 @@ class Control final {
   bool evict(PageId page);
   // Evicts, leaves first, every page that nobody holds: the same as `evict` on each.
   Cleared clear();
+
+  // --- hints: they order what `Evict` takes, and change no action
+  void advance(Microseconds now) { index_.retention().advance(now); }
+  void awaits_tool(RequestIndex index) noexcept { records_[index].awaits_tool = true; }
+  bool end_session(std::string_view name) { return sessions_.forget(name); }
+  const Sessions& sessions() const noexcept { return sessions_; }
 
   // --- what a scheduler looks at
   const Record& record(RequestIndex index) const noexcept { return records_[index]; }
@@ -230,7 +251,6 @@ class Control final {
   std::int32_t wanted(RequestIndex index) const noexcept;
   std::int32_t slot(RequestIndex index) const noexcept;       // -1: it has none
   const PageTable* table(RequestIndex index) const noexcept;  // null: it has none
-  void tick() noexcept { index_.tick(); }                     // ages the prefix cache
 
   std::int64_t transitions(lifecycle::Action action, lifecycle::State from,
                            lifecycle::State to) const noexcept;
@@ -275,6 +295,7 @@ class Control final {
   bool Pinned(RequestId id) const noexcept;
 
  private:
+  static constexpr std::size_t kSessionsMax = 1 << 14;  // idle ones that are remembered
   using State = lifecycle::State;
   template <State S>
   using Request = lifecycle::Request<S, Control>;
@@ -311,14 +332,16 @@ class Control final {
   std::size_t matchable(const Record& record) const noexcept;
   PageTable match(RequestIndex index);
   Outcome complete(const Row& row, Token token, bool stop);
-  void drain(PageTable& pages);
-  void give_back(Record& record, PageTable&& pages, Slot&& slot);
+  TailId drain(PageTable& pages, const Record& record);
+  void end_turn(RequestIndex index, TailId tail);
+  TailId give_back(Record& record, PageTable&& pages, Slot&& slot);
   void note(PageId page, std::int64_t value) noexcept;
   void trace(std::string_view action, PageId page, std::int64_t value);
 
   ControlConfig config_;
   PagePool pool_;
   PrefixIndex index_;
+  Sessions sessions_;
   std::vector<std::int32_t> free_slots_;
   std::vector<Record> records_;
   std::vector<RequestIndex> spare_;

@@ -103,6 +103,8 @@ std::vector<std::string> Control::check() const {
     }
     unheld += references[node] == 0 ? 1 : 0;
   }
+  if (!index_.tails_right())
+    wrong.push_back("a cached page is in no tail, or a count of them is off");
   if (unheld != index_.unheld()) wrong.push_back("the count of cached pages is off");
   std::ranges::sort(slots);
   for (std::int32_t at = 0; at < config_.slots; ++at) {

@@ -7,14 +7,14 @@
 
 namespace tokenspeed {
 
-PrefixIndex::PrefixIndex(std::int32_t page_size, PageId pages)
+PrefixIndex::PrefixIndex(std::int32_t page_size, PageId pages, PageId kept_max)
     : page_size_(page_size),
+      retention_(pages, kept_max),
       page_tokens_(std::make_unique_for_overwrite<Token[]>(index(page_size) * index(pages))),
       nodes_by_page_(index(pages), -1),
       buckets_(std::bit_ceil(index(pages)), -1) {
   nodes_.reserve(2 * index(pages));  // each page may have a root of its own
   spare_.reserve(2 * index(pages));
-  evictable_.reserve(index(pages));
   path_.reserve(index(pages));
 }
 
@@ -94,24 +94,29 @@ bool PrefixIndex::deepen(Held& held, std::string_view salt, std::span<const Toke
   return true;
 }
 
-void PrefixIndex::hold(const Found& found, PageTable& table) {
+bool PrefixIndex::hold(const Found& found, PageTable& table, std::uint64_t session) {
   path_.clear();
   NodeId above = found.at;
   for (std::int32_t page = 0; page < found.pages; ++page) {
     path_.push_back(above);
     above = nodes_[index(above)].parent;
   }
+  bool revisits = false;
+  TailId before = -1;
   for (auto id = path_.rbegin(); id != path_.rend(); ++id) {
     Node& node = nodes_[index(*id)];
     if (node.references++ == 0) {
       --unheld_;
       ++gained_;
       ++version_;
-      must_stay(*id);
+      const TailId tail = std::exchange(node.tail, -1);
+      if (tail != before) revisits |= retention_.touch(tail, session);
+      before = tail;
+      retention_.shrink(tail);
     }
-    node.used = now_;
     table.append(SharedPage(*id, node.page));
   }
+  return revisits;
 }
 
 // --- coming and going
@@ -133,7 +138,6 @@ SharedPage PrefixIndex::publish(Cursor& at, std::span<const Token> content, Vaca
   node.parent = at;
   node.page = page.id_.release();
   node.references = 1;
-  node.used = now_;
   node.hash = vacancy.key_;
   node.born = ++births_;
   NodeId& first = buckets_[vacancy.key_ & (buckets_.size() - 1)];
@@ -146,19 +150,26 @@ SharedPage PrefixIndex::publish(Cursor& at, std::span<const Token> content, Vaca
   return SharedPage(child, node.page);
 }
 
-void PrefixIndex::release(SharedPage&& page) {
+void PrefixIndex::release(SharedPage&& page, TailId tail) {
   const NodeId id = page.node_.release();
   Node& node = nodes_[index(id)];
   if (--node.references > 0) return;
   ++unheld_;
   ++version_;
-  node.used = now_;
-  if (can_go(node)) may_go(id);
+  node.tail = tail;
+  retention_.grow(tail, id);
 }
 
-std::optional<PageId> PrefixIndex::oldest_evictable() const noexcept {
-  if (evictable_.empty()) return std::nullopt;
-  return nodes_[index(evictable_.front())].page;
+TailId PrefixIndex::close_tail(TailId tail) {
+  const NodeId end = retention_.close(tail);
+  if (end < 0) return -1;
+  if (can_go(nodes_[index(end)])) retention_.may_go(tail);
+  return tail;
+}
+
+std::optional<PageId> PrefixIndex::next_evictable() const noexcept {
+  const NodeId node = retention_.victim();
+  return node < 0 ? std::nullopt : std::optional(nodes_[index(node)].page);
 }
 
 bool PrefixIndex::evict(PageId page, PagePool& pool) {
@@ -166,18 +177,24 @@ bool PrefixIndex::evict(PageId page, PagePool& pool) {
   const NodeId id = nodes_by_page_[index(page)];
   if (id < 0 || !can_go(nodes_[index(id)])) return false;
   Node& node = nodes_[index(id)];
-  must_stay(id);
   unchain(id);
   nodes_by_page_[index(page)] = -1;
   pool.give_back(ExclusivePage(node.page));
   --unheld_;
   ++version_;
   const NodeId parent = node.parent;
+  const TailId tail = node.tail;
   node = Node{};
   spare_.push_back(id);
   Node& above = nodes_[index(parent)];
   --above.children;
-  if (can_go(above)) may_go(parent);
+  const bool goes_on = above.tail == tail;
+  retention_.cut(tail, goes_on ? parent : -1);
+  if (can_go(above)) {
+    retention_.may_go(above.tail);
+  } else if (goes_on) {
+    retention_.must_stay(tail);
+  }
   drop_root_if_unused(parent);
   return true;
 }
@@ -201,6 +218,17 @@ std::vector<Token> PrefixIndex::key(NodeId node) const {
 std::string_view PrefixIndex::salt(NodeId node) const {
   while (nodes_[index(node)].page >= 0) node = nodes_[index(node)].parent;
   return salts_.at(node);
+}
+
+bool PrefixIndex::tails_right() const {
+  PageId in_tails = 0;
+  for (const auto& [id, page] : pages()) {
+    const Node& node = nodes_[index(id)];
+    if ((node.references == 0) != (node.tail >= 0)) return false;
+    in_tails += node.tail >= 0 ? 1 : 0;
+    if (can_go(node) && retention_.end(node.tail) != id) return false;
+  }
+  return in_tails == unheld_ && retention_.right(in_tails);
 }
 
 std::span<const Token> PrefixIndex::tokens(PageId page) const noexcept {
@@ -262,50 +290,6 @@ NodeId PrefixIndex::make() {
   spare_.pop_back();
   nodes_[index(id)] = Node{};
   return id;
-}
-
-// --- what may go
-// ------------------------------------------------------------------------------------
-
-bool PrefixIndex::older(NodeId a, NodeId b) const noexcept {
-  const std::uint64_t used_a = nodes_[index(a)].used;
-  const std::uint64_t used_b = nodes_[index(b)].used;
-  return used_a != used_b ? used_a < used_b : a < b;
-}
-
-void PrefixIndex::put(std::size_t place, NodeId id) noexcept {
-  evictable_[place] = id;
-  nodes_[index(id)].place = static_cast<std::int32_t>(place);
-}
-
-// Moves what stands at a place up or down to where it belongs.
-void PrefixIndex::sift(std::size_t place) noexcept {
-  const NodeId id = evictable_[place];
-  for (; place > 0 && older(id, evictable_[(place - 1) / 2]); place = (place - 1) / 2) {
-    put(place, evictable_[(place - 1) / 2]);
-  }
-  for (std::size_t child = 2 * place + 1; child < evictable_.size(); child = 2 * place + 1) {
-    if (child + 1 < evictable_.size() && older(evictable_[child + 1], evictable_[child])) ++child;
-    if (!older(evictable_[child], id)) break;
-    put(place, evictable_[child]);
-    place = child;
-  }
-  put(place, id);
-}
-
-void PrefixIndex::may_go(NodeId id) {
-  evictable_.push_back(id);
-  sift(evictable_.size() - 1);
-}
-
-void PrefixIndex::must_stay(NodeId id) noexcept {
-  const std::int32_t place = std::exchange(nodes_[index(id)].place, -1);
-  if (place < 0) return;
-  const NodeId last = evictable_.back();
-  evictable_.pop_back();
-  if (last == id) return;
-  put(index(place), last);
-  sift(index(place));
 }
 
 }  // namespace tokenspeed

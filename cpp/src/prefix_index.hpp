@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "retention.hpp"
 #include "tokenspeed/pages.hpp"
 
 namespace tokenspeed {
@@ -26,7 +27,8 @@ class PrefixIndex final {
   using Cursor = NodeId;
 
   // All memory that as many pages need is reserved here; what is not used is not touched.
-  PrefixIndex(std::int32_t page_size, PageId pages);
+  // At most `kept_max` pages are kept by wish.
+  PrefixIndex(std::int32_t page_size, PageId pages, PageId kept_max);
   PrefixIndex(const PrefixIndex&) = delete;
   PrefixIndex& operator=(const PrefixIndex&) = delete;
 
@@ -57,7 +59,8 @@ class PrefixIndex final {
               std::size_t most) const;
 
   // References to the pages that a look just found; a look that is older than `version` is void.
-  void hold(const Found& found, PageTable& table);
+  // True if a session (0: none) comes back with it to a branch that it had left.
+  bool hold(const Found& found, PageTable& table, std::uint64_t session);
 
   // The right to publish `tokens` one step down: nobody has. Valid until something is published.
   class Vacancy {
@@ -72,18 +75,25 @@ class PrefixIndex final {
   SharedPage publish(Cursor& at, std::span<const Token> tokens, Vacancy vacancy,
                      ExclusivePage&& page);
 
-  // Give a reference back.
-  void release(SharedPage&& page);
+  // Who gives a path back opens a tail, gives the last page back first, and closes the tail: what
+  // nobody else holds is in it. -1: that is nothing. What a tail is, the caller says
+  // (retention.hpp).
+  TailId open_tail(std::uint64_t session, bool revisits) {
+    return retention_.open(session, revisits);
+  }
+  void release(SharedPage&& page, TailId tail);
+  TailId close_tail(TailId tail);
 
-  // The least recently used page that nobody holds and nothing hangs from.
-  std::optional<PageId> oldest_evictable() const noexcept;
+  // Of the pages that nobody holds and nothing hangs from, the one that goes first.
+  std::optional<PageId> next_evictable() const noexcept;
   // Let such a page go to `pool`; false if it is not one.
   bool evict(PageId page, PagePool& pool);
 
-  bool none_evictable() const noexcept { return evictable_.empty(); }
+  bool none_evictable() const noexcept { return retention_.victim() < 0; }
+  Retention& retention() noexcept { return retention_; }
+  const Retention& retention() const noexcept { return retention_; }
   // Pages that no request holds.
   PageId unheld() const noexcept { return unheld_; }
-  void tick() noexcept { ++now_; }
   // Equal numbers, equal looks.
   std::uint64_t version() const noexcept { return version_; }
   // Equal numbers: no page has come, and none that nobody held has found a holder.
@@ -94,6 +104,7 @@ class PrefixIndex final {
   std::vector<std::pair<NodeId, PageId>> pages() const;
   std::vector<Token> key(NodeId node) const;  // the tokens of its page and of all above
   std::string_view salt(NodeId node) const;   // of the root above it
+  bool tails_right() const;  // every page that nobody holds is in a tail, and no other one
 
  private:
   struct Node {
@@ -101,9 +112,8 @@ class PrefixIndex final {
     PageId page = -1;             // -1: a root, or spare
     std::int32_t references = 0;  // requests; of a root, those that may publish below it
     std::int32_t children = 0;
-    NodeId next = -1;         // with the same bucket
-    std::int32_t place = -1;  // in `evictable_`
-    std::uint64_t used = 0;
+    NodeId next = -1;  // with the same bucket
+    TailId tail = -1;  // that it is of, while nobody holds it
     std::uint64_t hash = 0;
     std::uint64_t born = 0;  // a node's memory is used again, this number is not
   };
@@ -120,17 +130,9 @@ class PrefixIndex final {
     return node.references == 0 && node.children == 0 && node.page >= 0;
   }
 
-  // A binary heap, the least recently used first and of equals the lower node: with each node's
-  // place in it, one that is wanted again is taken out without a search, and nothing is allocated.
-  bool older(NodeId a, NodeId b) const noexcept;
-  void put(std::size_t place, NodeId id) noexcept;
-  void sift(std::size_t place) noexcept;
-  void may_go(NodeId id);
-  void must_stay(NodeId id) noexcept;
-
   std::int32_t page_size_;
   PageId unheld_ = 0;
-  std::uint64_t now_ = 0;
+  Retention retention_;
   std::uint64_t version_ = 0;
   std::uint64_t gained_ = 0;
   std::uint64_t births_ = 0;
@@ -139,8 +141,7 @@ class PrefixIndex final {
   std::vector<NodeId> nodes_by_page_;
   std::vector<NodeId> spare_;
   std::vector<NodeId> buckets_;  // by hash: the first of a chain; as many as a power of two
-  std::vector<NodeId> evictable_;
-  std::vector<NodeId> path_;  // of the hold being made
+  std::vector<NodeId> path_;     // of the hold being made
   std::unordered_map<std::string, NodeId> roots_;
   std::unordered_map<NodeId, std::string> salts_;
 };

@@ -11,8 +11,9 @@ using lifecycle::State;
 // ----------------------------------------------------------------------------------
 
 ControlConfig Scheduler::constants(const SchedulerConfig& config) {
-  return {config.page_size,   config.pages,       config.slots,
-          config.step_tokens, config.overlap + 1, config.prefix_cache};
+  return {config.page_size,        config.pages,       config.slots,
+          config.step_tokens,      config.overlap + 1, config.prefix_cache,
+          config.session_pages_max};
 }
 
 std::string Setting::refuse(const std::string& given) const {
@@ -93,7 +94,7 @@ void Committed::clear() noexcept {
 // -------------------------------------------------------------------------------------
 
 Refusal Scheduler::submit(std::int64_t number, std::span<const Token> prompt,
-                          std::int32_t max_tokens, std::string_view salt) {
+                          std::int32_t max_tokens, std::string_view salt, const Turn& turn) {
   const auto length = static_cast<std::int64_t>(prompt.size()) + max_tokens;
   if (prompt.empty()) return {"prompt", "got no tokens; expected at least one"};
   // The sign of all of them at once: a loop without a way out is one that compilers make wide.
@@ -107,9 +108,13 @@ Refusal Scheduler::submit(std::int64_t number, std::span<const Token> prompt,
     return {"max_tokens", "prompt and max_tokens together exceed context_max " +
                               std::to_string(config_.context_max)};
   }
+  if (turn.keep_us < 0 || turn.keep_us > kKeepMax) {
+    return {"keep_us",
+            "got " + std::to_string(turn.keep_us) + "; expected 0 to " + std::to_string(kKeepMax)};
+  }
   if (control_.find(number)) return {"number", "this request is alive already"};
   if (std::ssize(control_.queue()) >= config_.waiting_max) return {"", "the queue is full", true};
-  if (!control_.submit(number, prompt, static_cast<std::int32_t>(length), salt)) {
+  if (!control_.submit(number, prompt, static_cast<std::int32_t>(length), salt, turn)) {
     const auto pages = pages_for(static_cast<std::int32_t>(length) - 1, config_.page_size);
     return {"max_tokens", "needs " + std::to_string(pages) + " pages, the pool has " +
                               std::to_string(config_.pages)};
@@ -123,7 +128,6 @@ Refusal Scheduler::submit(std::int64_t number, std::span<const Token> prompt,
 PlanPointer Scheduler::plan() {
   if (control_.launched().full()) return {};
   if (control_.running().empty() && control_.queue().empty()) return {};
-  control_.tick();
   short_ = false;
   PlanPointer plan = plans_.take([this](Plan& made) {
     made.reserve(static_cast<std::size_t>(config_.slots),
@@ -208,11 +212,11 @@ std::int32_t Scheduler::acquire(RequestIndex index, std::int32_t tokens, Plan& p
   return std::min(tokens, record.pages * config_.page_size - record.planned);
 }
 
-// Is a page free? If not, the least recently used cached one goes, or the youngest request gives up
-// its own.
+// Is a page free? If not, the cached one goes that is least likely to be missed, or the youngest
+// request gives up its own.
 bool Scheduler::find_page(RequestIndex for_whom, Plan& plan) {
   while (control_.pool().free() == 0) {
-    if (const auto page = control_.index().oldest_evictable()) {
+    if (const auto page = control_.index().next_evictable()) {
       control_.evict(*page);
       ++counts_.evictions;
     } else if (!preempt_youngest(for_whom, plan)) {
@@ -297,7 +301,8 @@ bool Scheduler::admit(RequestIndex index, Plan& plan) {
 
 std::string Scheduler::refuse_results(const Ticket& ticket, std::int64_t step,
                                       std::span<const Token> token_ids,
-                                      std::span<const std::uint8_t> stop) const {
+                                      std::span<const std::uint8_t> stop,
+                                      std::span<const std::uint8_t> awaits_tool) const {
   if (ticket.step != step) {
     return "commit: got step " + std::to_string(step) + "; expected " +
            std::to_string(ticket.step) + ", steps complete in the order of their launch";
@@ -306,6 +311,11 @@ std::string Scheduler::refuse_results(const Ticket& ticket, std::int64_t step,
     return "commit: got " + std::to_string(token_ids.size()) + " tokens and " +
            std::to_string(stop.size()) + " stop flags; expected " +
            std::to_string(ticket.rows.size()) + ", one a row";
+  }
+  if (!awaits_tool.empty() && awaits_tool.size() != ticket.rows.size()) {
+    return "commit: got " + std::to_string(awaits_tool.size()) +
+           " flags of awaits_tool; expected " + std::to_string(ticket.rows.size()) +
+           ", one a row, or none";
   }
   for (std::size_t row = 0; row < ticket.rows.size(); ++row) {
     const State state = control_.record(ticket.rows[row].index).state;
@@ -318,7 +328,8 @@ std::string Scheduler::refuse_results(const Ticket& ticket, std::int64_t step,
 }
 
 CommittedPointer Scheduler::commit(std::int64_t step, std::span<const Token> token_ids,
-                                   std::span<const std::uint8_t> stop, std::int64_t duration_us) {
+                                   std::span<const std::uint8_t> stop, std::int64_t duration_us,
+                                   std::span<const std::uint8_t> awaits_tool) {
   CommittedPointer out = commits_.take(
       [this](Committed& made) { made.reserve(static_cast<std::size_t>(config_.slots)); });
   out->clear();
@@ -326,7 +337,7 @@ CommittedPointer Scheduler::commit(std::int64_t step, std::span<const Token> tok
     out->error = "commit: no step is in flight";
     return out;
   }
-  out->error = refuse_results(control_.launched().front(), step, token_ids, stop);
+  out->error = refuse_results(control_.launched().front(), step, token_ids, stop, awaits_tool);
   if (!out->error.empty()) return out;
   if (config_.itl_budget_us > 0 && duration_us > 0) {
     model_.observe(work_of(step), static_cast<double>(duration_us));
@@ -340,6 +351,7 @@ CommittedPointer Scheduler::commit(std::int64_t step, std::span<const Token> tok
     if (finished) {
       out->finished.emplace_back(number, stop[row] ? FinishReason::Stop : FinishReason::Length);
     }
+    if (!awaits_tool.empty() && awaits_tool[row]) control_.awaits_tool(index);
     while (control_.publish(index)) {
     }
     if (control_.release(index)) out->released.push_back(number);
@@ -371,6 +383,8 @@ Stats Scheduler::stats() const noexcept {
   out.pages_total = control_.pool().total();
   out.pages_free = control_.pool().free();
   out.pages_cached = control_.index().unheld();
+  out.pages_kept = control_.index().retention().kept();
+  out.sessions = static_cast<std::int64_t>(control_.sessions().size());
   return out;
 }
 

@@ -27,7 +27,8 @@ struct SchedulerConfig {
   std::int32_t context_max = 0;    // prompt and output tokens of a request
   std::int32_t overlap = 0;        // steps launched beyond the one that is awaited
   bool prefix_cache = true;
-  std::int32_t itl_budget_us = 0;  // of a step with decoding rows; 0: they wait for any prefill
+  std::int32_t itl_budget_us = 0;      // of a step with decoding rows; 0: they wait for any prefill
+  std::int32_t session_pages_max = 0;  // pages kept by the wish of sessions, at most
 };
 
 // A number of the configuration: its name, where it is, and from what to what it may be. Within
@@ -49,6 +50,7 @@ inline constexpr Setting kSettings[] = {
     {"context_max", &SchedulerConfig::context_max, 2, 1 << 24},
     {"overlap", &SchedulerConfig::overlap, 0, 64},
     {"itl_budget_us", &SchedulerConfig::itl_budget_us, 0, 60'000'000},
+    {"session_pages_max", &SchedulerConfig::session_pages_max, 0, 1 << 24},
 };
 
 // Why a request was not taken; `field` is empty if it was.
@@ -101,6 +103,8 @@ struct Stats {
   std::int64_t pages_total = 0;
   std::int64_t pages_free = 0;
   std::int64_t pages_cached = 0;  // in the prefix index, held by nobody
+  std::int64_t pages_kept = 0;    // of these, by the wish of a session
+  std::int64_t sessions = 0;      // that are remembered
   std::int64_t prefix_queries = 0;
   std::int64_t prefix_hits = 0;
   std::int64_t preemptions = 0;
@@ -117,13 +121,19 @@ class Scheduler final {
   static std::string invalid(const SchedulerConfig& config);
 
   Refusal submit(std::int64_t number, std::span<const Token> prompt, std::int32_t max_tokens,
-                 std::string_view salt);
+                 std::string_view salt, const Turn& turn = {});
   PlanPointer plan();
   // `duration_us`: from the completion before this one, or from when there was work again; 0 if
-  // nobody knows. What the latency budget leaves for prefill is learned from it.
+  // nobody knows. What the latency budget leaves for prefill is learned from it. `awaits_tool`, if
+  // it is not empty, flags the rows whose session will come back with the result of a tool.
   CommittedPointer commit(std::int64_t step, std::span<const Token> token_ids,
-                          std::span<const std::uint8_t> stop, std::int64_t duration_us = 0);
+                          std::span<const std::uint8_t> stop, std::int64_t duration_us = 0,
+                          std::span<const std::uint8_t> awaits_tool = {});
   bool abort(std::int64_t number);
+  // Time passes: microseconds since whenever. It is a hint, and never runs backwards.
+  void advance(Microseconds now_us) { control_.advance(now_us); }
+  // No next turn will come. False if the session is unknown.
+  bool end_session(std::string_view name) { return control_.end_session(name); }
   // Evicts every cached page that no request holds, leaves first. What a request holds stays.
   Cleared clear_cache();
 
@@ -143,6 +153,7 @@ class Scheduler final {
   std::map<PageId, Prefix> prefixes() const { return control_.prefixes(); }
 
  private:
+  static constexpr Microseconds kKeepMax = 30LL * 24 * 3600 * 1'000'000;  // 30 days
   // Of the head of the queue, when it last did not fit: how many of its leading pages were held.
   // Pages that nobody holds are as good as free ones, so what it lacks depends on these alone.
   struct HeldBack {
@@ -168,8 +179,8 @@ class Scheduler final {
     return works_[static_cast<std::size_t>(step) % works_.size()];
   }
   std::string refuse_results(const Ticket& ticket, std::int64_t step,
-                             std::span<const Token> token_ids,
-                             std::span<const std::uint8_t> stop) const;
+                             std::span<const Token> token_ids, std::span<const std::uint8_t> stop,
+                             std::span<const std::uint8_t> awaits_tool) const;
 
   SchedulerConfig config_;
   Control control_;

@@ -30,7 +30,7 @@ struct Holder {
 
 class World {
  public:
-  explicit World(unsigned seed) : random_(seed), pool_(kPages), index_(1, kPages) {}
+  explicit World(unsigned seed) : random_(seed), pool_(kPages), index_(1, kPages, 0) {}
   ~World() {
     while (!holders_.empty()) leave();
   }
@@ -42,7 +42,7 @@ class World {
     holder.root = index_.enter("");
     holder.cursor = found.pages > 0 ? found.at : holder.root;
     holder.pages = static_cast<std::size_t>(found.pages);
-    index_.hold(found, holder.table);
+    index_.hold(found, holder.table, 0);
     const std::size_t most = 1 + upto(kLength);
     for (; holder.pages < most && page_is_free(); ++holder.pages) {
       const auto content = std::span(prompt).subspan(holder.pages, 1);
@@ -58,9 +58,11 @@ class World {
     if (holders_.empty()) return;
     std::swap(holders_[upto(holders_.size())], holders_.back());
     Holder& holder = holders_.back();
+    const TailId tail = index_.open_tail(0, false);
     while (!holder.table.empty()) {
-      index_.release(std::get<SharedPage>(holder.table.pop()));
+      index_.release(std::get<SharedPage>(holder.table.pop()), tail);
     }
+    index_.close_tail(tail);
     index_.leave(holder.root);
     holders_.pop_back();
   }
@@ -76,8 +78,8 @@ class World {
  private:
   bool page_is_free() {
     if (pool_.free() > 0) return true;
-    const auto oldest = index_.oldest_evictable();
-    return oldest && index_.evict(*oldest, pool_);
+    const auto next = index_.next_evictable();
+    return next && index_.evict(*next, pool_);
   }
 
   std::mt19937 random_;
@@ -97,6 +99,7 @@ void run(unsigned seed) {
     } else {
       world.leave();
     }
+    if (!world.index().tails_right()) fail("a tail is wrong", seed);
     const auto found = world.index().look("", prompt, kLength);
     if (found.held > found.pages) fail("more are held than there are", seed);
     if (gained != world.index().gained()) {

@@ -68,6 +68,10 @@ class Stats:
     @property
     def pages_cached(self) -> int: ...
     @property
+    def pages_kept(self) -> int: ...
+    @property
+    def sessions(self) -> int: ...
+    @property
     def prefix_queries(self) -> int: ...
     @property
     def prefix_hits(self) -> int: ...
@@ -98,11 +102,27 @@ class Scheduler:
         overlap: int = 0,
         prefix_cache: bool = True,
         itl_budget_us: int = 0,
+        session_pages_max: int = 0,
     ) -> None: ...
     def submit(
-        self, number: int, prompt: NDArray[np.int32], max_tokens: int, salt: str = ""
+        self,
+        number: int,
+        prompt: NDArray[np.int32],
+        max_tokens: int,
+        salt: str = "",
+        session: str = "",
+        keep_us: int = 0,
+        supersedes: bool = False,
     ) -> None:
-        """Queue a request. Raises ValueError naming the field, or QueueFull."""
+        """Queue a request. Raises ValueError naming the field, or QueueFull.
+
+        Args:
+            session: that it is a turn of; "" for none. Its pages go when they are least likely to
+                be asked for, by what sessions have done so far.
+            keep_us: once it has ended, its pages go after everybody else's for so long, if
+                `session_pages_max` leaves room for all of them.
+            supersedes: what only the turn before had cached goes first.
+        """
 
     def plan(self) -> Plan | None:
         """Plan and launch a step; None if nothing can run or `overlap + 1` steps are in flight."""
@@ -113,12 +133,20 @@ class Scheduler:
         token_ids: NDArray[np.int32],
         stop: NDArray[np.bool_],
         duration_us: int = 0,
+        awaits_tool: NDArray[np.bool_] | None = None,
     ) -> Committed:
         """Complete the oldest launched step. Raises ValueError, changing nothing, on another.
 
         `duration_us` is the time since the completion before, or since there was work again; 0 if
-        nobody knows. The latency budget learns from it what a step costs.
+        nobody knows. The latency budget learns from it what a step costs. `awaits_tool` flags rows
+        whose session is going to come back with the result of a tool.
         """
+
+    def advance(self, now_us: int) -> None:
+        """Time passes. It orders what is evicted, never runs backwards, and may be left out."""
+
+    def end_session(self, session: str) -> bool:
+        """No next turn will come: its cached pages go first. False if the session is unknown."""
 
     def abort(self, number: int) -> bool:
         """End a request in whatever state; False if it is unknown or ending already."""

@@ -1,16 +1,31 @@
 """Whatever is submitted, aborted, interleaved: right outputs, every page back, legal moves.
 
 The cache may be cleared at any time; and what the KV events say, replayed from nothing, is what is
-cached, at every step.
+cached, at every step. Sessions may say what they like, and time may pass: what is kept for them
+stays within its bound, and nobody waits for it.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from scheduling import World
+
+SESSIONS = st.sampled_from(["one", "two"])
+HINTS = st.one_of(
+    st.just({}),
+    st.fixed_dictionaries(
+        {
+            "session": SESSIONS,
+            "keep_us": st.sampled_from([0, 2_000_000]),
+            "supersedes": st.booleans(),
+        }
+    ),
+)
 
 
 class Scheduling(RuleBasedStateMachine):
@@ -23,6 +38,7 @@ class Scheduling(RuleBasedStateMachine):
         page_size=st.integers(1, 4),
         prefix_cache=st.booleans(),
         extra=st.integers(0, 8),
+        session_pages_max=st.integers(0, 12),
     )
     def start(self, pages: int, slots: int, page_size: int, extra: int, **settings: int) -> None:
         self.world = World(
@@ -30,6 +46,7 @@ class Scheduling(RuleBasedStateMachine):
             step_tokens=max(slots, page_size) + extra, **settings,
         )  # fmt: skip
         self.room = pages * page_size
+        self.now_us = 0
 
     @rule(
         base=st.integers(0, 2),
@@ -38,13 +55,30 @@ class Scheduling(RuleBasedStateMachine):
         max_tokens=st.integers(1, 16),
         salt=st.sampled_from(["", "", "tenant"]),
         stop_after=st.one_of(st.just(10**9), st.integers(1, 6)),
+        hints=HINTS,
     )
     def submit(
-        self, base: int, length: int, own: list[int], max_tokens: int, salt: str, stop_after: int
+        self,
+        base: int,
+        length: int,
+        own: list[int],
+        max_tokens: int,
+        salt: str,
+        stop_after: int,
+        hints: dict[str, Any],
     ) -> None:
         prompt = ([base] * length + own)[: max(1, self.room - max_tokens)]
         if len(prompt) + max_tokens - 1 <= self.room:
-            self.world.submit(prompt, max_tokens, salt, stop_after)
+            self.world.submit(prompt, max_tokens, salt, stop_after, **hints)
+
+    @rule(seconds=st.sampled_from([0.1, 1, 10, 1000]))
+    def advance(self, seconds: float) -> None:
+        self.now_us += int(seconds * 1e6)
+        self.world.scheduler.advance(self.now_us)
+
+    @rule(session=SESSIONS)
+    def end_session(self, session: str) -> None:
+        self.world.scheduler.end_session(session)
 
     @precondition(lambda self: self.world.clients)
     @rule(data=st.data())

@@ -42,12 +42,20 @@ FORM = 1
 """Of the file; another one is refused."""
 
 CALLS: Mapping[str, Mapping[str, DTypeLike | None]] = {
-    "submit": {"number": None, "prompt": np.int32, "max_tokens": None, "salt": None},
+    "submit": {
+        "number": None, "prompt": np.int32, "max_tokens": None, "salt": None,
+        "session": None, "keep_us": None, "supersedes": None,
+    },
     "plan": {},
-    "commit": {"step": None, "token_ids": np.int32, "stop": np.bool_, "duration_us": None},
+    "commit": {
+        "step": None, "token_ids": np.int32, "stop": np.bool_, "duration_us": None,
+        "awaits_tool": np.bool_,
+    },
+    "advance": {"now_us": None},
+    "end_session": {"session": None},
     "abort": {"number": None},
     "clear_cache": {},
-}
+}  # fmt: skip
 """Each call that changes a scheduler: its arguments in order, and the element type of arrays."""
 
 IN_FULL_MAX = 32
@@ -272,7 +280,8 @@ def _ask(scheduler: Scheduler, name: str, given: dict[str, Any], lines: _Lines) 
     if name not in CALLS or given.keys() - CALLS[name].keys():
         raise ConfigError(f"{lines.path}:{lines.number}", {"call": name, **given}, "one of CALLS")
     types = CALLS[name]
-    args = {k: v if types[k] is None else np.asarray(v, types[k]) for k, v in given.items()}
+    plain = {name for name, value in given.items() if value is None or types[name] is None}
+    args = {k: v if k in plain else np.asarray(v, types[k]) for k, v in given.items()}
     try:
         return _answer(getattr(scheduler, name)(**args))
     except (ValueError, TypeError, QueueFull) as error:

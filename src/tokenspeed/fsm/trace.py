@@ -148,11 +148,17 @@ class _TracedScheduler(Scheduler):
         self.record(True)
 
     def submit(
-        self, number: int, prompt: NDArray[np.int32], max_tokens: int, salt: str = ""
+        self,
+        number: int,
+        prompt: NDArray[np.int32],
+        max_tokens: int,
+        salt: str = "",
+        *more: Any,
+        **hints: Any,
     ) -> None:
         if self._trace is not None:
             self._trace.submitted(number, prompt.tolist(), len(prompt) + max_tokens, salt)
-        super().submit(number, prompt, max_tokens, salt)
+        super().submit(number, prompt, max_tokens, salt, *more, **hints)
         self._tell()
 
     def plan(self) -> Plan | None:
@@ -166,8 +172,9 @@ class _TracedScheduler(Scheduler):
         token_ids: NDArray[np.int32],
         stop: NDArray[np.bool_],
         duration_us: int = 0,
+        awaits_tool: NDArray[np.bool_] | None = None,
     ) -> Committed:
-        found = super().commit(step, token_ids, stop, duration_us)
+        found = super().commit(step, token_ids, stop, duration_us, awaits_tool)
         self._tell()
         return found
 
