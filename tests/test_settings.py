@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,11 @@ ENGINE_BOUNDS = {
     "context_max": (2, 1 << 24),
     "overlap": (0, 1),
     "threads": (1, 1024),
+}
+
+ENGINE_NUMBERS = {
+    "itl_budget_ms": (0.1, 60_000.0, "milliseconds"),
+    "tps_floor": (0.02, 10_000.0, "tokens/s"),
 }
 
 FAR = (-(10**30), -(2**63), -(2**31) - 1, -(2**31), 2**31 - 1, 2**31, 2**32 + 5, 2**63, 10**30)
@@ -140,9 +146,21 @@ def test_the_engine_names_field_value_and_bounds(field: str, value: int) -> None
     assert str(caught.value) == f"{field}: got {value}; expected an integer from {low} to {high}"
 
 
-def test_every_number_of_the_engine_is_in_the_table() -> None:
+@pytest.mark.parametrize("field", ENGINE_NUMBERS)
+def test_numbers_with_a_point_have_bounds_too(field: str) -> None:
+    low, high, unit = ENGINE_NUMBERS[field]
+    for value in (-1.0, 0.0, low / 2, high * 2, math.inf, -math.inf, math.nan):
+        with pytest.raises(ConfigError) as caught:
+            EngineConfig(**{field: value})
+        assert (
+            str(caught.value) == f"{field}: got {value}; expected {unit} from {low:g} to {high:g}"
+        )
+
+
+def test_every_number_of_the_engine_is_in_a_table() -> None:
     kinds = {a.name: str(a.type) for a in fields(EngineConfig)}
-    assert {name for name, kind in kinds.items() if kind.startswith("int")} == ENGINE_BOUNDS.keys()
+    for kind, table in (("int", ENGINE_BOUNDS), ("float", ENGINE_NUMBERS)):
+        assert {name for name, found in kinds.items() if found.startswith(kind)} == table.keys()
 
 
 CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
