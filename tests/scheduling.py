@@ -19,6 +19,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from attrs import frozen
 
 from tokenspeed._core import Plan, Scheduler
 from tokenspeed.fsm.kv_adapters import ADAPTERS, EventBatch
@@ -103,6 +104,16 @@ class Listener:
         assert self.prefixes == found
 
 
+@frozen
+class Copy:
+    """One page on its way. What it reads it finds when it ends, however late that is."""
+
+    ticket: int
+    page: int
+    block: int
+    out: bool
+
+
 class World:
     """A scheduler, its clients, and an executor that checks what it is told to do."""
 
@@ -119,6 +130,10 @@ class World:
         self.table: dict[tuple[int, int], int] = {}
         self.fed: dict[int, list[int]] = {}
         self.launched: deque[tuple[Plan, list[tuple[int, int]]]] = deque()
+        self.host: dict[tuple[int, int], Cell] = {}
+        self.copies: list[Copy] = []  # under way
+        self.copied: list[Copy] = []  # acknowledged
+        self.late = False  # copies end only when nothing else is left to do
         self.plans: list[Plan] = []
 
     def submit(
@@ -143,17 +158,36 @@ class World:
     def clear_cache(self) -> None:
         cached = self.scheduler.stats().pages_cached
         evicted, held = self.scheduler.clear_cache()
-        assert (evicted, held) == (cached, len(self.scheduler.prefixes()))
-        assert self.scheduler.stats().pages_cached == 0
+        assert held == len(self.scheduler.prefixes())
+        assert self.scheduler.stats().pages_cached == cached - evicted
+        assert evicted == cached or self.copies, "a copy may keep what it touches"
         self.check()
 
     def launch(self) -> bool:
         plan = self.scheduler.plan()
         if plan is None:
             return False
-        self.plans.append(plan)
-        self.launched.append((plan, self._compute(plan)))
+        for out, copies in ((True, plan.stores), (False, plan.loads)):
+            self.copies += [Copy(*row, out=out) for row in copies.tolist()]
+        if len(plan.slots):
+            self.plans.append(plan)
+            self.launched.append((plan, self._compute(plan)))
         return True
+
+    def acknowledge(self, *copies: Copy, good: bool = True) -> None:
+        """Let copies end now, in this order."""
+        for copy in copies:
+            self.copies.remove(copy)
+            self.copied.append(copy)
+            ends = [(self.cells, copy.page), (self.host, copy.block)]
+            (source, read), (target, written) = ends if copy.out else reversed(ends)
+            for offset in range(self.config["page_size"]):
+                cell = source[read, offset] if good else ("spoilt", ())
+                target[written, offset] = cell
+        tickets = np.array([copy.ticket for copy in copies], np.int64)
+        done = self.scheduler.acknowledge(tickets, np.full(len(copies), good))
+        assert done == (len(copies), 0)
+        self.check()
 
     def _compute(self, plan: Plan) -> list[tuple[int, int]]:
         """Run the step in launch order; (number, token) by row."""
@@ -213,14 +247,22 @@ class World:
         self.monitor.feed(self.scheduler.events())
         self.listener.hear(self.scheduler.kv_events())
         self.listener.check(self.scheduler.prefixes())
+        size = self.config["page_size"]
+        for block, (salt, tokens) in self.scheduler.host_prefixes().items():
+            held = [self.host[block, offset] for offset in range(size)]
+            start = len(tokens) - size
+            assert held == [(salt, tokens[: start + at + 1]) for at in range(size)]
 
     def turn(self) -> bool:
         """Fill the pipeline and complete one step; False when nothing is left to do."""
         while self.launch():
             pass
-        if not self.launched:
+        if self.copies and not (self.late and self.launched):
+            self.acknowledge(*self.copies)
+        elif not self.launched:
             return False
-        self.commit()
+        if self.launched:
+            self.commit()
         return True
 
     def finish(self, steps_max: int = 20_000) -> None:
@@ -232,6 +274,7 @@ class World:
         self.check()
         stats = self.scheduler.stats()
         assert stats.pages_free + stats.pages_cached == stats.pages_total
+        assert stats.host_pages_free + stats.host_pages_cached == stats.host_pages_total
         for number, client in self.clients.items():
             if not client.aborted:
                 assert client.done

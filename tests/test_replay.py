@@ -32,7 +32,7 @@ SIZES = {
 
 LOOKS = {
     "tokens", "stats", "idle", "check", "record", "record_kv", "kv_events", "prefixes",
-    "transitions", "events", "trace",
+    "host_prefixes", "transitions", "events", "trace",
 }  # fmt: skip
 """What changes no plan, and is not recorded."""
 
@@ -41,7 +41,7 @@ def busy(overlap: int = 1) -> Path:
     """Shared prefixes, sessions, preemption, aborts, clears, refusals: every kind of call."""
     world = World(
         pages=6, page_size=2, slots=3, step_tokens=4, overlap=overlap, waiting_max=4,
-        context_max=12, session_pages_max=2,
+        context_max=12, session_pages_max=2, host_pages=3,
     )  # fmt: skip
     for number in range(4):
         salt, session = ("other", "") if number == 2 else ("", "a turn's")

@@ -68,6 +68,7 @@ SchedulerConfig configuration(const py::dict& given) {
 }
 
 using Ints = arrays::Input<std::int32_t>;
+using Tickets = arrays::Input<std::int64_t>;
 using Flags = arrays::Input<bool>;
 
 void submit(Native& self, std::int64_t number, const Ints& prompt, std::int32_t max_tokens,
@@ -93,6 +94,18 @@ py::object commit(Native& self, std::int64_t step, const Ints& token_ids, const 
   });
   if (!out->error.empty()) throw py::value_error(out->error);
   return arrays::Boxed<Committed>::box(std::move(out));
+}
+
+py::tuple acknowledge(Native& self, const Tickets& tickets, const Flags& good) {
+  const auto copies = tickets.span();
+  const auto flags = good.span<std::uint8_t>();
+  if (copies.size() != flags.size()) {
+    throw py::value_error("acknowledge: got " + std::to_string(copies.size()) + " tickets and " +
+                          std::to_string(flags.size()) + " flags; expected one a ticket");
+  }
+  const Acknowledged out =
+      self.run([&](Scheduler& scheduler) { return scheduler.acknowledge(copies, flags); });
+  return py::make_tuple(out.taken, out.unknown);
 }
 
 py::dict transitions(Native& self) {
@@ -188,6 +201,8 @@ void bind_step(py::module_& m) {
       P::array<&Plan::joined, std::int64_t, 2>("joined"),
       P::array<&Plan::cached, std::int32_t>("cached"),
       P::array<&Plan::preempted, std::int64_t>("preempted"),
+      P::array<&Plan::stores, std::int64_t, 3>("stores"),
+      P::array<&Plan::loads, std::int64_t, 3>("loads"),
       {},
   };
   P::bind(m, "tokenspeed._core.Plan", "Plan", plan);
@@ -271,6 +286,15 @@ py::dict prefixes(Native& self) {
   return out;
 }
 
+py::dict host_prefixes(Native& self) {
+  const auto found = self.run([](const Scheduler& scheduler) { return scheduler.host_prefixes(); });
+  py::dict out;
+  for (const auto& [page, prefix] : found) {
+    out[py::int_(page)] = py::make_tuple(prefix.salt, py::tuple(py::cast(prefix.tokens)));
+  }
+  return out;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
@@ -294,7 +318,15 @@ PYBIND11_MODULE(_core, m) {
       .def_readonly("prefix_hits", &Stats::prefix_hits)
       .def_readonly("preemptions", &Stats::preemptions)
       .def_readonly("evictions", &Stats::evictions)
-      .def_readonly("steps", &Stats::steps);
+      .def_readonly("steps", &Stats::steps)
+      .def_readonly("prefix_hits_host", &Stats::prefix_hits_host)
+      .def_readonly("host_pages_total", &Stats::host_pages_total)
+      .def_readonly("host_pages_free", &Stats::host_pages_free)
+      .def_readonly("host_pages_cached", &Stats::host_pages_cached)
+      .def_readonly("stores", &Stats::stores)
+      .def_readonly("loads", &Stats::loads)
+      .def_readonly("copies_failed", &Stats::copies_failed)
+      .def_readonly("copies_unknown", &Stats::copies_unknown);
 
   py::class_<Native>(m, "Scheduler", py::module_local())
       .def(py::init([](const py::kwargs& settings) {
@@ -321,6 +353,7 @@ PYBIND11_MODULE(_core, m) {
             return self.run([&](Scheduler& s) { return s.end_session(session); });
           },
           py::arg("session"))
+      .def("acknowledge", &acknowledge, py::arg("tickets"), py::arg("good"))
       .def(
           "abort",
           [](Native& self, std::int64_t number) {
@@ -355,6 +388,7 @@ PYBIND11_MODULE(_core, m) {
           "record_kv",
           [](Native& self, bool on) { self.run([&](Scheduler& s) { s.set_recording_kv(on); }); },
           py::arg("on"))
+      .def("host_prefixes", &host_prefixes)
       .def("kv_events", &kv_events)
       .def("prefixes", &prefixes)
       .def("transitions", &transitions)

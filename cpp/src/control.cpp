@@ -22,14 +22,18 @@ std::string Control::invalid(const ControlConfig& config) {
       return std::string(field) + ": got " + std::to_string(value) + "; expected at least 1";
     }
   }
+  if (config.host_pages < 0) {
+    return "host_pages: got " + std::to_string(config.host_pages) + "; expected at least 0";
+  }
   return {};
 }
 
 Control::Control(const ControlConfig& config)
     : config_(config),
       pool_(config.pages),
-      index_(config.page_size, config.pages, config.kept_max),
+      index_(config.page_size, config.pages, config.kept_max, config.host_pages),
       sessions_(index_.retention(), kSessionsMax),
+      host_(index_, pool_, config.host_pages),
       launched_(config.in_flight_max, config.slots) {
   const auto slots = static_cast<std::size_t>(config.slots);
   free_slots_.reserve(slots);
@@ -50,6 +54,7 @@ Control::~Control() {
     }
   };
   std::apply([&](auto&... shelf) { (abandon(shelf.requests), ...); }, shelves_);
+  host_.drain();
 }
 
 // The last page first, so that the index can let leaves go. What is left of it in the cache, if
@@ -127,7 +132,7 @@ std::int32_t Control::wanted(RequestIndex index) const noexcept {
 }
 
 bool Control::Starved() const noexcept {
-  return lacking_ > 0 && pool_.free() == 0;
+  return lacking_ > 0 && pool_.free() == 0 && host_.loading() == 0;  // what is loaded will be free
 }
 
 bool Control::NoneLacks() const noexcept {
@@ -211,8 +216,8 @@ void Control::note(PageId page, std::int64_t value) noexcept {
 }
 
 // A step of no single request.
-void Control::trace(std::string_view action, PageId page, std::int64_t value) {
-  if (recording_) trace_.push_back({action, -1, page, value, {}});
+void Control::trace(std::string_view action, PageId page, std::int64_t value, std::string_view to) {
+  if (recording_) trace_.push_back({action, -1, page, value, to});
 }
 
 // --- requests
@@ -527,13 +532,16 @@ bool Control::evict(PageId page) {
   return true;
 }
 
-// A page becomes evictable when the last that hangs from it goes, so that leaves go first.
+// A page becomes evictable when the last that hangs from it goes, so that leaves go first. Copies
+// under way keep what they touch until they end, in vain.
 Cleared Control::clear() {
   Cleared out;
   while (const auto page = index_.next_evictable()) {
     evict(*page);
     ++out.evicted;
   }
+  host_.forsake();
+  while (const auto block = host_.oldest()) host_drop(*block);
   out.held = std::ssize(index_.pages());
   if (recording_kv_ && out.held == 0) kv_events_.push_back({"Clear"});
   return out;

@@ -1,6 +1,7 @@
-// What may happen: each action of specs/Lifecycle.tla as one method, over real pages and a real
-// prefix index. Rule: a method does exactly its action, or nothing and says so; *when* is the
-// scheduler's business, *whether* is answered by the generated lifecycle and the guards here.
+// What may happen: each action of specs/Lifecycle.tla, and of specs/HostTier.tla which extends it,
+// as one method, over real pages and a real prefix index. Rule: a method does exactly its action,
+// or nothing and says so; *when* is the scheduler's business, *whether* is answered by the
+// generated lifecycle and the guards here.
 #pragma once
 
 #include <array>
@@ -16,6 +17,7 @@
 #include <utility>
 #include <vector>
 
+#include "host_tier.hpp"
 #include "prefix_index.hpp"
 #include "sessions.hpp"
 #include "tokenspeed/lifecycle.hpp"
@@ -32,6 +34,7 @@ struct ControlConfig {
   std::int32_t in_flight_max = 1;  // steps launched and not completed
   bool prefix_cache = true;        // without it nothing is published, so nothing is found
   std::int32_t kept_max = 0;       // pages that are kept by the wish of a session
+  std::int32_t host_pages = 0;     // of the second home of cached pages; 0: there is none
 };
 
 // What a request says of the session that it is a turn of.
@@ -180,6 +183,11 @@ struct Snapshot {
     const Record* record;
     std::vector<PageId> table;
   };
+  struct Copy {
+    PageId page;
+    HostPage block;
+    bool out;  // device to host
+  };
   struct Page {
     std::string_view kind;  // as the spec's PageKind
     std::int32_t references = 0;
@@ -188,6 +196,8 @@ struct Snapshot {
   };
   std::vector<Request> requests;  // alive, oldest first
   std::vector<Page> pages;
+  std::vector<Page> host;
+  std::vector<Copy> moves;
   std::vector<Row> plan;
   std::vector<std::vector<Row>> inflight;
 };
@@ -220,6 +230,13 @@ class Control final {
   bool evict(PageId page);
   // Evicts, leaves first, every page that nobody holds: the same as `evict` on each.
   Cleared clear();
+  // Of the second home. A copy that ends badly, or after the page above it went, was in vain.
+  bool store_start(PageId page, HostPage block);
+  bool store_end(HostPage block, bool good);
+  bool load_start(HostPage block, PageId page);
+  bool load_end(HostPage block, bool good);
+  bool host_drop(HostPage block);
+  bool acknowledge(std::int64_t ticket, bool good) { return host_.acknowledge(ticket, good); }
 
   // --- hints: they order what `Evict` takes, and change no action
   void advance(Microseconds now) { index_.retention().advance(now); }
@@ -239,6 +256,13 @@ class Control final {
   const Launched& launched() const noexcept { return launched_; }
   const PagePool& pool() const noexcept { return pool_; }
   const PrefixIndex& index() const noexcept { return index_; }
+  const HostTier& host() const noexcept { return host_; }
+  std::optional<HostPage> oldest_on_host() { return host_.oldest(); }
+  std::optional<PageId> next_evictable_but(NodeId spared) {
+    return index_.next_evictable_but(spared);
+  }
+  // Host pages that continue what was found on the device.
+  void look_further(RequestIndex index, std::vector<HostPage>& out);
   std::int64_t steps() const noexcept { return step_; }
   // Pages that running requests have yet to take for tokens that are known: promised at admission.
   // One that is planned ahead of what is known has taken them, and owes nobody any.
@@ -264,6 +288,7 @@ class Control final {
   std::vector<KvEvent> take_kv_events() noexcept { return std::exchange(kv_events_, {}); }
   Snapshot snapshot() const;
   std::map<PageId, Prefix> prefixes() const;
+  std::map<HostPage, Prefix> host_prefixes() const;  // of what is there, not on its way
   // Recomputes who holds what from scratch; the violations found.
   std::vector<std::string> check() const;
 
@@ -335,13 +360,15 @@ class Control final {
   TailId drain(PageTable& pages, const Record& record);
   void end_turn(RequestIndex index, TailId tail);
   TailId give_back(Record& record, PageTable&& pages, Slot&& slot);
+  void check_host(std::vector<std::string>& wrong) const;
   void note(PageId page, std::int64_t value) noexcept;
-  void trace(std::string_view action, PageId page, std::int64_t value);
+  void trace(std::string_view action, PageId page, std::int64_t value, std::string_view to = {});
 
   ControlConfig config_;
   PagePool pool_;
   PrefixIndex index_;
   Sessions sessions_;
+  HostTier host_;
   std::vector<std::int32_t> free_slots_;
   std::vector<Record> records_;
   std::vector<RequestIndex> spare_;

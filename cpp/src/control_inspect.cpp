@@ -53,6 +53,19 @@ Snapshot Control::snapshot() const {
     out.pages[static_cast<std::size_t>(page)] = {"Shared", index_.references(node),
                                                  index_.key(node), index_.salt(node)};
   }
+  for (HostPage block = 0; block < host_.total(); ++block) {
+    const HostTier::Page& home = host_[block];
+    Snapshot::Page& page = out.host.emplace_back();
+    page.kind = name(home.kind);
+    if (home.node >= 0) {
+      page.key = index_.key(home.node);
+      page.salt = index_.salt(home.node);
+    }
+    if (home.taken) out.pages[static_cast<std::size_t>(home.copied)].kind = "Free";
+  }
+  for (const HostPage block : host_.moving()) {
+    out.moves.push_back({host_[block].copied, block, host_[block].kind == HostTier::Kind::Storing});
+  }
   out.plan = plan_;
   for (std::size_t at = 0; at < launched_.size(); ++at) out.inflight.push_back(launched_[at].rows);
   return out;
@@ -66,6 +79,37 @@ std::map<PageId, Prefix> Control::prefixes() const {
   return out;
 }
 
+std::map<HostPage, Prefix> Control::host_prefixes() const {
+  std::map<HostPage, Prefix> out;
+  for (HostPage block = 0; block < host_.total(); ++block) {
+    const HostTier::Page& home = host_[block];
+    if (home.kind == HostTier::Kind::Free || home.kind == HostTier::Kind::Storing) continue;
+    out[block] = {std::string(index_.salt(home.node)), index_.key(home.node)};
+  }
+  return out;
+}
+
+// Each page of the host is free or a node's, and what is there stands on what is there.
+void Control::check_host(std::vector<std::string>& wrong) const {
+  HostPage present = 0;
+  HostPage free = 0;
+  for (HostPage block = 0; block < host_.total(); ++block) {
+    const HostTier::Page& home = host_[block];
+    const std::string which = "host page " + std::to_string(block);
+    free += home.kind == HostTier::Kind::Free ? 1 : 0;
+    if (home.kind == HostTier::Kind::Free) continue;
+    if (index_.host(home.node) != block) wrong.push_back(which + " is not its node's");
+    const NodeId above = index_.parent(home.node);
+    const bool present_here = home.kind != HostTier::Kind::Storing;
+    present += present_here ? 1 : 0;
+    if (present_here && !index_.is_root(above) && index_.host(above) < 0) {
+      wrong.push_back(which + " stands on nothing");
+    }
+  }
+  if (free != host_.free()) wrong.push_back("the count of free host pages is off");
+  if (present != host_.present()) wrong.push_back("the count of cached host pages is off");
+}
+
 std::vector<std::string> Control::check() const {
   std::vector<std::string> wrong;
   std::vector<int> holders(static_cast<std::size_t>(pool_.total()), 0);
@@ -77,6 +121,10 @@ std::vector<std::string> Control::check() const {
   };
   for (const PageId page : pool_.free_ids()) hold(page, "the free list");
   for (const auto& [node, page] : index_.pages()) hold(page, "the prefix index");
+  for (const HostPage block : host_.moving()) {
+    if (const auto& taken = host_[block].taken) hold(taken->id(), "a load");
+  }
+  check_host(wrong);
   std::int32_t lacking = 0;
   std::int64_t promised = 0;
   std::vector<std::int32_t> slots = free_slots_;

@@ -7,14 +7,17 @@
 
 namespace tokenspeed {
 
-PrefixIndex::PrefixIndex(std::int32_t page_size, PageId pages, PageId kept_max)
+PrefixIndex::PrefixIndex(std::int32_t page_size, PageId pages, PageId kept_max, HostPage host_pages)
     : page_size_(page_size),
+      pages_(pages),
       retention_(pages, kept_max),
-      page_tokens_(std::make_unique_for_overwrite<Token[]>(index(page_size) * index(pages))),
+      page_tokens_(std::make_unique_for_overwrite<Token[]>(index(page_size) *
+                                                           (index(pages) + index(host_pages)))),
       nodes_by_page_(index(pages), -1),
-      buckets_(std::bit_ceil(index(pages)), -1) {
-  nodes_.reserve(2 * index(pages));  // each page may have a root of its own
-  spare_.reserve(2 * index(pages));
+      buckets_(std::bit_ceil(index(pages) + index(host_pages)), -1) {
+  const std::size_t nodes = 2 * (index(pages) + index(host_pages));  // each may have its own root
+  nodes_.reserve(nodes);
+  spare_.reserve(nodes);
   path_.reserve(index(pages));
 }
 
@@ -45,7 +48,7 @@ PrefixIndex::Cursor PrefixIndex::find_root(std::string_view salt) const {
 // A salt that nothing is cached under, and nobody uses, costs nothing.
 void PrefixIndex::drop_root_if_unused(NodeId root) {
   const Node& node = nodes_[index(root)];
-  if (node.page >= 0 || node.children > 0 || node.references > 0) return;
+  if (!is_root(root) || node.children > 0 || node.hosted > 0 || node.references > 0) return;
   const auto salt = salts_.find(root);
   roots_.erase(salt->second);
   salts_.erase(salt);
@@ -63,7 +66,7 @@ PrefixIndex::Found PrefixIndex::look(std::string_view salt, std::span<const Toke
   while (at >= 0 && index(out.pages) < most) {
     const auto page = wanted.subspan(index(out.pages) * size, size);
     at = find(at, hash(at, page), page);
-    if (at < 0) break;
+    if (at < 0 || nodes_[index(at)].page < 0) break;
     out.at = at;
     ++out.pages;
     if (nodes_[index(at)].references > 0) ++out.held;
@@ -113,6 +116,7 @@ bool PrefixIndex::hold(const Found& found, PageTable& table, std::uint64_t sessi
       if (tail != before) revisits |= retention_.touch(tail, session);
       before = tail;
       retention_.shrink(tail);
+      settle(*id);
     }
     table.append(SharedPage(*id, node.page));
   }
@@ -125,24 +129,21 @@ bool PrefixIndex::hold(const Found& found, PageTable& table, std::uint64_t sessi
 std::optional<PrefixIndex::Vacancy> PrefixIndex::vacancy(Cursor at,
                                                          std::span<const Token> content) const {
   const std::uint64_t key = hash(at, content);
-  return find(at, key, content) < 0 ? std::optional(Vacancy(key)) : std::nullopt;
+  const NodeId there = find(at, key, content);
+  if (there >= 0 && nodes_[index(there)].page >= 0) return std::nullopt;
+  return Vacancy(key, there);
 }
 
 SharedPage PrefixIndex::publish(Cursor& at, std::span<const Token> content, Vacancy vacancy,
                                 ExclusivePage&& page) {
   assert(vacancy.key_ == hash(at, content) && "a vacancy for something else");
-  assert(find(at, vacancy.key_, content) < 0 && "the same content twice");
-  const NodeId child = make();
+  assert(find(at, vacancy.key_, content) == vacancy.there_ && "the same content twice");
+  const NodeId child = vacancy.there_ >= 0 ? vacancy.there_ : make(at, vacancy.key_);
   Node& node = nodes_[index(child)];
   ++nodes_[index(at)].children;
-  node.parent = at;
   node.page = page.id_.release();
   node.references = 1;
-  node.hash = vacancy.key_;
-  node.born = ++births_;
-  NodeId& first = buckets_[vacancy.key_ & (buckets_.size() - 1)];
-  node.next = std::exchange(first, child);
-  std::ranges::copy(content, page_tokens_.get() + index(node.page) * index(page_size_));
+  std::ranges::copy(content, row(node.page));
   nodes_by_page_[index(node.page)] = child;
   ++gained_;
   ++version_;
@@ -156,6 +157,7 @@ void PrefixIndex::release(SharedPage&& page, TailId tail) {
   if (--node.references > 0) return;
   ++unheld_;
   ++version_;
+  node.used = ++uses_;
   node.tail = tail;
   retention_.grow(tail, id);
 }
@@ -163,7 +165,7 @@ void PrefixIndex::release(SharedPage&& page, TailId tail) {
 TailId PrefixIndex::close_tail(TailId tail) {
   const NodeId end = retention_.close(tail);
   if (end < 0) return -1;
-  if (can_go(nodes_[index(end)])) retention_.may_go(tail);
+  settle(end);
   return tail;
 }
 
@@ -172,29 +174,32 @@ std::optional<PageId> PrefixIndex::next_evictable() const noexcept {
   return node < 0 ? std::nullopt : std::optional(nodes_[index(node)].page);
 }
 
+std::optional<PageId> PrefixIndex::next_evictable_but(NodeId spared) {
+  if (is_root(spared)) return next_evictable();
+  pin(spared);
+  const auto page = next_evictable();
+  unpin(spared);
+  return page;
+}
+
 bool PrefixIndex::evict(PageId page, PagePool& pool) {
   if (page < 0 || index(page) >= nodes_by_page_.size()) return false;
   const NodeId id = nodes_by_page_[index(page)];
   if (id < 0 || !can_go(nodes_[index(id)])) return false;
   Node& node = nodes_[index(id)];
-  unchain(id);
   nodes_by_page_[index(page)] = -1;
-  pool.give_back(ExclusivePage(node.page));
+  pool.give_back(ExclusivePage(std::exchange(node.page, -1)));
   --unheld_;
   ++version_;
   const NodeId parent = node.parent;
-  const TailId tail = node.tail;
-  node = Node{};
-  spare_.push_back(id);
-  Node& above = nodes_[index(parent)];
-  --above.children;
+  const TailId tail = std::exchange(node.tail, -1);
+  --nodes_[index(parent)].children;
+  forget_if_nowhere(id);
+  const Node& above = nodes_[index(parent)];
   const bool goes_on = above.tail == tail;
   retention_.cut(tail, goes_on ? parent : -1);
-  if (can_go(above)) {
-    retention_.may_go(above.tail);
-  } else if (goes_on) {
-    retention_.must_stay(tail);
-  }
+  if (goes_on && !leaf(above)) retention_.must_stay(tail);
+  settle(parent);
   drop_root_if_unused(parent);
   return true;
 }
@@ -208,15 +213,15 @@ std::vector<std::pair<NodeId, PageId>> PrefixIndex::pages() const {
 }
 
 std::vector<Token> PrefixIndex::key(NodeId node) const {
-  if (nodes_[index(node)].page < 0) return {};  // a root
-  std::vector<Token> out = key(nodes_[index(node)].parent);
-  const auto own = tokens(nodes_[index(node)].page);
+  if (is_root(node)) return {};
+  std::vector<Token> out = key(parent(node));
+  const auto own = tokens(node);
   out.insert(out.end(), own.begin(), own.end());
   return out;
 }
 
 std::string_view PrefixIndex::salt(NodeId node) const {
-  while (nodes_[index(node)].page >= 0) node = nodes_[index(node)].parent;
+  while (!is_root(node)) node = parent(node);
   return salts_.at(node);
 }
 
@@ -231,8 +236,80 @@ bool PrefixIndex::tails_right() const {
   return in_tails == unheld_ && retention_.right(in_tails);
 }
 
-std::span<const Token> PrefixIndex::tokens(PageId page) const noexcept {
-  return {page_tokens_.get() + index(page) * index(page_size_), index(page_size_)};
+std::span<const Token> PrefixIndex::tokens(NodeId id) const noexcept {
+  const Node& node = nodes_[index(id)];
+  const PageId at = node.page >= 0 ? node.page : pages_ + node.host;
+  return {page_tokens_.get() + index(at) * index(page_size_), index(page_size_)};
+}
+
+// --- the second home
+// ---------------------------------------------------------------------------------
+
+NodeId PrefixIndex::node(PageId page) const noexcept {
+  return page >= 0 && page < pages_ ? nodes_by_page_[index(page)] : -1;
+}
+
+// What somebody holds is used now.
+std::uint64_t PrefixIndex::last_used(NodeId id) const noexcept {
+  const Node& node = nodes_[index(id)];
+  return node.references > 0 ? uses_ + 1 : node.used;
+}
+
+void PrefixIndex::pin(NodeId id) {
+  for (const NodeId at : {id, parent(id)}) {
+    ++nodes_[index(at)].pins;
+    settle(at);
+  }
+}
+
+void PrefixIndex::unpin(NodeId id) {
+  for (const NodeId at : {id, parent(id)}) {
+    --nodes_[index(at)].pins;
+    settle(at);
+  }
+}
+
+void PrefixIndex::move_in(NodeId id, HostPage host) {
+  std::ranges::copy(tokens(id), row(pages_ + host));
+  nodes_[index(id)].host = host;
+  ++nodes_[index(parent(id))].hosted;
+}
+
+void PrefixIndex::move_out(NodeId id) {
+  const NodeId above = parent(id);
+  nodes_[index(id)].host = -1;
+  --nodes_[index(above)].hosted;
+  forget_if_nowhere(id);
+  drop_root_if_unused(above);
+}
+
+void PrefixIndex::appear(NodeId id, ExclusivePage&& page) {
+  const auto content = tokens(id);
+  Node& node = nodes_[index(id)];
+  node.page = page.id_.release();
+  node.used = ++uses_;
+  node.tail = retention_.open(0, false);
+  retention_.grow(node.tail, id);
+  retention_.place(node.tail, kind::kAwaited);
+  std::ranges::copy(content, row(node.page));
+  nodes_by_page_[index(node.page)] = id;
+  ++nodes_[index(node.parent)].children;
+  ++unheld_;
+  ++version_;
+  settle(node.parent);
+  settle(id);
+}
+
+void PrefixIndex::beyond(const Found& found, std::span<const Token> wanted, std::size_t most,
+                         std::string_view salt, std::vector<HostPage>& out) const {
+  const auto size = index(page_size_);
+  Cursor at = found.pages > 0 ? found.at : find_root(salt);
+  for (std::size_t page = index(found.pages); at >= 0 && page < most; ++page) {
+    const auto content = wanted.subspan(page * size, size);
+    at = find(at, hash(at, content), content);
+    if (at < 0 || nodes_[index(at)].host < 0 || nodes_[index(at)].page >= 0) return;
+    out.push_back(nodes_[index(at)].host);
+  }
 }
 
 // --- nodes by parent and content
@@ -263,13 +340,13 @@ std::uint64_t PrefixIndex::hash(NodeId parent, std::span<const Token> content) c
 
 NodeId PrefixIndex::find(NodeId parent, std::uint64_t key,
                          std::span<const Token> wanted) const noexcept {
-  const auto same = [&](PageId page) {
-    return std::memcmp(tokens(page).data(), wanted.data(), wanted.size_bytes()) == 0;
+  const auto same = [&](NodeId node) {
+    return std::memcmp(tokens(node).data(), wanted.data(), wanted.size_bytes()) == 0;
   };
   NodeId id = buckets_[key & (buckets_.size() - 1)];
   for (; id >= 0; id = nodes_[index(id)].next) {
     const Node& node = nodes_[index(id)];
-    if (node.hash == key && node.parent == parent && same(node.page)) return id;
+    if (node.hash == key && node.parent == parent && same(id)) return id;
   }
   return -1;
 }
@@ -281,6 +358,25 @@ void PrefixIndex::unchain(NodeId id) noexcept {
   *link = node.next;
 }
 
+// Neither on the device nor on the host: nothing hangs from it, as what does is where it is.
+void PrefixIndex::forget_if_nowhere(NodeId id) {
+  Node& node = nodes_[index(id)];
+  if (node.page >= 0 || node.host >= 0) return;
+  unchain(id);
+  node = Node{};
+  spare_.push_back(id);
+}
+
+NodeId PrefixIndex::make(NodeId parent, std::uint64_t key) {
+  const NodeId id = make();
+  Node& node = nodes_[index(id)];
+  node.parent = parent;
+  node.hash = key;
+  node.born = ++births_;
+  node.next = std::exchange(buckets_[key & (buckets_.size() - 1)], id);
+  return id;
+}
+
 NodeId PrefixIndex::make() {
   if (spare_.empty()) {
     nodes_.emplace_back();
@@ -290,6 +386,19 @@ NodeId PrefixIndex::make() {
   spare_.pop_back();
   nodes_[index(id)] = Node{};
   return id;
+}
+
+// After whatever an eviction depends on has changed. A leaf is the end of its tail.
+void PrefixIndex::settle(NodeId id) {
+  Node& node = nodes_[index(id)];
+  const bool pinned = leaf(node) && node.pins > 0;
+  pinned_leaves_ += static_cast<PageId>(pinned) - static_cast<PageId>(node.pinned_leaf);
+  node.pinned_leaf = pinned;
+  if (pinned) {
+    retention_.must_stay(node.tail);
+  } else if (can_go(node)) {
+    retention_.may_go(node.tail);
+  }
 }
 
 }  // namespace tokenspeed

@@ -1,7 +1,8 @@
 // The prefix cache: a radix tree with a page a node. Rule: it is exact. A node is found by
 // comparing its page's tokens, hashes only narrow the search; a salt is a root of its own; a page
 // enters when its KV is computed and leaves when nobody holds it and no longer prefix depends on
-// it.
+// it. A node's KV is on the device, on the host, or on both; those on the device are a tree from
+// the roots down, and so are those on the host.
 #pragma once
 
 #include <cstdint>
@@ -20,6 +21,7 @@
 namespace tokenspeed {
 
 using Token = std::int32_t;
+using HostPage = std::int32_t;
 
 class PrefixIndex final {
  public:
@@ -28,7 +30,7 @@ class PrefixIndex final {
 
   // All memory that as many pages need is reserved here; what is not used is not touched.
   // At most `kept_max` pages are kept by wish.
-  PrefixIndex(std::int32_t page_size, PageId pages, PageId kept_max);
+  PrefixIndex(std::int32_t page_size, PageId pages, PageId kept_max, HostPage host_pages);
   PrefixIndex(const PrefixIndex&) = delete;
   PrefixIndex& operator=(const PrefixIndex&) = delete;
 
@@ -37,8 +39,8 @@ class PrefixIndex final {
   Cursor enter(std::string_view salt);
   void leave(Cursor root);
 
-  // Leading pages of some tokens, of at most `most`, that are there, and how many of them somebody
-  // holds: who holds a page holds all above it. Nothing is held by looking.
+  // Leading pages of some tokens, of at most `most`, that are on the device, and how many of them
+  // somebody holds: who holds a page holds all above it. Nothing is held by looking.
   struct Found {
     std::int32_t pages = 0;
     std::int32_t held = 0;
@@ -65,8 +67,9 @@ class PrefixIndex final {
   // The right to publish `tokens` one step down: nobody has. Valid until something is published.
   class Vacancy {
     friend class PrefixIndex;
-    explicit Vacancy(std::uint64_t key) noexcept : key_(key) {}
+    Vacancy(std::uint64_t key, NodeId there) noexcept : key_(key), there_(there) {}
     std::uint64_t key_;
+    NodeId there_;  // the node of this content, if the host has it; or -1
   };
   std::optional<Vacancy> vacancy(Cursor at, std::span<const Token> tokens) const;
 
@@ -86,10 +89,13 @@ class PrefixIndex final {
 
   // Of the pages that nobody holds and nothing hangs from, the one that goes first.
   std::optional<PageId> next_evictable() const noexcept;
+  // The same, with one spared and what is above it.
+  std::optional<PageId> next_evictable_but(NodeId spared);
   // Let such a page go to `pool`; false if it is not one.
   bool evict(PageId page, PagePool& pool);
 
-  bool none_evictable() const noexcept { return retention_.victim() < 0; }
+  // What a copy touches is not evicted, and yet it will be evictable.
+  bool none_evictable() const noexcept { return retention_.victim() < 0 && pinned_leaves_ == 0; }
   Retention& retention() noexcept { return retention_; }
   const Retention& retention() const noexcept { return retention_; }
   // Pages that no request holds.
@@ -98,6 +104,25 @@ class PrefixIndex final {
   std::uint64_t version() const noexcept { return version_; }
   // Equal numbers: no page has come, and none that nobody held has found a holder.
   std::uint64_t gained() const noexcept { return gained_; }
+
+  // --- the second home: asked and told by `HostTier` alone
+  NodeId node(PageId page) const noexcept;  // -1: the page is not in the index
+  bool is_root(NodeId node) const noexcept { return nodes_[index(node)].parent < 0; }
+  NodeId parent(NodeId node) const noexcept { return nodes_[index(node)].parent; }
+  PageId page(NodeId node) const noexcept { return nodes_[index(node)].page; }    // -1: none
+  HostPage host(NodeId node) const noexcept { return nodes_[index(node)].host; }  // -1: none
+  bool host_leaf(NodeId node) const noexcept { return nodes_[index(node)].hosted == 0; }
+  std::uint64_t last_used(NodeId node) const noexcept;
+  // A copy of the node begins, and ends: what it touches is not evicted, nor the page above it.
+  void pin(NodeId node);
+  void unpin(NodeId node);
+  void move_in(NodeId node, HostPage host);  // a host page is the node's
+  void move_out(NodeId node);                // and no longer
+  // The page of a node that was on the host alone, held by nobody.
+  void appear(NodeId node, ExclusivePage&& page);
+  // The pages after those found that the host alone has.
+  void beyond(const Found& found, std::span<const Token> tokens, std::size_t most,
+              std::string_view salt, std::vector<HostPage>& out) const;
 
   // For checks: references that the index counts for a node, and its page.
   std::int32_t references(NodeId node) const { return nodes_[index(node)].references; }
@@ -109,35 +134,48 @@ class PrefixIndex final {
  private:
   struct Node {
     NodeId parent = -1;
-    PageId page = -1;             // -1: a root, or spare
+    PageId page = -1;             // -1: a root, or not on the device, or spare
+    HostPage host = -1;           // -1: not on the host
     std::int32_t references = 0;  // requests; of a root, those that may publish below it
-    std::int32_t children = 0;
-    NodeId next = -1;  // with the same bucket
-    TailId tail = -1;  // that it is of, while nobody holds it
+    std::int32_t children = 0;    // on the device
+    std::int32_t hosted = 0;      // children on the host
+    std::int32_t pins = 0;        // copies of it, and of what is right below it
+    bool pinned_leaf = false;     // counted as one
+    NodeId next = -1;             // with the same bucket
+    TailId tail = -1;             // that it is of, while nobody holds it
+    std::uint64_t used = 0;       // when it was given back last
     std::uint64_t hash = 0;
     std::uint64_t born = 0;  // a node's memory is used again, this number is not
   };
   static std::size_t index(NodeId node) noexcept { return static_cast<std::size_t>(node); }
 
   Cursor find_root(std::string_view salt) const;
-  std::span<const Token> tokens(PageId page) const noexcept;
+  Token* row(PageId page) noexcept { return page_tokens_.get() + index(page) * index(page_size_); }
+  std::span<const Token> tokens(NodeId node) const noexcept;
   std::uint64_t hash(NodeId parent, std::span<const Token> tokens) const noexcept;
   NodeId find(NodeId parent, std::uint64_t key, std::span<const Token> wanted) const noexcept;
   NodeId make();
+  NodeId make(NodeId parent, std::uint64_t key);
   void unchain(NodeId id) noexcept;
+  void forget_if_nowhere(NodeId id);
   void drop_root_if_unused(NodeId root);
-  bool can_go(const Node& node) const noexcept {
+  bool leaf(const Node& node) const noexcept {
     return node.references == 0 && node.children == 0 && node.page >= 0;
   }
+  bool can_go(const Node& node) const noexcept { return leaf(node) && node.pins == 0; }
+  void settle(NodeId id);
 
   std::int32_t page_size_;
+  PageId pages_;
   PageId unheld_ = 0;
+  PageId pinned_leaves_ = 0;  // evictable but for a copy that touches them
+  std::uint64_t uses_ = 0;
   Retention retention_;
   std::uint64_t version_ = 0;
   std::uint64_t gained_ = 0;
   std::uint64_t births_ = 0;
   std::vector<Node> nodes_;
-  std::unique_ptr<Token[]> page_tokens_;
+  std::unique_ptr<Token[]> page_tokens_;  // of device pages, then of host pages
   std::vector<NodeId> nodes_by_page_;
   std::vector<NodeId> spare_;
   std::vector<NodeId> buckets_;  // by hash: the first of a chain; as many as a power of two

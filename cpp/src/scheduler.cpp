@@ -11,9 +11,9 @@ using lifecycle::State;
 // ----------------------------------------------------------------------------------
 
 ControlConfig Scheduler::constants(const SchedulerConfig& config) {
-  return {config.page_size,        config.pages,       config.slots,
-          config.step_tokens,      config.overlap + 1, config.prefix_cache,
-          config.session_pages_max};
+  return {config.page_size,         config.pages,       config.slots,
+          config.step_tokens,       config.overlap + 1, config.prefix_cache,
+          config.session_pages_max, config.host_pages};
 }
 
 std::string Setting::refuse(const std::string& given) const {
@@ -38,6 +38,10 @@ std::string Scheduler::invalid(const SchedulerConfig& config) {
     return expected("page_size", config.page_size,
                     "at most step_tokens (" + std::to_string(config.step_tokens) + ")");
   }
+  if (config.host_pages > 0 && !config.prefix_cache) {
+    return expected("host_pages", config.host_pages,
+                    "0 without the prefix cache: only cached pages are kept there");
+  }
   constexpr std::int32_t kTokensMax = std::numeric_limits<std::int32_t>::max();
   if (config.pages > kTokensMax / config.page_size) {
     return expected("pages", config.pages,
@@ -55,6 +59,7 @@ Scheduler::Scheduler(const SchedulerConfig& config)
       commits_(2),
       works_(static_cast<std::size_t>(config.overlap) + 1) {
   outcomes_.reserve(static_cast<std::size_t>(config.slots));
+  if (config.host_pages > 0) to_store_.reserve(static_cast<std::size_t>(config.pages));
 }
 
 void Plan::reserve(std::size_t rows, std::size_t tokens) {
@@ -66,13 +71,14 @@ void Plan::reserve(std::size_t rows, std::size_t tokens) {
   token_ids.reserve(tokens);
   page_delta.reserve(3 * rows);
   joined.reserve(2 * rows);
+  stores.reserve(3 * rows);
 }
 
 void Plan::clear() noexcept {
   for (auto* row : {&incarnations, &slots, &token_ids, &context_lens, &page_delta, &cached}) {
     row->clear();
   }
-  for (auto* row : {&numbers, &joined, &preempted}) row->clear();
+  for (auto* row : {&numbers, &joined, &preempted, &stores, &loads}) row->clear();
   sampled.clear();
   query_start.resize(1);  // the 0
 }
@@ -127,7 +133,7 @@ Refusal Scheduler::submit(std::int64_t number, std::span<const Token> prompt,
 
 PlanPointer Scheduler::plan() {
   if (control_.launched().full()) return {};
-  if (control_.running().empty() && control_.queue().empty()) return {};
+  if (control_.running().empty() && control_.queue().empty() && to_store_.empty()) return {};
   short_ = false;
   PlanPointer plan = plans_.take([this](Plan& made) {
     made.reserve(static_cast<std::size_t>(config_.slots),
@@ -138,10 +144,14 @@ PlanPointer Scheduler::plan() {
   work_ = {};
   Allowance left = allowance();
   if (schedule_running(*plan, left)) admit_waiting(*plan, left);
-  if (!control_.launch()) return {};
-  work_of(plan->step) = work_;
-  ++counts_.steps;
-  return plan;
+  if (!to_store_.empty()) store(*plan);
+  if (control_.launch()) {
+    work_of(plan->step) = work_;
+    ++counts_.steps;
+    return plan;
+  }
+  plan->step = -1;
+  return plan->stores.empty() && plan->loads.empty() ? PlanPointer() : std::move(plan);
 }
 
 // Every running request can decode; prefill takes what the step, and the latency budget of those
@@ -229,7 +239,13 @@ bool Scheduler::find_page(RequestIndex for_whom, Plan& plan) {
 
 bool Scheduler::preempt_youngest(RequestIndex for_whom, Plan& plan) {
   const RequestIndex index = control_.running().back();
-  if (index == for_whom || !control_.preempt(index)) return false;
+  if (index == for_whom) return false;
+  const std::size_t before = to_store_.size();
+  want_all_stored(index);
+  if (!control_.preempt(index)) {
+    to_store_.resize(before);
+    return false;
+  }
   plan.preempted.push_back(control_.record(index).number);
   ++counts_.preemptions;
   return true;
@@ -246,9 +262,11 @@ void Scheduler::admit_waiting(Plan& plan, Allowance& left) {
   }
 }
 
-// Free pages, and those that would be for the asking, less what is promised.
+// Free pages, and those that would be for the asking, less what is promised. A page that is being
+// loaded will be one of them.
 std::int64_t Scheduler::spare_pages() const noexcept {
-  return control_.pool().free() + control_.index().unheld() - control_.promised();
+  return control_.pool().free() + control_.index().unheld() + control_.host().loading() -
+         control_.promised();
 }
 
 // How many of these a request takes if `held` of its leading pages are held by others already.
@@ -281,7 +299,10 @@ bool Scheduler::admit(RequestIndex index, Plan& plan) {
   const bool first = record.state == State::Waiting;
   // The two that say no most often come first: then no prefix is looked up.
   if (!control_.SlotFree() || !control_.NoneLacks()) return false;
-  if (!fits(index) || !control_.admit(index)) return false;
+  if (control_.host().total() > 0 && fetching(index)) return false;
+  if (!fits(index)) return false;
+  if (control_.host().total() > 0 && fetch(index, plan)) return false;
+  if (!control_.admit(index)) return false;
   const std::int32_t slot = control_.slot(index);
   for (std::int32_t at = 0; at < record.pages; ++at) {
     const PageId page = control_.table(index)->id(static_cast<std::size_t>(at));
@@ -292,7 +313,11 @@ bool Scheduler::admit(RequestIndex index, Plan& plan) {
   if (first) {
     counts_.prefix_queries += record.known();
     counts_.prefix_hits += record.planned;
+    if (fetch_.arrival == record.arrival) {
+      counts_.prefix_hits_host += std::max(0, record.planned - fetch_.before * config_.page_size);
+    }
   }
+  fetch_.arrival = -1;
   return true;
 }
 
@@ -352,8 +377,7 @@ CommittedPointer Scheduler::commit(std::int64_t step, std::span<const Token> tok
       out->finished.emplace_back(number, stop[row] ? FinishReason::Stop : FinishReason::Length);
     }
     if (!awaits_tool.empty() && awaits_tool[row]) control_.awaits_tool(index);
-    while (control_.publish(index)) {
-    }
+    publish(index);
     if (control_.release(index)) out->released.push_back(number);
   }
   return out;
@@ -367,6 +391,10 @@ bool Scheduler::abort(std::int64_t number) {
 }
 
 Cleared Scheduler::clear_cache() {
+  for (const HostPage block : control_.host().moving()) {
+    if (control_.host()[block].taken) condemned_.push_back(block);
+  }
+  to_store_.clear();
   const Cleared out = control_.clear();
   counts_.evictions += out.evicted;
   return out;
@@ -385,11 +413,15 @@ Stats Scheduler::stats() const noexcept {
   out.pages_cached = control_.index().unheld();
   out.pages_kept = control_.index().retention().kept();
   out.sessions = static_cast<std::int64_t>(control_.sessions().size());
+  out.host_pages_total = control_.host().total();
+  out.host_pages_free = control_.host().free();
+  out.host_pages_cached = control_.host().present();
   return out;
 }
 
 bool Scheduler::idle() const noexcept {
-  return control_.alive() == 0 && control_.launched().empty();
+  return control_.alive() == 0 && control_.launched().empty() && to_store_.empty() &&
+         control_.host().moving().empty();
 }
 
 std::vector<std::string> Scheduler::check() const {

@@ -29,6 +29,7 @@ struct SchedulerConfig {
   bool prefix_cache = true;
   std::int32_t itl_budget_us = 0;      // of a step with decoding rows; 0: they wait for any prefill
   std::int32_t session_pages_max = 0;  // pages kept by the wish of sessions, at most
+  std::int32_t host_pages = 0;         // a second home for cached pages; 0: there is none
 };
 
 // A number of the configuration: its name, where it is, and from what to what it may be. Within
@@ -48,6 +49,7 @@ inline constexpr Setting kSettings[] = {
     {"waiting_max", &SchedulerConfig::waiting_max, 1, 1 << 24},
     {"step_tokens", &SchedulerConfig::step_tokens, 1, 1 << 24},
     {"context_max", &SchedulerConfig::context_max, 2, 1 << 24},
+    {"host_pages", &SchedulerConfig::host_pages, 0, 1 << 24},
     {"overlap", &SchedulerConfig::overlap, 0, 64},
     {"itl_budget_us", &SchedulerConfig::itl_budget_us, 0, 60'000'000},
     {"session_pages_max", &SchedulerConfig::session_pages_max, 0, 1 << 24},
@@ -75,6 +77,8 @@ struct Plan {
   std::vector<std::int64_t> joined;      // [joined, 2]: slot, number
   std::vector<std::int32_t> cached;      // [joined]: prompt tokens found in the prefix cache
   std::vector<std::int64_t> preempted;
+  std::vector<std::int64_t> stores;  // [copies, 3]: ticket, device page, host page
+  std::vector<std::int64_t> loads;   // [copies, 3]: likewise
 
   // Makes room for any decode step, and for prefill of as many tokens.
   void reserve(std::size_t rows, std::size_t tokens);
@@ -96,6 +100,12 @@ struct Committed {
 };
 using CommittedPointer = Recycler<Committed>::Pointer;
 
+// What telling of copies did: of how many, and how many tickets were unknown or told before.
+struct Acknowledged {
+  std::int64_t taken = 0;
+  std::int64_t unknown = 0;
+};
+
 struct Stats {
   std::int64_t running = 0;
   std::int64_t waiting = 0;
@@ -110,6 +120,14 @@ struct Stats {
   std::int64_t preemptions = 0;
   std::int64_t evictions = 0;
   std::int64_t steps = 0;
+  std::int64_t prefix_hits_host = 0;  // of prefix_hits, tokens that came back from the host
+  std::int64_t host_pages_total = 0;
+  std::int64_t host_pages_free = 0;
+  std::int64_t host_pages_cached = 0;
+  std::int64_t stores = 0;  // copies to the host that were acknowledged as good
+  std::int64_t loads = 0;   // copies back
+  std::int64_t copies_failed = 0;
+  std::int64_t copies_unknown = 0;  // tickets that no copy waited for
 };
 
 class Scheduler final {
@@ -129,6 +147,10 @@ class Scheduler final {
   CommittedPointer commit(std::int64_t step, std::span<const Token> token_ids,
                           std::span<const std::uint8_t> stop, std::int64_t duration_us = 0,
                           std::span<const std::uint8_t> awaits_tool = {});
+  // What became of copies, in any order; a ticket that no copy waits for does nothing. Of the two
+  // equally long arrays the second says which copies are good.
+  Acknowledged acknowledge(std::span<const std::int64_t> tickets,
+                           std::span<const std::uint8_t> good);
   bool abort(std::int64_t number);
   // Time passes: microseconds since whenever. It is a hint, and never runs backwards.
   void advance(Microseconds now_us) { control_.advance(now_us); }
@@ -151,6 +173,7 @@ class Scheduler final {
   void set_recording_kv(bool on) noexcept { control_.set_recording_kv(on); }
   std::vector<KvEvent> take_kv_events() noexcept { return control_.take_kv_events(); }
   std::map<PageId, Prefix> prefixes() const { return control_.prefixes(); }
+  std::map<HostPage, Prefix> host_prefixes() const { return control_.host_prefixes(); }
 
  private:
   static constexpr Microseconds kKeepMax = 30LL * 24 * 3600 * 1'000'000;  // 30 days
@@ -178,6 +201,18 @@ class Scheduler final {
   Work& work_of(std::int64_t step) noexcept {
     return works_[static_cast<std::size_t>(step) % works_.size()];
   }
+  void publish(RequestIndex index);
+  void want_stored(PageId page);
+  void want_all_stored(RequestIndex index);
+  void store(Plan& plan);
+  std::optional<HostPage> host_page_for(PageId page);
+  bool fetch(RequestIndex index, Plan& plan);
+  bool start_load(HostPage from, Plan& plan);
+  std::optional<PageId> page_for_load(NodeId above);
+  bool fetching(RequestIndex index) const;
+  void end_copies();
+  bool end_copy(HostPage block, bool good);
+  void drop_condemned();
   std::string refuse_results(const Ticket& ticket, std::int64_t step,
                              std::span<const Token> token_ids, std::span<const std::uint8_t> stop,
                              std::span<const std::uint8_t> awaits_tool) const;
@@ -192,6 +227,17 @@ class Scheduler final {
   std::vector<Work> works_;        // of the steps in flight, each at its number modulo their most
   std::vector<Outcome> outcomes_;  // of the step being committed
   bool short_ = false;             // in the plan being made, a request found no page
+  std::vector<PageId> to_store_;   // published, or given up, and perhaps not yet on the host
+  // Of the head of the queue, when its prefix went on on the host: those pages, once in its life as
+  // the head. What does not come is computed.
+  struct Fetch {
+    std::int64_t arrival = -1;
+    std::int32_t before = 0;  // pages that were on the device
+    std::vector<HostPage> from;
+    std::vector<std::int64_t> tickets;
+  };
+  Fetch fetch_;
+  std::vector<HostPage> condemned_;  // that came back wrong, and what hangs from them
   Stats counts_;
 };
 

@@ -49,10 +49,12 @@ void run(unsigned seed) {
   config.overlap = upto(3);
   config.prefix_cache = upto(4) > 0;
   config.itl_budget_us = upto(2) * upto(1000);
+  config.host_pages = config.prefix_cache ? upto(3) * upto(12) : 0;
   REQUIRE(Scheduler::invalid(config).empty());
   Scheduler scheduler(config);
   scheduler.set_recording_kv(true);
   std::deque<PlanPointer> launched;
+  std::vector<std::int64_t> copies;  // tickets of copies under way
   std::int64_t number = 0;
 
   // What is told of the prefix index, in order, is what is in it.
@@ -61,6 +63,29 @@ void run(unsigned seed) {
     REQUIRE(scheduler.check().empty());
     for (const KvEvent& event : scheduler.take_kv_events()) follow(event, told, seed);
     REQUIRE(told == scheduler.prefixes());
+  };
+
+  const auto launch = [&] {
+    auto plan = scheduler.plan();
+    if (!plan) return false;
+    for (const auto* rows : {&plan->stores, &plan->loads}) {
+      for (std::size_t at = 0; at < rows->size(); at += 3) copies.push_back((*rows)[at]);
+    }
+    if (!plan->slots.empty()) launched.push_back(std::move(plan));
+    return true;
+  };
+
+  // Some of the copies end, in any order; one may fail.
+  const auto acknowledge = [&](std::size_t most) {
+    std::shuffle(copies.begin(), copies.end(), random);
+    const std::size_t count = std::min(most, copies.size());
+    std::vector<std::uint8_t> good;
+    for (std::size_t at = 0; at < count; ++at) good.push_back(upto(6) > 0 ? 1 : 0);
+    const std::span ended(copies.data() + copies.size() - count, count);
+    REQUIRE(scheduler.acknowledge(ended, good).taken == std::ssize(ended));
+    REQUIRE(scheduler.acknowledge(ended, good).taken == 0);
+    copies.resize(copies.size() - count);
+    check();
   };
 
   const auto complete = [&] {
@@ -78,7 +103,7 @@ void run(unsigned seed) {
   };
 
   for (int turn = 0; turn < 300; ++turn) {
-    switch (upto(7)) {
+    switch (upto(8)) {
       case 0:
       case 1: {
         std::vector<Token> prompt(static_cast<std::size_t>(1 + upto(20)), upto(2));
@@ -95,27 +120,34 @@ void run(unsigned seed) {
         break;
       case 4:
         if (upto(4) > 0) break;
-        REQUIRE(scheduler.stats().pages_cached == scheduler.clear_cache().evicted);
-        REQUIRE(scheduler.stats().pages_cached == 0);
+        REQUIRE(scheduler.stats().pages_cached >= scheduler.clear_cache().evicted);
+        REQUIRE(scheduler.stats().pages_cached == 0 || !copies.empty());
         REQUIRE(scheduler.clear_cache().held == std::ssize(scheduler.prefixes()));
         break;
+      case 5:
+        acknowledge(static_cast<std::size_t>(upto(5)));
+        break;
       default:
-        if (auto plan = scheduler.plan()) launched.push_back(std::move(plan));
+        launch();
     }
     check();
   }
   if (upto(8) == 0) return;  // torn down with work in flight
   for (int turn = 0; !scheduler.idle(); ++turn) {
     REQUIRE(turn < 100000);
-    while (auto plan = scheduler.plan()) launched.push_back(std::move(plan));
-    REQUIRE(!launched.empty());
-    complete();
+    while (launch()) {
+    }
+    REQUIRE(!launched.empty() || !copies.empty() || scheduler.idle());
+    if (launched.empty() || upto(2) == 0) acknowledge(copies.size());
+    if (!launched.empty()) complete();
   }
   const Stats stats = scheduler.stats();
   REQUIRE(stats.pages_free + stats.pages_cached == stats.pages_total);
+  REQUIRE(stats.host_pages_free + stats.host_pages_cached == stats.host_pages_total);
   const Cleared cleared = scheduler.clear_cache();
   REQUIRE(cleared.evicted == stats.pages_cached && cleared.held == 0);
   REQUIRE(scheduler.stats().pages_free == stats.pages_total);
+  REQUIRE(scheduler.stats().host_pages_free == stats.host_pages_total);
   check();
 }
 

@@ -1,5 +1,6 @@
 // A decode step allocates nothing. Rule: every allocation of this program is counted, and the count
-// stands still over steps that cross pages, publish them, and evict others for them.
+// stands still over steps that cross pages, publish them, store them on the host, and evict others
+// for them, there and here.
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -71,7 +72,10 @@ constexpr std::int32_t kSteps = 200;
 // Results for the steps that are in flight, in memory that was there before.
 class Driver {
  public:
-  explicit Driver(std::int32_t overlap) : overlap_(overlap), scheduler_(config(overlap)) {
+  Driver(std::int32_t overlap, std::int32_t host_pages)
+      : overlap_(overlap), scheduler_(config(overlap, host_pages)) {
+    tickets_.reserve(4096);
+    good_.resize(4096, 1);
     tokens_.resize(kRows, 1);
     stop_.resize(kRows, 0);
     plans_.resize(static_cast<std::size_t>(overlap) + 1);
@@ -84,8 +88,14 @@ class Driver {
     while (launched_ < plans_.size()) {
       PlanPointer plan = scheduler_.plan();
       if (!plan) break;
+      for (const auto* rows : {&plan->stores, &plan->loads}) {
+        for (std::size_t at = 0; at < rows->size(); at += 3) tickets_.push_back((*rows)[at]);
+      }
+      if (plan->slots.empty()) continue;
       plans_[launched_++] = std::move(plan);
     }
+    scheduler_.acknowledge(tickets_, std::span(good_).first(tickets_.size()));
+    tickets_.clear();
     if (launched_ == 0) return 0;
     const PlanPointer plan = std::move(plans_.front());
     std::move(plans_.begin() + 1, plans_.end(), plans_.begin());
@@ -99,7 +109,7 @@ class Driver {
   }
 
  private:
-  static SchedulerConfig config(std::int32_t overlap) {
+  static SchedulerConfig config(std::int32_t overlap, std::int32_t host_pages) {
     SchedulerConfig config;
     config.page_size = kPage;
     config.pages = kRows * pages_for(kPrompt + kSteps + 40, kPage);
@@ -108,6 +118,7 @@ class Driver {
     config.context_max = kPrompt + kSteps + 40;
     config.overlap = overlap;
     config.itl_budget_us = 1000;
+    config.host_pages = host_pages;
     return config;
   }
 
@@ -115,6 +126,8 @@ class Driver {
   Scheduler scheduler_;
   std::vector<std::int32_t> tokens_;
   std::vector<std::uint8_t> stop_;
+  std::vector<std::int64_t> tickets_;
+  std::vector<std::uint8_t> good_;
   std::vector<PlanPointer> plans_;
   std::size_t launched_ = 0;
 };
@@ -126,8 +139,8 @@ void submit(Scheduler& scheduler, std::int64_t number, std::int32_t output) {
   if (scheduler.submit(number, prompt, output, salt).refused()) fail("a request was refused", -1);
 }
 
-void run(std::int32_t overlap) {
-  Driver driver(overlap);
+void run(std::int32_t overlap, std::int32_t host_pages) {
+  Driver driver(overlap, host_pages);
   Scheduler& scheduler = driver.scheduler();
   std::int64_t number = 0;
   while (number < 2 * kRows) submit(scheduler, number++, kSteps);  // they fill the cache and go
@@ -149,12 +162,16 @@ void run(std::int32_t overlap) {
     fail("a steady step allocates", overlap);
   }
   if (scheduler.stats().evictions == before.evictions) fail("no page was evicted", overlap);
+  const Stats after = scheduler.stats();
+  if (host_pages > 0 && after.stores == before.stores) fail("no page was stored", overlap);
   if (!scheduler.check().empty()) fail(scheduler.check().front().c_str(), overlap);
 }
 
 }  // namespace
 
 int main() {
-  for (std::int32_t overlap = 0; overlap < 3; ++overlap) run(overlap);
+  for (std::int32_t overlap = 0; overlap < 3; ++overlap) {
+    for (const std::int32_t host_pages : {0, 64}) run(overlap, host_pages);
+  }
   std::printf("no allocation in a steady step\n");
 }

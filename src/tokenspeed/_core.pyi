@@ -40,6 +40,13 @@ class Plan:
 
     @property
     def preempted(self) -> NDArray[np.int64]: ...
+    @property
+    def stores(self) -> NDArray[np.int64]:
+        """int64[copies, 3]: ticket, device page, host page that it is copied to."""
+
+    @property
+    def loads(self) -> NDArray[np.int64]:
+        """int64[copies, 3]: ticket, device page, host page that it is copied from."""
 
 class Committed:
     @property
@@ -81,6 +88,22 @@ class Stats:
     def evictions(self) -> int: ...
     @property
     def steps(self) -> int: ...
+    @property
+    def prefix_hits_host(self) -> int: ...
+    @property
+    def host_pages_total(self) -> int: ...
+    @property
+    def host_pages_free(self) -> int: ...
+    @property
+    def host_pages_cached(self) -> int: ...
+    @property
+    def stores(self) -> int: ...
+    @property
+    def loads(self) -> int: ...
+    @property
+    def copies_failed(self) -> int: ...
+    @property
+    def copies_unknown(self) -> int: ...
 
 class Scheduler:
     """Continuous batching over the generated lifecycle. Any thread may look while one drives.
@@ -103,6 +126,7 @@ class Scheduler:
         prefix_cache: bool = True,
         itl_budget_us: int = 0,
         session_pages_max: int = 0,
+        host_pages: int = 0,
     ) -> None: ...
     def submit(
         self,
@@ -125,7 +149,10 @@ class Scheduler:
         """
 
     def plan(self) -> Plan | None:
-        """Plan and launch a step; None if nothing can run or `overlap + 1` steps are in flight."""
+        """Plan and launch a step; None if nothing can run or `overlap + 1` steps are in flight.
+
+        A plan without rows (its `step` is -1) has copies alone: nothing is launched or to commit.
+        """
 
     def commit(
         self,
@@ -148,6 +175,13 @@ class Scheduler:
     def end_session(self, session: str) -> bool:
         """No next turn will come: its cached pages go first. False if the session is unknown."""
 
+    def acknowledge(self, tickets: NDArray[np.int64], good: NDArray[np.bool_]) -> tuple[int, int]:
+        """Say what became of copies, in any order: how many were awaited, and how many were not.
+
+        A ticket that is unknown, or was told before, does nothing and is counted. Until its ticket
+        is told, both pages of a copy stay what they are. Raises ValueError if the lengths differ.
+        """
+
     def abort(self, number: int) -> bool:
         """End a request in whatever state; False if it is unknown or ending already."""
 
@@ -159,7 +193,7 @@ class Scheduler:
 
     def stats(self) -> Stats: ...
     def idle(self) -> bool:
-        """No request is alive and no step is in flight."""
+        """No request is alive, and no step and no copy is in flight or to be handed out."""
 
     def check(self) -> list[str]:
         """Recompute who holds which page; what is wrong, in words."""
@@ -193,6 +227,9 @@ class Scheduler:
 
     def prefixes(self) -> dict[int, tuple[str, tuple[int, ...]]]:
         """The prefix cache, for checks: page -> (salt, tokens of it and of all before it)."""
+
+    def host_prefixes(self) -> dict[int, tuple[str, tuple[int, ...]]]:
+        """The same of its second home: by host page."""
 
 Row: TypeAlias = tuple[int, int, int, bool]
 """(number, first position, tokens, samples): the work of one request in a step."""

@@ -1,5 +1,7 @@
 """Whatever is submitted, aborted, interleaved: right outputs, every page back, legal moves.
 
+With or without a second home for cached pages, whose copies end late, in any order, and badly.
+
 The cache may be cleared at any time; and what the KV events say, replayed from nothing, is what is
 cached, at every step. Sessions may say what they like, and time may pass: what is kept for them
 stays within its bound, and nobody waits for it.
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -39,12 +42,18 @@ class Scheduling(RuleBasedStateMachine):
         prefix_cache=st.booleans(),
         extra=st.integers(0, 8),
         session_pages_max=st.integers(0, 12),
+        host_pages=st.sampled_from([0, 0, 1, 3, 8, 40]),
+        late=st.booleans(),
     )
-    def start(self, pages: int, slots: int, page_size: int, extra: int, **settings: int) -> None:
+    def start(
+        self, pages: int, slots: int, page_size: int, extra: int, late: bool, **settings: int
+    ) -> None:
+        settings["host_pages"] *= settings["prefix_cache"]
         self.world = World(
             pages=pages, slots=slots, page_size=page_size,
             step_tokens=max(slots, page_size) + extra, **settings,
         )  # fmt: skip
+        self.world.late = late
         self.room = pages * page_size
         self.now_us = 0
 
@@ -97,6 +106,21 @@ class Scheduling(RuleBasedStateMachine):
     @rule()
     def commit(self) -> None:
         self.world.commit()
+
+    @precondition(lambda self: self.world.copies)
+    @rule(data=st.data(), good=st.sampled_from([True, True, False]))
+    def acknowledge(self, data: st.DataObject, good: bool) -> None:
+        copies = data.draw(st.permutations(self.world.copies))
+        self.world.acknowledge(*copies[: data.draw(st.integers(1, len(copies)))], good=good)
+
+    @precondition(lambda self: self.world.copied)
+    @rule(data=st.data(), good=st.booleans())
+    def acknowledge_again(self, data: st.DataObject, good: bool) -> None:
+        copy = data.draw(st.sampled_from(self.world.copied))
+        before = self.world.scheduler.stats()
+        again = self.world.scheduler.acknowledge(np.array([copy.ticket]), np.array([good]))
+        assert again == (0, 1)
+        assert self.world.scheduler.stats().host_pages_free == before.host_pages_free
 
     @rule(turns=st.integers(1, 8))
     def turns(self, turns: int) -> None:

@@ -51,6 +51,7 @@ CALLS: Mapping[str, Mapping[str, DTypeLike | None]] = {
         "step": None, "token_ids": np.int32, "stop": np.bool_, "duration_us": None,
         "awaits_tool": np.bool_,
     },
+    "acknowledge": {"tickets": np.int64, "good": np.bool_},
     "advance": {"now_us": None},
     "end_session": {"session": None},
     "abort": {"number": None},
