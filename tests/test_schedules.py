@@ -1,8 +1,9 @@
 """Random schedules on tiny pools: whatever comes, everybody ends and every page comes back.
 
-Rule: a schedule is its seed. Requests share prefixes and salts, are aborted, and want more than the
-pool has; steps complete when they like, up to two of them late. Every cell that a step reads is
-checked (`scheduling.World`), and of some schedules the whole trace, by the specification.
+Rule: a schedule is its seed. Requests share prefixes and salts, are turns of sessions that want
+their pages kept, are aborted, and want more than the pool has; steps complete when they like, up to
+two of them late. Every cell that a step reads is checked (`scheduling.World`), and of some
+schedules the whole trace, by the specification.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def schedule(seed: int, actions: int = 40, **more: int) -> World:
     world = World(
         page_size=page_size, slots=slots, pages=chance.randint(4, 16),
         step_tokens=max(page_size, slots) + chance.randint(0, 8), overlap=chance.randint(0, 2),
-        prefix_cache=chance.random() < 0.9, **more,
+        prefix_cache=chance.random() < 0.9, session_pages_max=chance.randint(0, 8), **more,
     )  # fmt: skip
     for _ in range(actions):
         chance.choice(ACTIONS)(world, chance)
@@ -49,7 +50,24 @@ def submit(world: World, chance: random.Random) -> None:
     world.submit(
         prompt[: room - max_tokens + 1], max_tokens, chance.choice(["", "", "", "tenant"]),
         stop_after=chance.choice([10**9, chance.randint(1, 6)]),
+        **({} if chance.random() < 0.5 else hints(chance)),
     )  # fmt: skip
+
+
+def hints(chance: random.Random) -> dict[str, object]:
+    return {
+        "session": chance.choice("ab"),
+        "keep_us": chance.choice([0, 2_000_000]),
+        "supersedes": chance.random() < 0.3,
+    }
+
+
+def sessions(world: World, chance: random.Random) -> None:
+    """Time passes, or a session ends."""
+    if chance.random() < 0.8:
+        world.scheduler.advance(1_000_000 * len(world.plans))
+    else:
+        world.scheduler.end_session(chance.choice("ab"))
 
 
 def abort(world: World, chance: random.Random) -> None:
@@ -76,7 +94,9 @@ def turns(world: World, chance: random.Random) -> None:
         world.turn()
 
 
-ACTIONS = (submit, submit, submit, abort, clear, launch, launch, commit, commit, turns)
+ACTIONS = (
+    submit, submit, submit, abort, clear, sessions, launch, launch, commit, commit, turns
+)  # fmt: skip
 
 
 def run(seeds: Iterable[int], judged_every: int, folder: Path) -> dict[str, int]:
