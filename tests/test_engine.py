@@ -12,7 +12,7 @@ from models_here import needs_reference, needs_smollm2, reference
 from tokenspeed.config import EngineConfig
 from tokenspeed.engine import Engine
 from tokenspeed.errors import ConfigError, EngineStopped, OverloadedError, RequestError, StepError
-from tokenspeed.request import Completion, Request, SamplingParams
+from tokenspeed.request import Completion, Request, SamplingParams, Session
 
 pytestmark = needs_smollm2
 
@@ -202,3 +202,27 @@ def test_a_failing_step_fails_its_requests_only(monkeypatch: pytest.MonkeyPatch)
 def test_bad_settings_name_the_field(settings: dict[str, object], field: str) -> None:
     with pytest.raises(ConfigError, match=field):
         EngineConfig(**settings)  # type: ignore[arg-type]
+
+
+def test_a_superseding_turn_ends_the_one_that_still_runs(engine: Engine) -> None:
+    long = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
+    turn = Session(name="typing", supersedes=True)
+    other = Session(name="other", supersedes=True)
+    first = engine.submit(Request(prompt_ids=(1, 2, 3), params=long, session=turn))
+    bystander = engine.submit(Request(prompt_ids=(1, 2, 3), params=GREEDY, session=other))
+    second = engine.submit(Request(prompt_ids=(1, 2, 3, 4), params=GREEDY, session=turn))
+    assert list(first)[-1].finish_reason == "abort"
+    assert list(second)[-1].finish_reason in ("length", "stop")
+    assert list(bystander)[-1].finish_reason in ("length", "stop")
+    assert engine.end_session("typing")
+    assert not engine.end_session("typing")
+    assert pages_back(engine)
+
+
+@pytest.mark.parametrize(
+    ("bad", "field"), [({"name": ""}, "name"), ({"name": "a", "ttl_s": -1}, "ttl_s")]
+)
+def test_a_bad_session_names_its_field(bad: dict[str, object], field: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        Session(**bad)  # type: ignore[arg-type]
+    assert caught.value.field == field

@@ -216,6 +216,9 @@ BAD_FIELDS = [
     ("stream_options", {"include_usage": True}),
     ("ignore_eos", "no"),
     ("cache_salt", "x" * 300),
+    *(("session_id", v) for v in ("", "x" * 257, 5)),
+    *(("session_ttl_s", v) for v in (-1, 1e9, "5", True)),
+    *(("session_supersede", v) for v in (1, "yes")),
 ]
 
 
@@ -225,6 +228,8 @@ def test_each_bad_field_is_named(url: str, engine: Engine, field: str, value: An
     body = {"model": engine.model_name, "messages": MESSAGES, field: value}
     if field == "top_logprobs":
         body["logprobs"] = True
+    if field.startswith("session_"):
+        body.setdefault("session_id", "s")
     answer = httpx.post(url + CHAT, json=body)
     assert 400 <= answer.status_code < 500
     error = answer.json()["error"]
@@ -488,6 +493,39 @@ def test_a_client_that_leaves_frees_its_slot_at_once(url: str, engine: Engine) -
 # --- health, metrics, the end ---------------------------------------------------------------------
 
 
+def test_a_session_is_kept_superseded_and_ended(url: str, engine: Engine) -> None:
+    engine.clear_cache()
+    ids = engine.tokenizer.encode("A session has turns. " * 12, special=True)
+    body = {"model": engine.model_name, "prompt": ids, "max_tokens": 2, "session_id": "a/b"}
+    before = engine.stats()
+    assert httpx.post(url + TEXT, json={**body, "session_ttl_s": 60}).status_code == 200
+    assert everything_back(engine)
+    after = engine.stats()
+    assert after.sessions == before.sessions + 1
+    assert after.pages_kept >= len(ids) // engine.config.page_size
+    again = httpx.post(url + TEXT, json={**body, "session_supersede": True, "n": 2}).json()
+    assert len(again["choices"]) == 2, "choices of one turn do not supersede each other"
+    assert again["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+    assert everything_back(engine)
+    assert engine.stats().pages_kept == 0, "this turn did not ask for it"
+    ended = httpx.delete(url + "/v1/sessions/a/b")
+    assert ended.json() == {"id": "a/b", "object": "session", "deleted": True}
+    assert engine.stats().sessions == before.sessions
+    unknown = httpx.delete(url + "/v1/sessions/a/b")
+    assert unknown.status_code == 404
+    assert unknown.json()["error"]["param"] == "session_id"
+    assert httpx.post(url + "/v1/sessions/a").status_code == 405
+
+
+@pytest.mark.parametrize("field", ["session_ttl_s", "session_supersede"])
+def test_a_hint_without_a_session_is_refused(url: str, engine: Engine, field: str) -> None:
+    value = 5 if field == "session_ttl_s" else True
+    body = {"model": engine.model_name, "messages": MESSAGES, field: value}
+    answer = httpx.post(url + CHAT, json=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == field
+
+
 def test_health_and_metrics_tell_the_truth(url: str, client: openai.OpenAI, engine: Engine) -> None:
     for path in ("/health", "/health/live", "/health/ready"):
         assert httpx.get(url + path).json()["live"] is True
@@ -496,6 +534,8 @@ def test_health_and_metrics_tell_the_truth(url: str, client: openai.OpenAI, engi
     for name in (
         "tokenspeed:num_requests_running 0.0",
         "tokenspeed:prompt_tokens_total",
+        "tokenspeed:kv_pages_kept",
+        "tokenspeed:sessions",
         "tokenspeed:time_to_first_token_seconds_count",
         'tokenspeed:fsm_transitions_total{event="Admit",from="Waiting",to="Prefilling"}',
     ):

@@ -47,6 +47,7 @@ ENGINE_BOUNDS = {
     "context_max": (2, 1 << 24),
     "overlap": (0, 1),
     "threads": (1, 1024),
+    "session_pages_max": (0, 1 << 24),
 }
 
 ENGINE_NUMBERS = {

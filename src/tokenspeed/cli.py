@@ -62,6 +62,7 @@ def _engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--prefix-cache/--no-prefix-cache", help="share KV of equal prefixes"),
         click.option("--itl-budget-ms", type=float, help="most time between two tokens of a user"),
         click.option("--tps-floor", type=float, help="the same as tokens/s that a user keeps"),
+        click.option("--session-pages-max", type=int, help="kept for sessions  [default: half]"),
         click.option("--threads", type=int, help="torch's CPU threads"),
         click.option("--trace-lifecycle", help="write every step of the lifecycle here, as NDJSON"),
         click.option("--kv-events", help="write the prefix cache's events here, as vLLM's NDJSON"),

@@ -88,6 +88,7 @@ class EngineConfig:
         context_max: prompt and output tokens of a request; None takes the model's own.
         overlap: steps launched beyond the one whose result is awaited (0 or 1).
         prefix_cache: share the KV of equal prompt prefixes.
+        session_pages_max: cached pages that sessions may ask to be kept; None: half of the pool.
         itl_budget_ms: while requests decode, a step takes no more prefill than is expected to fit
             into so many milliseconds, so that their tokens come no further apart; a little prefill
             goes on in any case. None: a step takes what prefill_chunk allows.
@@ -108,6 +109,9 @@ class EngineConfig:
     context_max: int | None = field(default=None, validator=_integer(2, 1 << 24, optional=True))
     overlap: int = field(default=0, validator=_integer(0, 1))
     prefix_cache: bool = True
+    session_pages_max: int | None = field(
+        default=None, validator=_integer(0, 1 << 24, optional=True)
+    )
     itl_budget_ms: float | None = field(
         default=None, validator=_number(0.1, 60_000, "milliseconds")
     )
@@ -146,6 +150,10 @@ class EngineConfig:
                 "context_max", self.context_max,
                 f"at most pages x page_size ({tokens}); a request must fit into the pool",
             )  # fmt: skip
+
+    def kept_pages_max(self, pages: int) -> int:
+        """Cached pages that sessions may have kept, in a pool of so many."""
+        return pages // 2 if self.session_pages_max is None else self.session_pages_max
 
     @property
     def itl_budget_us(self) -> int:

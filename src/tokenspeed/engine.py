@@ -22,7 +22,7 @@ from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Self, final
+from typing import Any, Self, TypeVar, final
 
 import attrs
 import numpy as np
@@ -57,6 +57,7 @@ log = logging.getLogger("tokenspeed.engine")
 Progress = Callable[[str, int, int], None]
 """Called with (phase, done, total) while an engine starts; bytes for weights, steps for warm-up."""
 
+T = TypeVar("T")
 Prompt = str | Sequence[int]
 Numbers = NDArray[np.int64]
 
@@ -106,6 +107,7 @@ class Engine:
             overlap=config.overlap,
             prefix_cache=config.prefix_cache,
             itl_budget_us=config.itl_budget_us,
+            session_pages_max=config.kept_pages_max(self.pages),
         )
         self._kv_log = make_kv_log(config.kv_events, self._scheduler, time.time())
         self._executor = Executor(
@@ -295,13 +297,25 @@ class Engine:
         Raises:
             EngineStopped: the engine has closed, or has failed.
         """
-        done: Future[tuple[int, int]] = Future()
+        return Cleared(*self._ask(self._scheduler.clear_cache).result())
+
+    def end_session(self, name: str) -> bool:
+        """No next turn of a session will come: what it has cached goes first. False: not known.
+
+        Raises:
+            EngineStopped: the engine has closed, or has failed.
+        """
+        return self._ask(lambda: self._scheduler.end_session(name)).result()
+
+    def _ask(self, question: Callable[[], T]) -> Future[T]:
+        """Have the engine's thread call something between two steps."""
+        done: Future[T] = Future()
         with self._wake:
             if self._failure is not None or self._closing:
                 raise EngineStopped(self.health().reason)
-            self._inbox.append(lambda: done.set_result(self._scheduler.clear_cache()))
+            self._inbox.append(lambda: done.set_result(question()))
             self._wake.notify()
-        return Cleared(*done.result())
+        return done
 
     # --- state ----------------------------------------------------------------------------------
 
@@ -314,6 +328,8 @@ class Engine:
             pages_total=native.pages_total,
             pages_free=native.pages_free,
             pages_cached=native.pages_cached,
+            pages_kept=native.pages_kept,
+            sessions=native.sessions,
             prefix_cache_queries=native.prefix_queries,
             prefix_cache_hits=native.prefix_hits,
             preemptions=native.preemptions,
@@ -401,6 +417,7 @@ class Engine:
                 return False
             commands = list(self._inbox)
             self._inbox.clear()
+        self._scheduler.advance(time.monotonic_ns() // 1000)
         for command in commands:
             command()
         return True
@@ -491,11 +508,19 @@ class Engine:
         max_tokens = params.max_tokens
         assert max_tokens is not None, "settled by _resolve"
         prompt = np.asarray(request.prompt_ids, np.int32)
+        if request.session is not None and request.session.supersedes:
+            self._supersede(request.session.name, number)
         try:
-            self._scheduler.submit(number, prompt, max_tokens, request.salt)
+            self._scheduler.submit(number, prompt, max_tokens, request.salt, *sequence.hints)
         except (ValueError, QueueFull) as error:  # what the door let through by mistake
             log.exception("request %d was refused by the scheduler", number)
             self._end(sequence, "error", error=str(error))
+
+    def _supersede(self, session: str, number: int) -> None:
+        for other in list(self._sequences.values()):
+            of = other.request.session
+            if of is not None and of.name == session and other.number != number:
+                self._cancel(other.number)
 
     def _cancel(self, number: int) -> None:
         sequence = self._sequences.get(number)

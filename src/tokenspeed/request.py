@@ -14,12 +14,14 @@ from tokenspeed.errors import RequestError
 
 __all__ = [
     "LOGPROBS_MAX",
+    "SESSION_NAME_MAX",
     "STOP_MAX",
     "Completion",
     "Delta",
     "FinishReason",
     "Request",
     "SamplingParams",
+    "Session",
     "TokenLogprob",
     "Usage",
     "shown",
@@ -29,6 +31,8 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 LOGPROBS_MAX = 20
 STOP_MAX = 4
+SESSION_NAME_MAX = 256
+SESSION_TTL_MAX_S = 30 * 24 * 3600.0
 _SEED_MAX = 2**63 - 1
 
 _Validator = Callable[[Any, Any, Any], None]
@@ -135,6 +139,32 @@ class SamplingParams:
             )
 
 
+def _name(_instance: Any, attribute: Any, value: Any) -> None:
+    if not isinstance(value, str) or not 1 <= len(value) <= SESSION_NAME_MAX:
+        raise RequestError(
+            attribute.name,
+            f"{attribute.name}: got {shown(value)}; expected a string of 1 to {SESSION_NAME_MAX} "
+            "characters",
+        )
+
+
+@frozen(kw_only=True)
+class Session:
+    """The session that a request is a turn of. It decides what leaves the cache first, no more.
+
+    Attributes:
+        name: the same in all of its turns.
+        ttl_s: once the turn has ended, its cached pages go after everybody else's for so long, if
+            the engine's `session_pages_max` leaves room for all of them. 0: by what is learned.
+        supersedes: the turn before is of no use any more: it is aborted if it still waits or runs,
+            and what it alone had cached goes first.
+    """
+
+    name: str = field(validator=_name)
+    ttl_s: float = field(default=0.0, validator=_number(0.0, SESSION_TTL_MAX_S))
+    supersedes: bool = False
+
+
 @frozen(kw_only=True)
 class Request:
     """One sequence to generate.
@@ -143,11 +173,13 @@ class Request:
         prompt_ids: the prompt, at least one id.
         params: how to sample.
         salt: requests share cached pages only with requests of the same salt.
+        session: that it is a turn of, or None.
     """
 
     prompt_ids: tuple[int, ...] = field(converter=_ids)
     params: SamplingParams = field(factory=SamplingParams)
     salt: str = ""
+    session: Session | None = None
 
 
 @frozen

@@ -37,6 +37,14 @@ class LiveSequence:
     withheld_ids: deque[int] = field(factory=deque)
     withheld_logprobs: deque[TokenLogprob] = field(factory=deque)
 
+    @property
+    def hints(self) -> tuple[str, int, bool]:
+        """What the scheduler hears of its session: name, microseconds to keep, supersedes."""
+        session = self.request.session
+        if session is None:
+            return ("", 0, False)
+        return (session.name, round(session.ttl_s * 1e6), session.supersedes)
+
     def delta(self, text: str, tokens: int) -> Delta:
         """A piece of text with the tokens behind it."""
         logprobs = self.withheld_logprobs

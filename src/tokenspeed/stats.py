@@ -21,6 +21,8 @@ class Stats:
     pages_total: int
     pages_free: int
     pages_cached: int
+    pages_kept: int
+    sessions: int
     prefix_cache_queries: int
     prefix_cache_hits: int
     preemptions: int

@@ -37,6 +37,8 @@ class _EngineCollector(Collector):
             "kv_pages_total": (stats.pages_total, "pages of the pool"),
             "kv_pages_free": (stats.pages_free, "pages that hold nothing"),
             "kv_pages_cached": (stats.pages_cached, "pages of the prefix cache held by nobody"),
+            "kv_pages_kept": (stats.pages_kept, "of these, pages kept by the wish of a session"),
+            "sessions": (stats.sessions, "sessions that are remembered"),
         }
         for name, (value, text) in gauges.items():
             yield GaugeMetricFamily(f"tokenspeed:{name}", text, value=value)

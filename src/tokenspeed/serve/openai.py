@@ -273,6 +273,15 @@ class OpenAI:
         prompts = await asyncio.to_thread(self._encode, asked.prompts())
         return await self._respond(request, asked, _Text(self._engine), prompts, params)
 
+    async def end_session(self, request: Request) -> Response:
+        """DELETE /v1/sessions/{id}: no next turn will come."""
+        name = request.path_params["session"]
+        if not await asyncio.to_thread(self._engine.end_session, name):
+            raise HttpError(
+                404, f"session_id: no session {name[:128]!r} is known here", param="session_id"
+            )
+        return json_response({"id": name, "object": "session", "deleted": True})
+
     def _encode(self, prompts: list[str] | list[list[int]]) -> list[list[int]]:
         encode, most = self._engine.tokenizer.encode, self._engine.context_max
         return [
@@ -315,6 +324,7 @@ class OpenAI:
         """All sequences, or none: the first refusal takes the others back."""
         streams: list[Stream] = []
         field = "messages" if isinstance(asked, ChatRequest) else "prompt"
+        session = asked.session()
         try:
             for prompt in prompts:
                 for choice in range(asked.choices):
@@ -322,9 +332,11 @@ class OpenAI:
                     if params.seed is not None and choice:
                         own = attrs.evolve(params, seed=(params.seed + choice) % 2**62)
                     wanted = engine_request.Request(
-                        prompt_ids=prompt, params=own, salt=asked.cache_salt or ""
+                        prompt_ids=prompt, params=own, salt=asked.cache_salt or "", session=session
                     )
                     streams.append(self._engine.submit(wanted))
+                    if session is not None:  # the others are of this very turn
+                        session = attrs.evolve(session, supersedes=False)
         except Exception as error:
             for stream in streams:
                 stream.abort()

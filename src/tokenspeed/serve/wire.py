@@ -18,7 +18,7 @@ from attrs import frozen
 from cattrs import AttributeValidationNote, IterableValidationNote
 
 from tokenspeed.errors import RequestError
-from tokenspeed.request import LOGPROBS_MAX, STOP_MAX, SamplingParams, shown
+from tokenspeed.request import LOGPROBS_MAX, STOP_MAX, SamplingParams, Session, shown
 
 __all__ = ["CHOICES_MAX", "ChatRequest", "CompletionRequest", "Message", "decode"]
 
@@ -70,6 +70,9 @@ class _Common:
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     cache_salt: str | None = None
+    session_id: str | None = None
+    session_ttl_s: float | None = None
+    session_supersede: bool | None = None
 
     @property
     def choices(self) -> int:
@@ -80,6 +83,24 @@ class _Common:
     def include_usage(self) -> bool:
         """Whether a stream ends with its usage."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    def session(self) -> Session | None:
+        """The session that this is a turn of. Raises RequestError."""
+        if self.session_id is None:
+            for name in ("session_ttl_s", "session_supersede"):
+                if getattr(self, name) is not None:
+                    raise RequestError(name, f"{name}: only with session_id")
+            return None
+        try:
+            return Session(
+                name=self.session_id,
+                ttl_s=self.session_ttl_s or 0.0,
+                supersedes=bool(self.session_supersede),
+            )
+        except RequestError as error:  # under the names of the protocol
+            field = {"name": "session_id", "ttl_s": "session_ttl_s"}[str(error.field)]
+            message = field + error.message.removeprefix(str(error.field))
+            raise RequestError(field, message) from error
 
     def _params(self, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
         given = {name: value for name in _PLAIN if (value := getattr(self, name)) is not None}
@@ -101,6 +122,7 @@ class _Common:
             raise RequestError("stop_token_ids", "stop_token_ids: at most 64")
         if len(self.cache_salt or "") > 256:
             raise RequestError("cache_salt", "cache_salt: at most 256 characters")
+        self.session()
 
 
 _PLAIN = (
