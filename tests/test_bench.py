@@ -9,14 +9,17 @@ from pathlib import Path
 
 import pytest
 
+from tokenspeed.bench.conversations import generate, live_blocks, read
 from tokenspeed.bench.scheduler import Sizes
+from tokenspeed.bench.sessions import Replay, measure, parse_shares, workload
 from tokenspeed.errors import ConfigError
+from tokenspeed.fsm.trace import read_trace, validate
 
 TINY = ["--rows", "2", "--rows", "1", "--contexts", "128", "--steps", "20"]
 
 
-def run(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tokenspeed", "bench", "scheduler", *words]
+def run(*words: str, what: str = "scheduler") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tokenspeed", "bench", what, *words]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
 
 
@@ -62,3 +65,80 @@ def test_sizes_that_measure_nothing_are_refused(words: list[str]) -> None:
 def test_prompts_that_would_not_wait_are_refused() -> None:
     with pytest.raises(ConfigError, match="prompt_tokens"):
         Sizes(steps=100_000)
+
+
+def test_sessions_are_replayed_as_json_with_a_plot(tmp_path: Path) -> None:
+    plot = tmp_path / "hits.svg"
+    words = ["--sessions", "12", "--gap-s", "60", "--shares", "2,1", "--plot", str(plot), "--json"]
+    done = run(*words, what="sessions")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["workload"] == "12 generated sessions", "it says what it replayed"
+    runs = found["runs"]
+    assert [(run["order"], run["share"]) for run in runs] == [
+        ("unlimited", None), ("lru", 1), ("learned", 1), ("lru", 2), ("learned", 2),
+    ]  # fmt: skip
+    best = runs[0]
+    assert (best["recomputed_tokens"], best["preemptions"]) == (0, 0)
+    assert all(0 < run["hit_rate"] <= best["hit_rate"] < 1 for run in runs)
+    assert all(run["queued_mean_s"] <= run["queued_p99_s"] for run in runs)
+    assert "unlimited" in done.stderr, "the table is for people"
+    assert "polyline" in plot.read_text(encoding="utf-8")
+
+
+def test_hints_help_where_the_pool_is_small() -> None:
+    conversations = generate(60, 30.0)
+    report = measure("generated", conversations, (0.5,), lambda _what, _done, _total: None)
+    _, plain, learned = report.runs
+    assert learned.hit_rate > plain.hit_rate + 0.01
+    assert learned.recomputed_tokens < plain.recomputed_tokens
+
+
+def test_a_replay_is_a_behaviour_of_the_spec(tmp_path: Path) -> None:
+    path = tmp_path / "sessions.jsonl"
+    turns = [
+        {"t": 0, "in": 256, "out": 64, "api_time": 1, "stop": "tool_use", "h": [0, [[1, 4]]]},
+        {"t": 5, "in": 320, "out": 64, "think_time": 4, "stop": "end_turn", "h": [4, [[9, 1]]]},
+        {"t": 9, "requests": [{"t": 0, "in": 192, "out": 1, "h": [0, [[20, 3]]]}]},
+    ]
+    path.write_text("".join(json.dumps({"requests": turns}) + "\n" for _ in range(3)))
+    conversations = read(path, 1.0, None)
+    assert [len(c.turns) for c in conversations] == [2, 1] * 3
+    assert [turn.awaits_tool for turn in conversations[0].turns] == [True, False]
+    assert live_blocks(conversations) > 4
+    replay = Replay(conversations, 12, hints=True, trace=str(tmp_path / "trace"))
+    replay.run(lambda _done: None)
+    found = replay.report("learned", 1.0, replay.hits)
+    assert 0 < found.hit_rate < 1
+    header, steps = read_trace(tmp_path / "trace")
+    assert any(step.action == "Evict" for step in steps)
+    assert validate(Path(__file__).resolve().parents[1] / "specs", header, steps) is None
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [("{", "JSON"), ('{"requests": [{"in": 99, "out": 1, "h": [0, []]}]}', "recorded session"),
+     ('{"requests": [{"t": 0, "in": 99, "out": 1, "h": [1, []]}]}', "keeps 1 blocks of 0"),
+     ('{"requests": []}', "at least one session")],
+)  # fmt: skip
+def test_a_trace_of_another_form_is_refused(tmp_path: Path, line: str, words: str) -> None:
+    path = tmp_path / "sessions.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(ConfigError, match=words):
+        read(path, 1.0, None)
+
+
+@pytest.mark.parametrize("shares", ["", "a", "0", "1,-1", "17"])
+def test_shares_that_are_no_pools_are_refused(shares: str) -> None:
+    with pytest.raises(ConfigError, match="shares"):
+        parse_shares(shares)
+
+
+def test_workloads_that_cannot_be_replayed_are_refused(tmp_path: Path) -> None:
+    for gap_s, sessions, words in ((0.0, 1, "gap_s"), (1.0, 0, "sessions")):
+        with pytest.raises(ConfigError, match=words):
+            workload(None, gap_s, sessions)
+    with pytest.raises(ConfigError, match="trace"):
+        workload(tmp_path / "none", 1.0, None)
+    with pytest.raises(ConfigError, match="for one request"):
+        measure("generated", generate(2, 1.0), (0.01,), lambda _what, _done, _total: None)

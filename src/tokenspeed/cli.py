@@ -283,6 +283,33 @@ def bench_scheduler(as_json: bool, **settings: Any) -> None:
         click.echo(json.dumps(found.as_json(), indent=2))
 
 
+@bench.command("sessions")
+@click.option("--trace", type=click.Path(path_type=Path), help="recorded sessions  [generated]")
+@click.option("--sessions", type=int, help="at most so many  [all, or 200 generated]")
+@click.option("--gap-s", type=float, default=120.0, show_default=True, help="between two starts")
+@click.option("--shares", default=".125,.25,.5,1", show_default=True, help="pools, of what is live")
+@click.option("--plot", type=click.Path(path_type=Path), help="write hits by pool here, as SVG")
+@click.option("--json", "as_json", is_flag=True, help="JSON on stdout; the table is on stderr")
+def bench_sessions(
+    trace: Path | None,
+    sessions: int | None,
+    gap_s: float,
+    shares: str,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    """Cache hits with and without session hints: conversations replayed in virtual time."""
+    room = _room("tokenspeed.bench.sessions")
+    pools = room.parse_shares(shares)
+    with _progress() as report:
+        found = room.measure(*room.workload(trace, gap_s, sessions), pools, report)
+    _screen.print(found.table())
+    if plot is not None:
+        plot.write_text(room.plot(found), encoding="utf-8")
+    if as_json:
+        click.echo(json.dumps(found.as_json(), indent=2))
+
+
 def main() -> None:
     """Entry point: errors of ours are one line and exit status 2, never a traceback."""
     try:
