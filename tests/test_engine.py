@@ -226,3 +226,36 @@ def test_a_bad_session_names_its_field(bad: dict[str, object], field: str) -> No
     with pytest.raises(RequestError) as caught:
         Session(**bad)  # type: ignore[arg-type]
     assert caught.value.field == field
+
+
+def spoil(engine: Engine, blocks: int) -> None:
+    """Turn a bit of the first host pages over."""
+    host = engine._executor._host
+    assert host is not None
+    for block in range(blocks):
+        host._bytes[block][7] ^= 1
+
+
+@needs_reference
+@pytest.mark.parametrize(("overlap", "spoilt"), [(1, 0), (0, 100)])
+def test_greedy_ids_survive_the_way_to_the_host_and_back(overlap: int, spoilt: int) -> None:
+    """The device has pages for one request: what others had is on the host, whole or spoilt."""
+    longest = max(len(r["prompt_ids"]) + 64 for r in reference())
+    pages = -(-longest // 8) + 4
+    with make(
+        overlap=overlap, page_size=8, pages=pages, slots=8, prefill_chunk=64, host_pages=300
+    ) as engine:
+        assert run(engine, together=True) == expected()
+        engine.generate("x", SamplingParams(max_tokens=1))  # acknowledged with or before it
+        spoil(engine, spoilt)
+        assert run(engine, together=False) == expected()
+        stats = engine.stats()
+        assert stats.host_stores > 0
+        assert spoilt or stats.prefix_cache_hits_host > 0
+        assert (stats.host_copies_failed > 0) == (spoilt > 0)
+        assert pages_back(engine)
+
+
+def test_a_host_without_a_prefix_cache_is_refused() -> None:
+    with pytest.raises(ConfigError, match="host_pages: got 8"):
+        EngineConfig(host_pages=8, prefix_cache=False)

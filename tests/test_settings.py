@@ -48,6 +48,7 @@ ENGINE_BOUNDS = {
     "overlap": (0, 1),
     "threads": (1, 1024),
     "session_pages_max": (0, 1 << 24),
+    "host_pages": (0, 1 << 24),
 }
 
 ENGINE_NUMBERS = {

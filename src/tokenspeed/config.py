@@ -87,6 +87,7 @@ class EngineConfig:
         prefill_chunk: input tokens of a step, prefill and decode together.
         context_max: prompt and output tokens of a request; None takes the model's own.
         overlap: steps launched beyond the one whose result is awaited (0 or 1).
+        host_pages: pages of host memory for cached pages that the device evicts; 0: none.
         prefix_cache: share the KV of equal prompt prefixes.
         session_pages_max: cached pages that sessions may ask to be kept; None: half of the pool.
         itl_budget_ms: while requests decode, a step takes no more prefill than is expected to fit
@@ -108,6 +109,7 @@ class EngineConfig:
     prefill_chunk: int = field(default=512, validator=_integer(1, 1 << 20))
     context_max: int | None = field(default=None, validator=_integer(2, 1 << 24, optional=True))
     overlap: int = field(default=0, validator=_integer(0, 1))
+    host_pages: int = field(default=0, validator=_integer(0, 1 << 24))
     prefix_cache: bool = True
     session_pages_max: int | None = field(
         default=None, validator=_integer(0, 1 << 24, optional=True)
@@ -122,6 +124,18 @@ class EngineConfig:
     record_scheduler: str | None = None
 
     def __attrs_post_init__(self) -> None:
+        if self.host_pages and not self.prefix_cache:
+            raise ConfigError(
+                "host_pages",
+                self.host_pages,
+                "0 without the prefix cache: only cached pages are kept there",
+            )
+        if self.host_pages and self.trace_lifecycle is not None:
+            raise ConfigError(
+                "host_pages",
+                self.host_pages,
+                "0 with a lifecycle trace: the traces' specification has no host pages yet",
+            )
         if self.prefill_chunk < self.slots:
             raise ConfigError(
                 "prefill_chunk",

@@ -35,7 +35,7 @@ from tokenspeed.config import DEFAULT_MODEL, EngineConfig
 from tokenspeed.errors import ConfigError, EngineStopped, OverloadedError, RequestError, StepError
 from tokenspeed.fsm.kv_log import make_kv_log
 from tokenspeed.fsm.replay import make_scheduler
-from tokenspeed.plan import Joined, StepPlan, StepResult
+from tokenspeed.plan import PLANNED, Joined, StepPlan, StepResult
 from tokenspeed.request import (
     Completion,
     Delta,
@@ -108,6 +108,7 @@ class Engine:
             prefix_cache=config.prefix_cache,
             itl_budget_us=config.itl_budget_us,
             session_pages_max=config.kept_pages_max(self.pages),
+            host_pages=config.host_pages,
         )
         self._kv_log = make_kv_log(config.kv_events, self._scheduler, time.time())
         self._executor = Executor(
@@ -118,6 +119,7 @@ class Engine:
             context_max=self.context_max,
             overlap=config.overlap,
             eos_ids=tokenizer.eos_ids,
+            host_pages=config.host_pages,
         )
         self._sequences: dict[int, LiveSequence] = {}
         self._launched: deque[tuple[StepPlan, Numbers, Pending]] = deque()
@@ -322,22 +324,22 @@ class Engine:
     def stats(self) -> Stats:
         """Counters and gauges, O(1); safe from any thread."""
         native = self._scheduler.stats()
+        named_alike = (field.name for field in attrs.fields(Stats))
+        counts = {name: getattr(native, name) for name in named_alike if hasattr(native, name)}
         return Stats(
             requests_running=native.running,
             requests_waiting=native.waiting,
-            pages_total=native.pages_total,
-            pages_free=native.pages_free,
-            pages_cached=native.pages_cached,
-            pages_kept=native.pages_kept,
-            sessions=native.sessions,
             prefix_cache_queries=native.prefix_queries,
             prefix_cache_hits=native.prefix_hits,
-            preemptions=native.preemptions,
+            prefix_cache_hits_host=native.prefix_hits_host,
+            host_stores=native.stores,
+            host_loads=native.loads,
+            host_copies_failed=native.copies_failed,
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,
-            steps=native.steps,
             requests_finished=dict(self._finished),
             transitions=self._scheduler.transitions(),
+            **counts,
         )
 
     def health(self) -> Health:
@@ -424,14 +426,22 @@ class Engine:
 
     def _turn(self) -> None:
         """One turn: fill the pipeline, then commit the oldest step."""
+        self._acknowledge(wait=False)
         while len(self._launched) <= self.config.overlap and self._launch():
             pass
         if self._launched:
             plan, numbers, pending = self._launched.popleft()
             self._commit(plan, numbers, pending)
+        else:
+            self._acknowledge(wait=True)
         if self._kv_log is not None:
             self._kv_log.tell(time.time())
         self._post()
+
+    def _acknowledge(self, *, wait: bool) -> None:
+        """Tell the scheduler of the copies that have ended."""
+        for tickets, good in self._executor.copied(wait=wait):
+            self._scheduler.acknowledge(tickets, good)
 
     def _launch(self) -> bool:
         native = self._scheduler.plan()
@@ -452,16 +462,11 @@ class Engine:
                     output_ids=tuple(sequence.output_ids),
                 )
             )
-        plan = StepPlan(
-            step=native.step,
-            slots=native.slots,
-            query_start=native.query_start,
-            token_ids=native.token_ids,
-            context_lens=native.context_lens,
-            sampled=native.sampled,
-            page_delta=native.page_delta,
-            joined=tuple(joined),
-        )
+        carried = {name: getattr(native, name) for name in PLANNED}
+        plan = StepPlan(joined=tuple(joined), **carried)
+        self._executor.copy(plan)
+        if not plan.rows:
+            return True
         self._step_started_s = self._step_started_s or time.monotonic()
         self._launched.append((plan, native.numbers, self._executor.launch(plan)))
         return True

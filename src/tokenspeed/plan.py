@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import attrs
 import numpy as np
 from attrs import field, frozen
 from numpy.typing import NDArray
 
 from tokenspeed.request import SamplingParams
 
-__all__ = ["FROM_DEVICE", "Joined", "StepPlan", "StepResult"]
+__all__ = ["FROM_DEVICE", "PLANNED", "Joined", "StepPlan", "StepResult"]
 
 Ints = NDArray[np.int32]
+Copies = NDArray[np.int64]
 
 FROM_DEVICE = -1
 """In `StepPlan.token_ids`: the token that an earlier step sampled for this slot, on the device."""
@@ -55,6 +57,10 @@ class StepPlan:
             the last plan, to be applied in order before the step. Position p of a slot lies in
             page table[slot, p // page_size] at offset p % page_size.
         joined: requests that take a slot with this step; the slot's sampler state starts anew.
+        stores: int64[copies, 3]; (ticket, device page, host page): pages to copy to the host.
+        loads: int64[copies, 3]; likewise: pages to copy back. Copies are made beside the steps, in
+            any order; until its ticket is acknowledged, nobody else touches either page. A plan
+            without rows has copies alone.
     """
 
     step: int
@@ -65,6 +71,8 @@ class StepPlan:
     sampled: NDArray[np.bool_]
     page_delta: Ints
     joined: tuple[Joined, ...] = ()
+    stores: Copies = field(factory=lambda: np.empty((0, 3), np.int64))
+    loads: Copies = field(factory=lambda: np.empty((0, 3), np.int64))
 
     @property
     def rows(self) -> int:
@@ -75,6 +83,10 @@ class StepPlan:
     def tokens(self) -> int:
         """Input tokens in the step."""
         return len(self.token_ids)
+
+
+PLANNED = tuple(a.name for a in attrs.fields(StepPlan) if a.name != "joined")
+"""What a scheduler's plan has under the same names; of `joined` it knows numbers alone."""
 
 
 @frozen(kw_only=True, eq=False)

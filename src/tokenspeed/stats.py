@@ -25,6 +25,13 @@ class Stats:
     sessions: int
     prefix_cache_queries: int
     prefix_cache_hits: int
+    prefix_cache_hits_host: int
+    host_pages_total: int
+    host_pages_free: int
+    host_pages_cached: int
+    host_stores: int
+    host_loads: int
+    host_copies_failed: int
     preemptions: int
     prompt_tokens: int
     generation_tokens: int

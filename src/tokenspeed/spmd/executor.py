@@ -20,6 +20,7 @@ from tokenspeed.errors import StepError
 from tokenspeed.plan import StepPlan, StepResult
 from tokenspeed.spmd.batch import Slots
 from tokenspeed.spmd.compile import Program
+from tokenspeed.spmd.host import Ended, HostKV
 from tokenspeed.spmd.kv import KV, KVSpec
 from tokenspeed.spmd.params import Tree
 from tokenspeed.spmd.sampling import SamplerState, sample
@@ -92,6 +93,7 @@ class Executor:
         context_max: tokens of the longest request.
         overlap: steps launched beyond the one whose result is awaited. At 0 `launch` computes.
         eos_ids: the model's end tokens, kept from requests that have not reached `min_tokens`.
+        host_pages: of the second home of cached pages; 0: there is none.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class Executor:
         context_max: int,
         overlap: int = 0,
         eos_ids: Sequence[int] = (),
+        host_pages: int = 0,
     ) -> None:
         device = model.kv.device
         self._device = device
@@ -111,6 +114,7 @@ class Executor:
         self._params = model.params
         self._kv = model.kv.allocate(pages, page_size)
         self._pages = self._kv.pages
+        self._host = HostKV(self._pages, host_pages) if host_pages else None
         self._slots = Slots(slots, math.ceil(context_max / page_size), page_size, model.kv)
         self._sampler = SamplerState(slots, model.config.vocab_size, device, eos_ids)
         self._worker = (
@@ -137,8 +141,23 @@ class Executor:
             future.set_exception(error)
         return Pending(future)
 
+    def copy(self, plan: StepPlan) -> None:
+        """Start the copies of a plan, beside the steps. The plan's arrays are copied."""
+        if self._host is not None and (len(plan.stores) or len(plan.loads)):
+            self._host.start(plan.stores, plan.loads)
+
+    def copied(self, *, wait: bool = False) -> list[Ended]:
+        """(tickets, which of them are good) of copies that have ended since the last call.
+
+        Args:
+            wait: if none has, for the next that is under way.
+        """
+        return [] if self._host is None else self._host.ended(wait=wait)
+
     def close(self) -> None:
-        """Finish the launched steps and end the worker thread."""
+        """Finish the launched steps and copies, and end their threads."""
+        if self._host is not None:
+            self._host.close()
         if self._worker is not None:
             self._worker.shutdown()
 
