@@ -24,6 +24,7 @@ CONSTANTS
   Content,      \* [Req -> Seq(Token)]  all tokens that a request may have, prompt first
   PromptLen,    \* [Req -> Nat]         how many of these are prompt
   Salt,         \* [Req -> Token]       whose cache it uses: prefixes of two salts never meet
+  Patience,     \* [Req -> Nat]         later arrivals that may go ahead of it; the urgent have none
   PageSize,     \* tokens in a page
   Chunk,        \* tokens of one request in one step, at most
   Slots,        \* requests that may hold pages at once
@@ -34,6 +35,7 @@ PagesFor(n) == (n + PageSize - 1) \div PageSize
 ASSUME /\ \A r \in Req : /\ Content[r] \in Seq(Token)
                          /\ PromptLen[r] \in 1..(Len(Content[r]) - 1)
                          /\ Salt[r] \in Token
+                         /\ Patience[r] \in Nat
        /\ {PageSize, Chunk, Slots, MaxInFlight} \subseteq Nat \ {0}
 
 VARIABLES
@@ -107,7 +109,11 @@ Move(a, r, to) ==
 (* Guards                                                                   *)
 
 Running        == {r \in Req : st[r] \in Live}
-Older(a, b)    == \E i, j \in DOMAIN age : i < j /\ age[i] = a /\ age[j] = b
+Before(a, b)   == \* whose turn comes first; it is fixed at submission, so that all agree
+  \E i, j \in DOMAIN age :
+    /\ age[i] = a /\ age[j] = b
+    /\ \/ i + Patience[a] < j + Patience[b]
+       \/ i + Patience[a] = j + Patience[b] /\ Patience[a] < Patience[b]
 PlannedFor(r)  == plan[r].n > 0
 InFlight(r)    == \E i \in DOMAIN inflight : inflight[i][r].n > 0
 Pinned(r)      == PlannedFor(r) \/ InFlight(r)
@@ -129,8 +135,8 @@ Lacks(r)       == Wants(r) /\ Room(r) < Min(Wanted(r), Chunk)
 NoneLacks      == \A r \in Req : ~Lacks(r)
 Starved        == FreePages = {} /\ ~NoneLacks
 SlotFree       == Cardinality({r \in Req : "Slot" \in Owns[st[r]]}) < Slots
-FirstQueued(r) == \A q \in Req \ {r} : st[q] \in Queued => Older(r, q)
-Youngest(r)    == \A q \in Running \ {r} : Older(q, r)
+FirstQueued(r) == \A q \in Req \ {r} : st[q] \in Queued => Before(r, q)
+LastRunning(r) == \A q \in Running \ {r} : Before(q, r)
 Alone(r)       == Running = {r}
 Full           == Len(inflight) >= MaxInFlight
 
@@ -186,11 +192,11 @@ Release(r) ==    \* no page returns while a launched step may touch it
   /\ GiveBack(r)
   /\ UNCHANGED <<age, known, plan, inflight>>
 
-Preempt(r) ==    \* the youngest gives way; the oldest can always go on
+Preempt(r) ==    \* the last in turn gives way; the first can always go on
   /\ Move("Preempt", r, "Preempted")
   /\ Starved
   /\ NoneEvictable
-  /\ Youngest(r)
+  /\ LastRunning(r)
   /\ ~Alone(r)
   /\ ~Pinned(r)
   /\ GiveBack(r)
@@ -379,5 +385,8 @@ Safety == /\ TypeOK /\ FreeUnique /\ RefExact /\ AccountingExact /\ NoReuseInFli
 EveryRequestEnds == \A r \in Req : (st[r] = "Waiting") ~> (st[r] \in Terminal)
 PreemptProgress  == \A r \in Req : (st[r] = "Preempted") ~> (st[r] \in Draining \cup Terminal)
 DrainEnds        == \A r \in Req : (st[r] \in Draining) ~> (st[r] \in Terminal)
+PatienceKept == \* nobody is let in ahead of who came so much earlier
+  [][\A r, q \in Req : st[r] \in Queued /\ st[q] \in Queued /\ st'[q] = "Prefilling" =>
+       \A i, j \in DOMAIN age : age[i] = r /\ age[j] = q => j <= i + Patience[r]]_vars
 DrainOnly == [][\A r \in Req : st[r] \in Draining => st'[r] \in {st[r]} \cup Terminal]_vars
 ==============================================================================

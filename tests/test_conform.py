@@ -30,7 +30,15 @@ needs_compiler = pytest.mark.skipif(compiled.compiler() is None, reason="no C++ 
 
 @needs_compiler
 @pytest.mark.parametrize(
-    "name", ["tiny", "pages", "toolong", "keys", pytest.param("oneslot", marks=pytest.mark.slow)]
+    "name",
+    [
+        "tiny",
+        "pages",
+        "toolong",
+        "keys",
+        "priorities",
+        pytest.param("oneslot", marks=pytest.mark.slow),
+    ],
 )
 def test_the_runtime_is_the_model_in_every_state(name: str) -> None:
     model = RECORDED[name]

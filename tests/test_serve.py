@@ -219,6 +219,7 @@ BAD_FIELDS = [
     *(("session_id", v) for v in ("", "x" * 257, 5)),
     *(("session_ttl_s", v) for v in (-1, 1e9, "5", True)),
     *(("session_supersede", v) for v in (1, "yes")),
+    *(("priority", v) for v in (-101, 101, "high", 1.5, True)),
 ]
 
 

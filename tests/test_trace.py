@@ -60,7 +60,8 @@ def test_what_the_scheduler_does_is_a_behaviour_of_the_spec(tmp_path: Path, over
     overlap=st.integers(0, 2),
     page_size=st.integers(1, 3),
     requests=st.lists(
-        st.tuples(st.integers(1, 6), st.integers(1, 5), st.booleans(), st.integers(0, 4)),
+        st.tuples(st.integers(1, 6), st.integers(1, 5), st.booleans(), st.integers(0, 4),
+                  st.integers(-1, 1)),
         min_size=1, max_size=6,
     ),
 )  # fmt: skip
@@ -68,12 +69,13 @@ def test_any_run_is_a_behaviour_of_the_spec(
     tmp_path_factory: pytest.TempPathFactory,
     overlap: int,
     page_size: int,
-    requests: list[tuple[int, int, bool, int]],
+    requests: list[tuple[int, int, bool, int, int]],
 ) -> None:
     path = tmp_path_factory.mktemp("t") / "trace"
     world = World(pages=12, page_size=page_size, slots=2, step_tokens=3, overlap=overlap)
-    for prompt, output, salted, turns in requests:
-        number = world.submit(list(range(1, prompt + 1)), output, "x" if salted else "")
+    for prompt, output, salted, turns, priority in requests:
+        salt = "x" if salted else ""
+        number = world.submit(list(range(1, prompt + 1)), output, salt, priority=priority)
         for _ in range(turns):
             world.turn()
         if turns == 3:

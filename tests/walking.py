@@ -32,6 +32,7 @@ def specification(prompt: int) -> Evaluator:
         "Content": function({"r1": ALIKE, "r2": ALIKE, "r3": OTHER}),
         "PromptLen": function(dict.fromkeys(REQUESTS, prompt)),
         "Salt": function(dict.fromkeys(REQUESTS, "a")),
+        "Patience": function(dict(zip(REQUESTS, (1, 0, 2), strict=True))),
         "PageSize": 2,
         "Chunk": 3,
         "Slots": 2,

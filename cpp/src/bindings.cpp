@@ -73,11 +73,11 @@ using Flags = arrays::Input<bool>;
 
 void submit(Native& self, std::int64_t number, const Ints& prompt, std::int32_t max_tokens,
             const std::string& salt, const std::string& session, Microseconds keep_us,
-            bool supersedes) {
+            bool supersedes, std::int32_t priority) {
   const auto tokens = prompt.span();
   const Turn turn{session, keep_us, supersedes};
   const Refusal refusal = self.run([&](Scheduler& scheduler) {
-    return scheduler.submit(number, tokens, max_tokens, salt, turn);
+    return scheduler.submit(number, tokens, max_tokens, salt, turn, priority);
   });
   if (refusal.queue_full) throw QueueFull(refusal.message);
   if (refusal.refused()) throw py::value_error(refusal.field + ": " + refusal.message);
@@ -232,10 +232,11 @@ void bind_control(py::module_& m) {
       .def(
           "submit",
           [](Control& self, std::int64_t number, const std::vector<Token>& prompt,
-             std::int32_t length_max, std::string_view salt) {
-            return self.submit(number, prompt, length_max, salt).has_value();
+             std::int32_t length_max, std::string_view salt, std::int64_t patience) {
+            return self.submit(number, prompt, length_max, salt, {}, patience).has_value();
           },
-          py::arg("number"), py::arg("prompt"), py::arg("length_max"), py::arg("salt"))
+          py::arg("number"), py::arg("prompt"), py::arg("length_max"), py::arg("salt"),
+          py::arg("patience"))
       .def("admit", &act<&Control::admit>, py::arg("number"))
       .def("acquire", &act<&Control::acquire, PageId>, py::arg("number"), py::arg("page"))
       .def("schedule", &act<&Control::schedule, std::int32_t>, py::arg("number"), py::arg("tokens"))
@@ -334,7 +335,7 @@ PYBIND11_MODULE(_core, m) {
       }))
       .def("submit", &submit, py::arg("number"), py::arg("prompt"), py::arg("max_tokens"),
            py::arg("salt") = "", py::arg("session") = "", py::arg("keep_us") = 0,
-           py::arg("supersedes") = false)
+           py::arg("supersedes") = false, py::arg("priority") = 0)
       .def("plan",
            [](Native& self) {
              return arrays::Boxed<Plan>::box(self.run([](Scheduler& s) { return s.plan(); }));

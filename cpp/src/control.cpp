@@ -168,7 +168,7 @@ bool Control::Fits(RequestId id) const noexcept {
   return pages_for(records_[id.index].length_max - 1, config_.page_size) <= config_.pages;
 }
 
-bool Control::Youngest(RequestId id) const noexcept {
+bool Control::LastRunning(RequestId id) const noexcept {
   return !running_.empty() && running_.back() == id.index;
 }
 
@@ -225,7 +225,7 @@ void Control::trace(std::string_view action, PageId page, std::int64_t value, st
 
 std::optional<RequestIndex> Control::submit(std::int64_t number, std::span<const Token> prompt,
                                             std::int32_t length_max, std::string_view salt,
-                                            const Turn& turn) {
+                                            const Turn& turn, std::int64_t patience) {
   if (prompt.empty() || std::ssize(prompt) >= length_max) return std::nullopt;
   if (by_number_.contains(number)) return std::nullopt;
   std::vector<Token> tokens;  // what may throw comes before anybody knows of the request
@@ -237,6 +237,7 @@ std::optional<RequestIndex> Control::submit(std::int64_t number, std::span<const
   Record& record = records_[index];
   record.number = number;
   record.arrival = arrivals_;
+  record.rank = {arrivals_ + patience, patience};
   record.length_max = length_max;
   record.salt = std::move(owner);
   record.tokens = std::move(tokens);
@@ -249,7 +250,9 @@ std::optional<RequestIndex> Control::submit(std::int64_t number, std::span<const
     return std::nullopt;
   }
   put(lifecycle::Submit(*this, std::move(created), std::move(verdict).take()));
-  queued_.emplace(arrivals_++, index);
+  note(-1, patience);
+  queued_.emplace(record.rank, index);
+  ++arrivals_;
   record.session = sessions_.arrive(turn.session);
   record.keep_us = turn.keep_us;
   record.supersedes = turn.supersedes;
@@ -310,7 +313,7 @@ bool Control::admit(RequestIndex index) {
       record.planned = record.done = matched * config_.page_size;
       queued_.erase(queued_.begin());
       const auto place = std::ranges::upper_bound(
-          running_, record.arrival, {}, [this](RequestIndex at) { return records_[at].arrival; });
+          running_, record.rank, {}, [this](RequestIndex at) { return records_[at].rank; });
       running_.insert(place, index);
       put(lifecycle::Admit(*this, take<S>(index), std::move(verdict).take(), std::move(slot),
                            std::move(pages)));
@@ -331,7 +334,7 @@ void Control::end_turn(RequestIndex index, TailId tail) {
 bool Control::abort(RequestIndex index) {
   return with(index, [&]<State S>() -> bool {
     if constexpr (lifecycle::edge(Action::Abort, S, State::Aborted)) {
-      queued_.erase({records_[index].arrival, index});
+      queued_.erase({records_[index].rank, index});
       static_cast<void>(lifecycle::Abort(*this, take<S>(index)));
       end_turn(index, -1);
       retire(index);
@@ -373,7 +376,7 @@ bool Control::preempt(RequestIndex index) {
       Record& record = records_[index];
       sessions_.wait(record.session, give_back(record, std::move(out.pages), std::move(out.slot)));
       record.pages = record.planned = record.done = record.published = 0;
-      queued_.emplace(record.arrival, index);
+      queued_.emplace(record.rank, index);
       recount(index);
       return true;
     } else {

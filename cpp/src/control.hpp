@@ -48,6 +48,14 @@ constexpr std::int32_t pages_for(std::int32_t tokens, std::int32_t page_size) no
   return (tokens + page_size - 1) / page_size;
 }
 
+// Whose turn comes first. It is fixed when a request is submitted, so that all agree: `Before` in
+// the spec.
+struct Rank {
+  std::int64_t at = 0;        // arrival and patience
+  std::int64_t patience = 0;  // later arrivals that may go ahead
+  auto operator<=>(const Rank&) const = default;
+};
+
 // Where a request's record lies; the next request may be given it once this one has ended.
 using RequestIndex = std::uint32_t;
 
@@ -69,6 +77,7 @@ struct alignas(64) Record {
   std::int32_t published = 0;  // leading pages that are in the prefix index
   Token last = -1;             // of `tokens`: whose end lies far from here
   std::int64_t arrival = 0;
+  Rank rank;
   std::int32_t length_max = 0;      // prompt and output tokens
   PrefixIndex::Cursor root = -1;    // of its salt, while it holds pages
   PrefixIndex::Cursor cursor = -1;  // of the last published page
@@ -151,7 +160,8 @@ struct TraceStep {
   std::string_view action;
   std::int64_t number;
   std::int32_t page;
-  std::int64_t value;   // tokens of a Schedule, pages of an Admit, token of a Complete, step
+  std::int64_t value;   // patience of a Submit, tokens of a Schedule, pages of an Admit, token of a
+                        // Complete, step
   std::string_view to;  // the request's state after it
 };
 
@@ -215,7 +225,7 @@ class Control final {
   // --- the actions
   std::optional<RequestIndex> submit(std::int64_t number, std::span<const Token> prompt,
                                      std::int32_t length_max, std::string_view salt,
-                                     const Turn& turn = {});
+                                     const Turn& turn = {}, std::int64_t patience = 0);
   bool admit(RequestIndex index);
   bool acquire(RequestIndex index, PageId page);
   bool schedule(RequestIndex index, std::int32_t tokens);
@@ -247,9 +257,9 @@ class Control final {
   // --- what a scheduler looks at
   const Record& record(RequestIndex index) const noexcept { return records_[index]; }
   std::optional<RequestIndex> find(std::int64_t number) const;
-  std::span<const RequestIndex> running() const noexcept { return running_; }  // by arrival
-  // (arrival, index), oldest first: Waiting and Preempted.
-  using Queue = std::set<std::pair<std::int64_t, RequestIndex>>;
+  std::span<const RequestIndex> running() const noexcept { return running_; }  // by rank
+  // Waiting and Preempted, by rank.
+  using Queue = std::set<std::pair<Rank, RequestIndex>>;
   const Queue& queue() const noexcept { return queued_; }
   std::size_t alive() const noexcept { return by_number_.size(); }
   const std::vector<Row>& planned() const noexcept { return plan_; }
@@ -315,7 +325,7 @@ class Control final {
   bool Wants(RequestId id) const noexcept;
   bool Lacks(RequestId id) const noexcept;
   bool Fits(RequestId id) const noexcept;
-  bool Youngest(RequestId id) const noexcept;
+  bool LastRunning(RequestId id) const noexcept;
   bool Alone(RequestId id) const noexcept;
   bool Pinned(RequestId id) const noexcept;
 
@@ -377,7 +387,7 @@ class Control final {
              Shelf<State::Preempted>, Shelf<State::Finishing>, Shelf<State::Aborting>>
       shelves_;
   Queue queued_;
-  std::vector<RequestIndex> running_;  // Prefilling and Decoding, by arrival
+  std::vector<RequestIndex> running_;  // Prefilling and Decoding, by rank
   std::vector<Row> plan_;              // the step being assembled
   Launched launched_;
   std::int64_t arrivals_ = 0;

@@ -100,7 +100,8 @@ void Committed::clear() noexcept {
 // -------------------------------------------------------------------------------------
 
 Refusal Scheduler::submit(std::int64_t number, std::span<const Token> prompt,
-                          std::int32_t max_tokens, std::string_view salt, const Turn& turn) {
+                          std::int32_t max_tokens, std::string_view salt, const Turn& turn,
+                          std::int32_t priority) {
   const auto length = static_cast<std::int64_t>(prompt.size()) + max_tokens;
   if (prompt.empty()) return {"prompt", "got no tokens; expected at least one"};
   // The sign of all of them at once: a loop without a way out is one that compilers make wide.
@@ -118,9 +119,15 @@ Refusal Scheduler::submit(std::int64_t number, std::span<const Token> prompt,
     return {"keep_us",
             "got " + std::to_string(turn.keep_us) + "; expected 0 to " + std::to_string(kKeepMax)};
   }
+  if (priority < -kPriorityMax || priority > kPriorityMax) {
+    return {"priority", "got " + std::to_string(priority) + "; expected " +
+                            std::to_string(-kPriorityMax) + " to " + std::to_string(kPriorityMax)};
+  }
   if (control_.find(number)) return {"number", "this request is alive already"};
   if (std::ssize(control_.queue()) >= config_.waiting_max) return {"", "the queue is full", true};
-  if (!control_.submit(number, prompt, static_cast<std::int32_t>(length), salt, turn)) {
+  const std::int64_t patience = kArrivals * (std::int64_t{priority} + kPriorityMax);
+  if (!control_.submit(number, prompt, static_cast<std::int32_t>(length), salt, turn,
+                       patience)) {
     const auto pages = pages_for(static_cast<std::int32_t>(length) - 1, config_.page_size);
     return {"max_tokens", "needs " + std::to_string(pages) + " pages, the pool has " +
                               std::to_string(config_.pages)};
@@ -167,7 +174,7 @@ Allowance Scheduler::allowance() const noexcept {
   return {tokens, model_, within_us - model_.predict_us(decode)};
 }
 
-// In order of arrival. False if somebody found no page: then nobody new comes in.
+// By rank. False if somebody found no page: then nobody new comes in.
 bool Scheduler::schedule_running(Plan& plan, Allowance& left) {
   for (std::size_t at = 0; at < control_.running().size(); ++at) {  // it may shrink from the back
     const RequestIndex index = control_.running()[at];
@@ -180,8 +187,16 @@ bool Scheduler::schedule_running(Plan& plan, Allowance& left) {
 
 void Scheduler::prefill(RequestIndex index, Allowance& left, Plan& plan) {
   const std::int32_t context = control_.record(index).planned;
-  const std::int32_t tokens = left.grant(control_.wanted(index), context);
+  const std::int32_t tokens = yields(index) ? 1 : left.grant(control_.wanted(index), context);
   left.spend(schedule(index, tokens, plan), context);
+}
+
+// Does somebody wait who comes before it by rank, and who could be let in? Then one token is enough for
+// now: with none, a request lacks its pages, which keeps everybody out.
+bool Scheduler::yields(RequestIndex index) {
+  if (control_.queue().empty() || !control_.SlotFree()) return false;
+  const auto& [rank, head] = *control_.queue().begin();
+  return rank < control_.record(index).rank && fits(head);
 }
 
 // As many of `tokens` as there are pages for; how many that is.
@@ -222,14 +237,14 @@ std::int32_t Scheduler::acquire(RequestIndex index, std::int32_t tokens, Plan& p
   return std::min(tokens, record.pages * config_.page_size - record.planned);
 }
 
-// Is a page free? If not, the cached one goes that is least likely to be missed, or the youngest
-// request gives up its own.
+// Is a page free? If not, the cached one goes that is least likely to be missed, or the last
+// request by rank gives up its own.
 bool Scheduler::find_page(RequestIndex for_whom, Plan& plan) {
   while (control_.pool().free() == 0) {
     if (const auto page = control_.index().next_evictable()) {
       control_.evict(*page);
       ++counts_.evictions;
-    } else if (!preempt_youngest(for_whom, plan)) {
+    } else if (!preempt_last(for_whom, plan)) {
       short_ = true;
       return false;
     }
@@ -237,7 +252,7 @@ bool Scheduler::find_page(RequestIndex for_whom, Plan& plan) {
   return true;
 }
 
-bool Scheduler::preempt_youngest(RequestIndex for_whom, Plan& plan) {
+bool Scheduler::preempt_last(RequestIndex for_whom, Plan& plan) {
   const RequestIndex index = control_.running().back();
   if (index == for_whom) return false;
   const std::size_t before = to_store_.size();

@@ -132,14 +132,20 @@ struct Stats {
 
 class Scheduler final {
  public:
+  static constexpr std::int32_t kPriorityMax = 100;  // and the least is its negative
+  static constexpr std::int64_t kArrivals = 16;      // that one step of priority is worth
+
   // Throws nothing: a configuration is checked by `invalid` first.
   explicit Scheduler(const SchedulerConfig& config);
 
   // Empty, or which field is wrong and why.
   static std::string invalid(const SchedulerConfig& config);
 
+  // Requests come in by arrival, but one of lower `priority` goes ahead of so many that came before
+  // it as it is lower, times kArrivals. So nobody waits for more than a bounded number of later
+  // ones.
   Refusal submit(std::int64_t number, std::span<const Token> prompt, std::int32_t max_tokens,
-                 std::string_view salt, const Turn& turn = {});
+                 std::string_view salt, const Turn& turn = {}, std::int32_t priority = 0);
   PlanPointer plan();
   // `duration_us`: from the completion before this one, or from when there was work again; 0 if
   // nobody knows. What the latency budget leaves for prefill is learned from it. `awaits_tool`, if
@@ -194,10 +200,11 @@ class Scheduler final {
   bool fits(RequestIndex index);
   bool still_held_back(RequestIndex index, HeldBack& known) const;
   void prefill(RequestIndex index, Allowance& left, Plan& plan);
+  bool yields(RequestIndex index);
   std::int32_t schedule(RequestIndex index, std::int32_t tokens, Plan& plan);
   std::int32_t acquire(RequestIndex index, std::int32_t tokens, Plan& plan);
   bool find_page(RequestIndex for_whom, Plan& plan);
-  bool preempt_youngest(RequestIndex for_whom, Plan& plan);
+  bool preempt_last(RequestIndex for_whom, Plan& plan);
   Work& work_of(std::int64_t step) noexcept {
     return works_[static_cast<std::size_t>(step) % works_.size()];
   }

@@ -137,6 +137,7 @@ class Scheduler:
         session: str = "",
         keep_us: int = 0,
         supersedes: bool = False,
+        priority: int = 0,
     ) -> None:
         """Queue a request. Raises ValueError naming the field, or QueueFull.
 
@@ -146,6 +147,8 @@ class Scheduler:
             keep_us: once it has ended, its pages go after everybody else's for so long, if
                 `session_pages_max` leaves room for all of them.
             supersedes: what only the turn before had cached goes first.
+            priority: -100 to 100; for each step that it is lower, the request goes ahead of 16
+                earlier arrivals, and of no more.
         """
 
     def plan(self) -> Plan | None:
@@ -207,9 +210,9 @@ class Scheduler:
     def trace(self) -> list[tuple[str, int, int, int, str]]:
         """Steps of the spec since the last call: (action, request, page, value, to).
 
-        -1 and "" stand for what a step does not have. `value` is the tokens of a Schedule, the
-        pages that an Admit found, the token that a Complete accepted for a request. A step's
-        completion is a Complete for each of its rows, then one for the step.
+        -1 and "" stand for what a step does not have. `value` is the patience of a Submit, the
+        tokens of a Schedule, the pages that an Admit found, the token that a Complete accepted for
+        a request. A step's completion is a Complete for each of its rows, then one for the step.
         """
 
     def events(self) -> list[tuple[str, int, int, str, str]]:
@@ -246,7 +249,9 @@ class Control:
     def __init__(
         self, *, page_size: int, pages: int, slots: int, chunk: int, in_flight_max: int
     ) -> None: ...
-    def submit(self, number: int, prompt: Sequence[int], length_max: int, salt: str) -> bool: ...
+    def submit(
+        self, number: int, prompt: Sequence[int], length_max: int, salt: str, patience: int
+    ) -> bool: ...
     def admit(self, number: int) -> bool: ...
     def acquire(self, number: int, page: int) -> bool: ...
     def schedule(self, number: int, tokens: int) -> bool: ...

@@ -38,12 +38,12 @@ class LiveSequence:
     withheld_logprobs: deque[TokenLogprob] = field(factory=deque)
 
     @property
-    def hints(self) -> tuple[str, int, bool]:
-        """What the scheduler hears of its session: name, microseconds to keep, supersedes."""
-        session = self.request.session
+    def hints(self) -> tuple[str, int, bool, int]:
+        """Its session's name, microseconds to keep, whether it supersedes; its priority."""
+        session, priority = self.request.session, self.request.priority
         if session is None:
-            return ("", 0, False)
-        return (session.name, round(session.ttl_s * 1e6), session.supersedes)
+            return ("", 0, False, priority)
+        return (session.name, round(session.ttl_s * 1e6), session.supersedes, priority)
 
     def delta(self, text: str, tokens: int) -> Delta:
         """A piece of text with the tokens behind it."""

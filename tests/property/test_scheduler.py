@@ -26,6 +26,7 @@ HINTS = st.one_of(
             "session": SESSIONS,
             "keep_us": st.sampled_from([0, 2_000_000]),
             "supersedes": st.booleans(),
+            "priority": st.sampled_from([0, 0, -1, 1]),
         }
     ),
 )

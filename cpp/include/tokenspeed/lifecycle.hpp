@@ -19,7 +19,7 @@ namespace tokenspeed::lifecycle {
 
 inline constexpr std::string_view kSpec = "specs/Lifecycle.tla";
 inline constexpr std::string_view kSpecHash =
-    "e64c29a8d650b6155ac90e402ce7760f4e7acad5da5f2c0e6b99621cc9203900";
+    "b6a9a5869ca272d28dff476433f8429d6a3b5ede0f62b23f0c73bea0d64f5057";
 inline constexpr std::string_view kSpecVersion = "1.0.0";
 
 enum class State : std::uint8_t {
@@ -325,7 +325,7 @@ concept World = requires(W& world, const W& view, RequestId request) {
   { view.Wants(request) } -> std::same_as<bool>;
   { view.Starved() } -> std::same_as<bool>;
   { view.NoneEvictable() } -> std::same_as<bool>;
-  { view.Youngest(request) } -> std::same_as<bool>;
+  { view.LastRunning(request) } -> std::same_as<bool>;
   { view.Alone(request) } -> std::same_as<bool>;
   { view.Pinned(request) } -> std::same_as<bool>;
 };
@@ -342,7 +342,7 @@ struct Unguarded {
   bool Wants(RequestId) const noexcept { return true; }
   bool Starved() const noexcept { return true; }
   bool NoneEvictable() const noexcept { return true; }
-  bool Youngest(RequestId) const noexcept { return true; }
+  bool LastRunning(RequestId) const noexcept { return true; }
   bool Alone(RequestId) const noexcept { return false; }
   bool Pinned(RequestId) const noexcept { return false; }
 };
@@ -704,8 +704,8 @@ template <State S, World W>
 Verdict<Action::Preempt> permit_Preempt(const W& world, const Request<S, W>& request) noexcept {
   if (!world.Starved()) return Moves::refuse<Action::Preempt>(request.id(), "Starved");
   if (!world.NoneEvictable()) return Moves::refuse<Action::Preempt>(request.id(), "NoneEvictable");
-  if (!world.Youngest(request.id()))
-    return Moves::refuse<Action::Preempt>(request.id(), "Youngest(r)");
+  if (!world.LastRunning(request.id()))
+    return Moves::refuse<Action::Preempt>(request.id(), "LastRunning(r)");
   if (world.Alone(request.id())) return Moves::refuse<Action::Preempt>(request.id(), "~Alone(r)");
   if (world.Pinned(request.id())) return Moves::refuse<Action::Preempt>(request.id(), "~Pinned(r)");
   return Moves::allow<Action::Preempt>(request.id());

@@ -9,7 +9,7 @@
 #include <stddef.h>
 
 #define TOKENSPEED_SPEC "specs/Lifecycle.tla"
-#define TOKENSPEED_SPEC_HASH "e64c29a8d650b6155ac90e402ce7760f4e7acad5da5f2c0e6b99621cc9203900"
+#define TOKENSPEED_SPEC_HASH "b6a9a5869ca272d28dff476433f8429d6a3b5ede0f62b23f0c73bea0d64f5057"
 #define TOKENSPEED_SPEC_VERSION "1.0.0"
 
 // How the functions are declared: each includer has its own, unless it exports them.

@@ -26,7 +26,7 @@ struct Always {
   bool Lacks(RequestId) const { return true; }
   bool NoneLacks() const { return true; }
   bool Fits(RequestId) const { return true; }
-  bool Youngest(RequestId) const { return true; }
+  bool LastRunning(RequestId) const { return true; }
   bool Alone(RequestId) const { return false; }
   bool Pinned(RequestId) const { return false; }
 };

@@ -11,7 +11,7 @@ __all__ = [
 ]  # fmt: skip
 
 SPEC = "specs/Lifecycle.tla"
-SPEC_HASH = "e64c29a8d650b6155ac90e402ce7760f4e7acad5da5f2c0e6b99621cc9203900"
+SPEC_HASH = "b6a9a5869ca272d28dff476433f8429d6a3b5ede0f62b23f0c73bea0d64f5057"
 SPEC_VERSION = "1.0.0"
 
 STATES = (
@@ -103,7 +103,7 @@ GUARDS: dict[str, tuple[str, ...]] = {
     "Schedule": ("Wants(r)",),
     "Complete": (),
     "Publish": (),
-    "Preempt": ("Starved", "NoneEvictable", "Youngest(r)", "~Alone(r)", "~Pinned(r)"),
+    "Preempt": ("Starved", "NoneEvictable", "LastRunning(r)", "~Alone(r)", "~Pinned(r)"),
     "Abort": (),
     "Release": ("~Pinned(r)",),
 }

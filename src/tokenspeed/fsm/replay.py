@@ -44,7 +44,7 @@ FORM = 1
 CALLS: Mapping[str, Mapping[str, DTypeLike | None]] = {
     "submit": {
         "number": None, "prompt": np.int32, "max_tokens": None, "salt": None,
-        "session": None, "keep_us": None, "supersedes": None,
+        "session": None, "keep_us": None, "supersedes": None, "priority": None,
     },
     "plan": {},
     "commit": {

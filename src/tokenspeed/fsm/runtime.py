@@ -80,6 +80,7 @@ class Runtime:
         self._content: dict[str, tuple[Value, ...]] = value("Content").items
         self._prompt: dict[str, int] = value("PromptLen").items
         self._salt: dict[str, Value] = value("Salt").items
+        self._patience: dict[str, int] = value("Patience").items
         self._requests = sorted(value("Req"))
         self._pages = sorted(value("Page"))
         self._tokens = sorted(value("Token"))
@@ -148,7 +149,7 @@ class Runtime:
         content = [self._tokens.index(token) for token in self._content[r]]
         prompt = content[: self._prompt[r]]
         salt = str(self._tokens.index(self._salt[r]))
-        done = self._control.submit(self._numbers[r], prompt, len(content), salt)
+        done = self._control.submit(self._numbers[r], prompt, len(content), salt, self._patience[r])
         self._age += [r] if done else []
         return done
 

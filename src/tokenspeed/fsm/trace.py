@@ -61,7 +61,8 @@ class TraceStep:
     Attributes:
         request: its number, or None for a step of all.
         page: that was acquired, published or evicted.
-        value: tokens of a Schedule, pages of an Admit, the token that a Complete accepted.
+        value: patience of a Submit, tokens of a Schedule, pages of an Admit, the token that a
+            Complete accepted.
         to: the request's state after it.
         prompt, length, salt: of a Submit: its tokens, how many it may have in all, its tenant.
     """
@@ -259,6 +260,7 @@ class _Judge:
             "Content": Function({r: found.content for r, found in contents.items()}),
             "PromptLen": Function({r: found.prompt for r, found in contents.items()}),
             "Salt": Function({r: found.salt for r, found in contents.items()}),
+            "Patience": Function({r: found.patience for r, found in contents.items()}),
             "PageSize": header.page_size,
             "Chunk": header.chunk,
             "Slots": header.slots,
@@ -333,11 +335,12 @@ def _name(request: int) -> str:
 
 @frozen
 class _Content:
-    """A request's tokens, as far as the trace knows them, how many are prompt, and its salt."""
+    """A request: its tokens, as far as the trace knows them, and how many of them are prompt."""
 
     content: tuple[str, ...]
     prompt: int
     salt: str
+    patience: int
 
 
 def _contents(steps: Sequence[TraceStep]) -> dict[str, _Content]:
@@ -356,5 +359,7 @@ def _contents(steps: Sequence[TraceStep]) -> dict[str, _Content]:
     for name, step in submitted.items():
         unknown = (step.length or 0) - len(tokens[name])
         content = (*tokens[name], *(f"{name}?" for _ in range(unknown)))
-        found[name] = _Content(content, len(step.prompt or ()), f"salt {step.salt}")
+        found[name] = _Content(
+            content, len(step.prompt or ()), f"salt {step.salt}", step.value or 0
+        )
     return found

@@ -332,7 +332,11 @@ class OpenAI:
                     if params.seed is not None and choice:
                         own = attrs.evolve(params, seed=(params.seed + choice) % 2**62)
                     wanted = engine_request.Request(
-                        prompt_ids=prompt, params=own, salt=asked.cache_salt or "", session=session
+                        prompt_ids=prompt,
+                        params=own,
+                        salt=asked.cache_salt or "",
+                        priority=asked.priority or 0,
+                        session=session,
                     )
                     streams.append(self._engine.submit(wanted))
                     if session is not None:  # the others are of this very turn

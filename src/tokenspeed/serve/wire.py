@@ -18,7 +18,14 @@ from attrs import frozen
 from cattrs import AttributeValidationNote, IterableValidationNote
 
 from tokenspeed.errors import RequestError
-from tokenspeed.request import LOGPROBS_MAX, STOP_MAX, SamplingParams, Session, shown
+from tokenspeed.request import (
+    LOGPROBS_MAX,
+    PRIORITY_MAX,
+    STOP_MAX,
+    SamplingParams,
+    Session,
+    shown,
+)
 
 __all__ = ["CHOICES_MAX", "ChatRequest", "CompletionRequest", "Message", "decode"]
 
@@ -73,6 +80,7 @@ class _Common:
     session_id: str | None = None
     session_ttl_s: float | None = None
     session_supersede: bool | None = None
+    priority: int | None = None
 
     @property
     def choices(self) -> int:
@@ -120,6 +128,7 @@ class _Common:
             raise RequestError("stream_options", "stream_options: only with stream: true")
         if len(self.stop_token_ids or ()) > 64:
             raise RequestError("stop_token_ids", "stop_token_ids: at most 64")
+        _within("priority", self.priority or 0, -PRIORITY_MAX, PRIORITY_MAX)
         if len(self.cache_salt or "") > 256:
             raise RequestError("cache_salt", "cache_salt: at most 256 characters")
         self.session()
