@@ -142,3 +142,20 @@ def test_workloads_that_cannot_be_replayed_are_refused(tmp_path: Path) -> None:
         workload(tmp_path / "none", 1.0, None)
     with pytest.raises(ConfigError, match="for one request"):
         measure("generated", generate(2, 1.0), (0.01,), lambda _what, _done, _total: None)
+
+
+def test_the_policy_is_simulated_as_json() -> None:
+    sizes = ("--users", "2", "--prompts", "2", "--prompt-tokens", "2000")
+    done = run("--floors", "50,100", *sizes, "--json", what="policy")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found.keys() == {"machine", "workload", "rows"}
+    assert [row["floor"] for row in found["rows"]] == [50, 100]
+    assert all(row["budgeted"]["prefill_per_s"] > 0 for row in found["rows"])
+
+
+@pytest.mark.parametrize("words", [["--floors", "70,fast"], ["--floors", "0"], ["--users", "1"]])
+def test_a_policy_that_cannot_be_simulated_is_refused(words: list[str]) -> None:
+    done = run(*words, what="policy")
+    assert done.returncode == 2
+    assert words[0].strip("-") in done.stderr

@@ -126,8 +126,7 @@ Refusal Scheduler::submit(std::int64_t number, std::span<const Token> prompt,
   if (control_.find(number)) return {"number", "this request is alive already"};
   if (std::ssize(control_.queue()) >= config_.waiting_max) return {"", "the queue is full", true};
   const std::int64_t patience = kArrivals * (std::int64_t{priority} + kPriorityMax);
-  if (!control_.submit(number, prompt, static_cast<std::int32_t>(length), salt, turn,
-                       patience)) {
+  if (!control_.submit(number, prompt, static_cast<std::int32_t>(length), salt, turn, patience)) {
     const auto pages = pages_for(static_cast<std::int32_t>(length) - 1, config_.page_size);
     return {"max_tokens", "needs " + std::to_string(pages) + " pages, the pool has " +
                               std::to_string(config_.pages)};
@@ -191,8 +190,8 @@ void Scheduler::prefill(RequestIndex index, Allowance& left, Plan& plan) {
   left.spend(schedule(index, tokens, plan), context);
 }
 
-// Does somebody wait who comes before it by rank, and who could be let in? Then one token is enough for
-// now: with none, a request lacks its pages, which keeps everybody out.
+// Does somebody wait who comes before it by rank, and who could be let in? Then one token is enough
+// for now: with none, a request lacks its pages, which keeps everybody out.
 bool Scheduler::yields(RequestIndex index) {
   if (control_.queue().empty() || !control_.SlotFree()) return false;
   const auto& [rank, head] = *control_.queue().begin();

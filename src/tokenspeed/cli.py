@@ -311,6 +311,26 @@ def bench_sessions(
         click.echo(json.dumps(found.as_json(), indent=2))
 
 
+@bench.command("policy")
+@click.option("--floors", default="30,70,200", show_default=True, help="tokens/s that users keep")
+@click.option("--users", type=int, help="that decode")
+@click.option("--prompts", type=int, help="that come beside them")
+@click.option("--prompt-tokens", type=int, help="of each")
+@click.option("--overlap", type=int, help="steps launched ahead")
+@click.option("--json", "as_json", is_flag=True, help="JSON on stdout; the table is on stderr")
+def bench_policy(floors: str, as_json: bool, **settings: int | None) -> None:
+    """Long prompts beside decoding users, in virtual time: a latency budget and fixed chunks."""
+    room = _room("tokenspeed.bench.policy")
+    given = {name: value for name, value in settings.items() if value is not None}
+    rates = room.parse_floors(floors)
+    workload = room.Workload(**given)
+    with _progress() as report:
+        found = room.measure(rates, report, workload)
+    _screen.print(found.table())
+    if as_json:
+        click.echo(json.dumps(found.as_json(), indent=2))
+
+
 def main() -> None:
     """Entry point: errors of ours are one line and exit status 2, never a traceback."""
     try:
