@@ -61,7 +61,7 @@ bool Retention::touch(TailId id, std::uint64_t session) {
 }
 
 void Retention::shrink(TailId id) {
-  lose(id, 1);
+  lose_page(at(id));
   if (at(id).pages > 0) return;
   must_stay(id);
   retire(id);
@@ -69,7 +69,7 @@ void Retention::shrink(TailId id) {
 
 void Retention::cut(TailId id, NodeId above) {
   Tail& tail = at(id);
-  lose(id, 1);
+  lose_page(tail);
   tail.end = above;
   if (above >= 0) return;
   if (tail.counted) model_.lost(tail.as, now_ - tail.since);
@@ -77,10 +77,9 @@ void Retention::cut(TailId id, NodeId above) {
   retire(id);
 }
 
-void Retention::lose(TailId id, PageId pages) {
-  Tail& tail = at(id);
-  tail.pages -= pages;
-  if (tail.as == kind::kKept) kept_ -= pages;
+void Retention::lose_page(Tail& tail) noexcept {
+  --tail.pages;
+  if (tail.as == kind::kKept) --kept_;
 }
 
 void Retention::retire(TailId id) noexcept {

@@ -114,7 +114,7 @@ class Retention final {
   Tail& at(TailId tail) noexcept { return tails_[static_cast<std::size_t>(tail)]; }
   const Tail& at(TailId tail) const noexcept { return tails_[static_cast<std::size_t>(tail)]; }
   void classify(TailId tail, Kind as, std::uint64_t order);
-  void lose(TailId tail, PageId pages);
+  void lose_page(Tail& tail) noexcept;
   void retire(TailId tail) noexcept;
   TailId choose() const noexcept;
 

@@ -30,7 +30,7 @@ struct Holder {
 
 class World {
  public:
-  explicit World(unsigned seed) : random_(seed), pool_(kPages), index_(1, kPages, 0) {}
+  explicit World(unsigned seed) : random_(seed), pool_(kPages), index_(1, kPages, 0, 0) {}
   ~World() {
     while (!holders_.empty()) leave();
   }

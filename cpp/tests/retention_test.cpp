@@ -26,8 +26,8 @@ constexpr Microseconds kSecond = 1'000'000;
 // An index and sessions over it; a page has one token.
 class World {
  public:
-  explicit World(PageId pages, PageId kept_max = 0)
-      : pool_(pages), index_(1, pages, kept_max), sessions_(index_.retention(), 64) {}
+  explicit World(PageId pages, PageId kept_max = 0, std::size_t idle_max = 64)
+      : pool_(pages), index_(1, pages, kept_max, 0), sessions_(index_.retention(), idle_max) {}
 
   // A turn of a session from its arrival to its end; its tokens are its pages.
   void turn(const char* name, std::vector<Token> tokens, Microseconds keep_us = 0,
@@ -129,6 +129,17 @@ void who_ends_or_is_superseded_goes_first() {
   REQUIRE(world.evict() == 2 && world.evict() == 1 && world.evict() == 3);
 }
 
+void the_longest_idle_session_is_forgotten_beyond_the_bound() {
+  World world(8, 0, 2);
+  world.turn("a", {1});
+  world.turn("b", {2});
+  world.turn("a", {1});
+  world.turn("c", {3});
+  REQUIRE(world.sessions().size() == 2);
+  REQUIRE(!world.sessions().forget("b") && world.sessions().forget("a"));
+  REQUIRE(world.evict() == 1);
+}
+
 void any_calls_leave_every_count_right(unsigned seed) {
   std::mt19937 random(seed);
   const auto upto = [&](unsigned n) { return static_cast<Token>(random() % n); };
@@ -172,6 +183,7 @@ int main() {
   who_never_comes_back_goes_before_who_does();
   a_wish_is_kept_within_the_bound_and_lapses();
   who_ends_or_is_superseded_goes_first();
+  the_longest_idle_session_is_forgotten_beyond_the_bound();
   the_model_learns_when_things_come_back();
   for (unsigned seed = 0; seed < 300; ++seed) any_calls_leave_every_count_right(seed);
   std::printf("who is missed least goes first\n");
