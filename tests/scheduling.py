@@ -164,7 +164,10 @@ class World:
         self.check()
 
     def launch(self) -> bool:
+        running = self.scheduler.stats().running
         plan = self.scheduler.plan()
+        if plan is None or not len(plan.slots):
+            assert self.scheduler.stats().running <= running, "let in, and nobody hears of it"
         if plan is None:
             return False
         for out, copies in ((True, plan.stores), (False, plan.loads)):

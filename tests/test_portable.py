@@ -10,7 +10,7 @@
      8  state snapshots (Mamba)        come with a cache group for them
      9  reserved rows                  come with speculation, specs/features/Speculation.tla
     10  preemption                     here; thrashing: test_probes.py
-    11  host tier                      tests/test_host_tier.py
+    11  host tier                      test_host_tier.py
     12  transfer between engines       comes with the feature, specs/features/Transfer.tla
     13  KV events                      here; as files: test_kv_log.py
     14  clearing the cache             here

@@ -26,7 +26,10 @@ SMALL = {"page_size": 4, "pages": 64, "slots": 4, "step_tokens": 16}
 
 
 class Driver:
-    """A scheduler whose steps all complete, as late as its overlap allows; traced, with a path."""
+    """A scheduler whose steps all complete, as late as its overlap allows, and copies at once.
+
+    With a path it writes its trace there.
+    """
 
     def __init__(self, trace: Path | None = None, **settings: int) -> None:
         sizes = {"waiting_max": 1000, "context_max": 1 << 20, **settings}
@@ -44,9 +47,12 @@ class Driver:
         plan = self.scheduler.plan()
         if plan is None:
             return False
-        self.launched.append(plan)
-        self.plans.append(plan)
+        if len(plan.slots):
+            self.launched.append(plan)
+            self.plans.append(plan)
         self.preempted.update(plan.preempted.tolist())
+        tickets = np.concatenate([plan.stores[:, 0], plan.loads[:, 0]])
+        self.scheduler.acknowledge(tickets, np.ones(len(tickets), bool))
         return True
 
     def commit(self) -> None:
@@ -83,12 +89,15 @@ def draw(seed: int, tokens: int) -> list[int]:
 
 
 # Two legal requests, 22,526 + 900 tokens at step 1 and 27,648 + 200 at step 5, in a pool of 737
-# pages of 64: "cache admission failed without a retractable request", and the process aborted at
-# step 9. Sizes around it too: what matters is a pool that is full, or nearly.
+# pages of 64, with and without a host tier: "cache admission failed without a retractable request",
+# and the process aborted at step 9. Sizes around it too: what matters is a pool that is full.
+@pytest.mark.parametrize("host_pages", [0, 1537])
 @pytest.mark.parametrize("overlap", [0, 1])
 @pytest.mark.parametrize("pages", [*range(733, 742), 769])
-def test_two_requests_that_fill_the_pool_exactly_both_finish(pages: int, overlap: int) -> None:
-    driver = Driver(**FULL, pages=pages, overlap=overlap)
+def test_two_requests_that_fill_the_pool_exactly_both_finish(
+    pages: int, overlap: int, host_pages: int
+) -> None:
+    driver = Driver(**FULL, pages=pages, overlap=overlap, host_pages=host_pages)
     fill_the_pool(driver)
     assert driver.outputs == {0: 900, 1: 200}
 
@@ -219,23 +228,29 @@ def test_a_batch_of_results_is_applied_whole_or_not_at_all() -> None:
 # --- Thrashing ------------------------------------------------------------------------------------
 
 
-# 20,000 to 60,000 tokens each in a pool of 82,000: over 3,600 preemptions, one request more than
-# 800 times, and six requests finished in 25,000 steps. Here the youngest gives way, and comes back
-# when there are pages for all that it knows. Longer outputs, so that somebody has to.
+# 20,000 to 60,000 tokens each in a pool of 82,000 and a host tier of 8,000: over 3,600 preemptions,
+# one request more than 800 times, and six requests finished in 25,000 steps. Here the youngest
+# gives way, and comes back when there are pages for all that it knows. Longer outputs, so that
+# somebody has to.
 @pytest.mark.parametrize(
     ("requests", "prompt", "max_tokens"),
     [(12, (20_000, 60_000), 900), (12, (20_000, 40_000), 4_000), (32, (1_000, 9_000), 8_000)],
 )
+@pytest.mark.parametrize("host_pages", [0, 129])
 @pytest.mark.parametrize("overlap", [0, 1])
 def test_long_requests_in_a_small_pool_do_not_thrash(
     requests: int,
     prompt: tuple[int, int],
     max_tokens: int,
     overlap: int,
+    host_pages: int,
     record_property: Callable[[str, object], None],
 ) -> None:
     slots = 16
-    driver = Driver(page_size=PAGE, pages=1281, slots=slots, step_tokens=CHUNK, overlap=overlap)
+    driver = Driver(
+        page_size=PAGE, pages=1281, slots=slots, step_tokens=CHUNK, overlap=overlap,
+        host_pages=host_pages,
+    )  # fmt: skip
     chance = np.random.default_rng(1)
     for number in range(requests):
         driver.submit(number, draw(number, int(chance.integers(*prompt))), max_tokens)

@@ -138,6 +138,12 @@ def test_random_schedules_end_with_every_page_back(tmp_path: Path) -> None:
     assert min(seen.values()) >= 5, "the schedules no longer lead everywhere"
 
 
+@pytest.mark.parametrize("seed", [375, 1362, 1787])
+def test_nobody_is_let_in_by_a_step_that_nobody_hears_of(seed: int) -> None:
+    """Copies held the pages that were counted as good as free: no row, no plan, a table unsaid."""
+    schedule(seed)
+
+
 @pytest.mark.slow
 def test_ten_thousand_random_schedules(
     tmp_path: Path, record_property: Callable[[str, object], None]

@@ -175,7 +175,7 @@ std::optional<PageId> PrefixIndex::next_evictable() const noexcept {
 }
 
 std::optional<PageId> PrefixIndex::next_evictable_but(NodeId spared) {
-  if (is_root(spared)) return next_evictable();
+  if (spared < 0 || is_root(spared)) return next_evictable();
   pin(spared);
   const auto page = next_evictable();
   unpin(spared);

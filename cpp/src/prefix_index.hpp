@@ -89,7 +89,7 @@ class PrefixIndex final {
 
   // Of the pages that nobody holds and nothing hangs from, the one that goes first.
   std::optional<PageId> next_evictable() const noexcept;
-  // The same, with one spared and what is above it.
+  // The same, with one spared and what is above it; -1 spares none.
   std::optional<PageId> next_evictable_but(NodeId spared);
   // Let such a page go to `pool`; false if it is not one.
   bool evict(PageId page, PagePool& pool);

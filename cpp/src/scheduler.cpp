@@ -1,6 +1,7 @@
 #include "scheduler.hpp"
 
 #include <algorithm>
+#include <cassert>
 #include <limits>
 
 namespace tokenspeed {
@@ -156,6 +157,7 @@ PlanPointer Scheduler::plan() {
     ++counts_.steps;
     return plan;
   }
+  assert(plan->joined.empty());
   plan->step = -1;
   return plan->stores.empty() && plan->loads.empty() ? PlanPointer() : std::move(plan);
 }
@@ -316,6 +318,9 @@ bool Scheduler::admit(RequestIndex index, Plan& plan) {
   if (control_.host().total() > 0 && fetching(index)) return false;
   if (!fits(index)) return false;
   if (control_.host().total() > 0 && fetch(index, plan)) return false;
+  // What copies touch will be free, but its first row wants a page now: nobody hears of a request
+  // in a step that has no row.
+  if (control_.host().total() > 0 && !page_beside(control_.cached(index).at)) return false;
   if (!control_.admit(index)) return false;
   const std::int32_t slot = control_.slot(index);
   for (std::int32_t at = 0; at < record.pages; ++at) {

@@ -215,7 +215,7 @@ class Scheduler final {
   std::optional<HostPage> host_page_for(PageId page);
   bool fetch(RequestIndex index, Plan& plan);
   bool start_load(HostPage from, Plan& plan);
-  std::optional<PageId> page_for_load(NodeId above);
+  std::optional<PageId> page_beside(NodeId above);
   bool fetching(RequestIndex index) const;
   void end_copies();
   bool end_copy(HostPage block, bool good);

@@ -85,14 +85,14 @@ bool Scheduler::fetch(RequestIndex index, Plan& plan) {
 bool Scheduler::start_load(HostPage from, Plan& plan) {
   const HostTier::Page& home = control_.host()[from];
   if (home.kind == HostTier::Kind::Loading) return true;  // for one that was here before
-  const auto page = page_for_load(control_.index().parent(home.node));
+  const auto page = page_beside(control_.index().parent(home.node));
   if (!page || !control_.load_start(from, *page)) return false;
   plan.loads.insert(plan.loads.end(), {home.ticket, *page, from});
   return true;
 }
 
-// A free page. To have one, cached ones go as ever, but not the one that the load hangs from.
-std::optional<PageId> Scheduler::page_for_load(NodeId above) {
+// A free page. To have one, cached ones go as ever, but not the one that it will hang from.
+std::optional<PageId> Scheduler::page_beside(NodeId above) {
   while (control_.pool().free() == 0) {
     const auto first = control_.next_evictable_but(above);
     if (!first) return std::nullopt;
