@@ -287,8 +287,9 @@ class World:
         """All that the scheduler did, as `serve --trace-lifecycle` writes it."""
         c = self.config
         header = TraceHeader(
-            c["pages"], c["page_size"], c["slots"], c["step_tokens"], c.get("overlap", 0)
-        )
+            c["pages"], c["page_size"], c["slots"], c["step_tokens"], c.get("overlap", 0),
+            c.get("host_pages", 0),
+        )  # fmt: skip
         writer = TraceWriter(path, header)
         for number, client in self.clients.items():
             length = len(client.prompt) + client.max_tokens

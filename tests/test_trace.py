@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import attrs
@@ -85,6 +86,60 @@ def test_any_run_is_a_behaviour_of_the_spec(
     world.finish()
     header, steps = read_trace(world.write_trace(path))
     assert validate(SPECS, header, steps) is None
+
+
+def tiered(path: Path, seed: int) -> Path:
+    """Copies that end late, in any order, and badly; aborts and clears while they are under way."""
+    chance = random.Random(seed)
+    world = World(pages=6, page_size=2, slots=2, step_tokens=4, overlap=seed % 3, host_pages=12)
+    for _ in range(60):
+        match chance.randrange(7):
+            case 0 | 1:
+                prompt = [chance.randint(1, 3)] * chance.randint(4, 7)
+                world.submit(prompt, chance.randint(1, 3), chance.choice(["", "", "x"]))
+            case 2 if world.copies:
+                copies = chance.sample(world.copies, chance.randint(1, len(world.copies)))
+                world.acknowledge(*copies, good=chance.random() < 0.6)
+            case 3 if world.launched:
+                world.commit()
+            case 4 if world.clients and chance.random() < 0.3:
+                world.abort(chance.choice(sorted(world.clients)))
+            case 5 if chance.random() < 0.1:
+                world.clear_cache()
+            case _:
+                world.launch()
+        loads = [copy for copy in world.copies if not copy.out]
+        if loads and chance.random() < 0.3:
+            world.acknowledge(*loads, good=False)
+    world.finish()
+    return world.write_trace(path)
+
+
+def test_what_is_copied_to_the_host_and_back_is_a_behaviour_of_the_spec(tmp_path: Path) -> None:
+    seen = set()
+    for seed in range(10):
+        header, steps = read_trace(tiered(tmp_path / str(seed), seed))
+        seen |= {(s.action, s.to if s.request is None else None) for s in steps}
+        assert validate(SPECS, header, steps) is None, seed
+    ends = {(f"{copy}End", how) for copy in ("Store", "Load") for how in ("good", "bad")}
+    assert ends | {("HostDrop", None), ("Evict", None), ("LoadStart", None)} <= seen
+
+
+def test_what_a_copy_touches_cannot_be_given_away_in_a_trace(tmp_path: Path) -> None:
+    header, steps = read_trace(tiered(tmp_path / "trace", 0))
+    start = next(i for i, s in enumerate(steps) if s.action == "StoreStart")
+    page, block = steps[start].page, steps[start].value
+    for lie in (
+        TraceStep("HostDrop", value=block),
+        TraceStep("StoreStart", page=page, value=block),
+    ):
+        rejected = validate(SPECS, header, [*steps[: start + 1], lie])
+        assert rejected is not None
+        assert "does not hold (HostTier.tla" in rejected.why
+    load = next(i for i, s in enumerate(steps) if s.action == "LoadStart")
+    rejected = validate(SPECS, header, [*steps[:load], *steps[load + 1 :]])
+    assert rejected is not None
+    assert rejected.step.action == "LoadEnd"
 
 
 def without(steps: list[TraceStep], at: int) -> list[TraceStep]:

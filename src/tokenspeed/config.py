@@ -130,12 +130,6 @@ class EngineConfig:
                 self.host_pages,
                 "0 without the prefix cache: only cached pages are kept there",
             )
-        if self.host_pages and self.trace_lifecycle is not None:
-            raise ConfigError(
-                "host_pages",
-                self.host_pages,
-                "0 with a lifecycle trace: the traces' specification has no host pages yet",
-            )
         if self.prefill_chunk < self.slots:
             raise ConfigError(
                 "prefill_chunk",

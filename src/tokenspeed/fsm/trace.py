@@ -23,7 +23,7 @@ from tokenspeed.errors import ConfigError
 from tokenspeed.fsm.evaluate import Evaluator, State
 from tokenspeed.fsm.generated import SPEC, SPEC_HASH, SPEC_VERSION
 from tokenspeed.fsm.model import load_module
-from tokenspeed.fsm.syntax import Expr, Span
+from tokenspeed.fsm.syntax import Definition, Expr, Span
 from tokenspeed.fsm.values import Function, Value
 
 __all__ = [
@@ -42,6 +42,7 @@ class TraceHeader:
         slots: requests that may hold pages at once.
         chunk: tokens of one step, at most.
         overlap: steps launched beyond the one that is awaited.
+        host_pages: of the second home of cached pages; with any, the spec is HostTier.
     """
 
     pages: int
@@ -49,6 +50,7 @@ class TraceHeader:
     slots: int
     chunk: int
     overlap: int
+    host_pages: int = 0
     spec: str = SPEC
     spec_version: str = SPEC_VERSION
     spec_hash: str = SPEC_HASH
@@ -60,10 +62,10 @@ class TraceStep:
 
     Attributes:
         request: its number, or None for a step of all.
-        page: that was acquired, published or evicted.
+        page: that was acquired, published or evicted, or of a copy.
         value: patience of a Submit, tokens of a Schedule, pages of an Admit, the token that a
-            Complete accepted.
-        to: the request's state after it.
+            Complete accepted, the host page of a copy or of a HostDrop.
+        to: the request's state after it; of a copy that ends, "good" or "bad".
         prompt, length, salt: of a Submit: its tokens, how many it may have in all, its tenant.
     """
 
@@ -138,7 +140,7 @@ class _TracedScheduler(Scheduler):
         super().__init__(**settings)
         header = TraceHeader(
             settings["pages"], settings["page_size"], settings["slots"], settings["step_tokens"],
-            settings.get("overlap", 0),
+            settings.get("overlap", 0), settings.get("host_pages", 0),
         )  # fmt: skip
         try:
             self._trace: TraceWriter | None = TraceWriter(Path(path), header)
@@ -176,6 +178,11 @@ class _TracedScheduler(Scheduler):
         awaits_tool: NDArray[np.bool_] | None = None,
     ) -> Committed:
         found = super().commit(step, token_ids, stop, duration_us, awaits_tool)
+        self._tell()
+        return found
+
+    def acknowledge(self, tickets: NDArray[np.int64], good: NDArray[np.bool_]) -> tuple[int, int]:
+        found = super().acknowledge(tickets, good)
         self._tell()
         return found
 
@@ -246,6 +253,14 @@ def validate(specs: Path, header: TraceHeader, steps: Sequence[TraceStep]) -> Re
     return None
 
 
+ARGUMENTS = {
+    "Acquire": ("page",), "Evict": ("page",), "Schedule": ("value",), "HostDrop": ("value",),
+    "StoreStart": ("page", "value"), "StoreEnd": ("page", "value", "to"),
+    "LoadStart": ("value", "page"), "LoadEnd": ("value", "page", "to"),
+}  # fmt: skip
+"""What of a step are arguments of its action, in order, beside its request."""
+
+
 @final
 class _Judge:
     """The interpreter at the bounds of one trace."""
@@ -266,9 +281,13 @@ class _Judge:
             "Slots": header.slots,
             "MaxInFlight": header.overlap + 1,
         }
-        self._evaluator = Evaluator(load_module(specs / "Lifecycle.tla"), constants)
-        self._span = Span(specs / "Lifecycle.tla", 1, 1)
-        (self._state,) = self._evaluator.initial("Init")
+        self._tier = header.host_pages > 0
+        if self._tier:
+            constants["Block"] = frozenset(range(header.host_pages))
+        spec = specs / ("HostTier.tla" if self._tier else "Lifecycle.tla")
+        self._evaluator = Evaluator(load_module(spec), constants)
+        self._span = Span(spec, 1, 1)
+        (self._state,) = self._evaluator.initial("TierInit" if self._tier else "Init")
 
     def take(self, step: TraceStep) -> str:
         """Follow a step; why it cannot be, or nothing."""
@@ -277,10 +296,8 @@ class _Judge:
             self._rows[request] = (step.to or "", step.value)
             return ""
         args: list[Value] = [] if request is None else [request]
-        if step.action in ("Acquire", "Evict"):
-            args.append(step.page)
-        elif step.action == "Schedule":
-            args.append(step.value)
+        args += [{"page": step.page, "value": step.value, "to": step.to == "good"}[name]
+                 for name in ARGUMENTS.get(step.action, ())]  # fmt: skip
         found = list(self._successors(step.action, args))
         if not found:
             return self._refusal(step.action, args)
@@ -294,7 +311,9 @@ class _Judge:
     def _successors(self, action: str, args: list[Value]) -> Iterable[State]:
         bound = {f"a{i}": value for i, value in enumerate(args)}
         names = tuple(Expr("name", (name,), self._span) for name in bound)
-        call = Expr("call" if names else "name", (action, *names), self._span)
+        beside = f"Tier{action}"  # of Lifecycle, where there is a tier too
+        name = beside if beside in self._evaluator.definitions else action
+        call = Expr("call" if names else "name", (name, *names), self._span)
         return self._evaluator.steps(call, bound)(self._state)
 
     def _says(self, step: TraceStep, request: str | None, after: State) -> bool:
@@ -319,14 +338,19 @@ class _Judge:
         definitions = self._evaluator.definitions
         if action not in definitions:
             return f"the spec has no action {action}"
-        definition = definitions[action]
+        for name in (action, f"Tier{action}") if self._tier else (action,):
+            if name in definitions and (why := self._failing(definitions[name], args)):
+                return why
+        return "its conjuncts exclude each other"
+
+    def _failing(self, definition: Definition, args: list[Value]) -> str:
         bound = dict(zip(definition.params, args, strict=True))
         for conjunct in definition.body.exprs():
             if not any(True for _ in self._evaluator.steps(conjunct, bound)(self._state)):
                 line = conjunct.span.line
                 text = definition.span.path.read_text(encoding="utf-8").splitlines()[line - 1]
                 return f"{text.strip()} does not hold ({definition.span.path.name}:{line})"
-        return "its conjuncts exclude each other"
+        return ""
 
 
 def _name(request: int) -> str:
