@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -95,6 +97,22 @@ def test_stop_string_cuts_the_text(engine: Engine) -> None:
     (cut,) = engine.generate(prompt, SamplingParams(temperature=0, max_tokens=24, stop=(stop,)))
     assert cut.finish_reason == "stop"
     assert cut.text == free.text[: free.text.index(stop)]
+
+
+@pytest.mark.parametrize("overlap", [0, 1])
+def test_the_scheduler_hears_of_priority_budget_and_durations(tmp_path: Path, overlap: int) -> None:
+    path = tmp_path / "recording"
+    with make(record_scheduler=str(path), tps_floor=50, overlap=overlap, slots=4) as engine:
+        asked = [Request(prompt_ids=(1, 2, 3), params=GREEDY, priority=p) for p in (0, -3)]
+        for stream in [engine.submit(request) for request in asked]:
+            assert list(stream)[-1].finish_reason is not None
+    header, *rows = map(json.loads, path.read_text().splitlines())
+    assert header["settings"]["itl_budget_us"] == 20_000
+    submits = [row for row in rows if row.get("call") == "submit"]
+    assert [row["priority"] for row in submits[-2:]] == [0, -3]
+    commits = [row for row in rows if row.get("call") == "commit"]
+    assert len(commits) > 60
+    assert all(100 < row["duration_us"] < 60e6 for row in commits), "none is unknown"
 
 
 def test_logprobs_come_with_their_tokens(engine: Engine) -> None:

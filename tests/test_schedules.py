@@ -63,6 +63,7 @@ def hints(chance: random.Random) -> dict[str, object]:
         "session": chance.choice("ab"),
         "keep_us": chance.choice([0, 2_000_000]),
         "supersedes": chance.random() < 0.3,
+        "priority": chance.choice([0, 0, -1, 1]),
     }
 
 
