@@ -203,6 +203,23 @@ def test_an_engine_writes_what_its_scheduler_does(tmp_path: Path) -> None:
         traced(str(tmp_path), **SIZES)
 
 
+def test_an_engine_writes_its_copies_too(tmp_path: Path) -> None:
+    path = tmp_path / "trace"
+    scheduler = traced(str(path), **SIZES, host_pages=4)
+    scheduler.submit(0, np.array([1, 2, 3, 4, 5], np.int32), 2)
+    while plan := scheduler.plan():
+        rows = len(plan.numbers)
+        copied = plan.stores[:, 0]
+        scheduler.acknowledge(copied, np.ones(len(copied), bool))
+        if rows:
+            scheduler.commit(plan.step, np.full(rows, 7, np.int32), np.zeros(rows, bool))
+    header, steps = read_trace(path)
+    assert header.host_pages == 4
+    assert [s.to for s in steps if s.action == "StoreEnd"] == ["good"] * scheduler.stats().stores
+    assert scheduler.stats().stores == 3
+    assert validate(SPECS, header, steps) is None
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
 def test_a_full_disk_ends_the_trace_and_not_the_engine(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
