@@ -168,3 +168,22 @@ def test_a_string_is_no_model_value(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"M\.tla:7:13: the string a is spelled as a model value"):
         load_model(*written(tmp_path, text, "CONSTANT A = {a, b} (* a comment *)"))
     load_model(*written(tmp_path, text, 'CONSTANT A = {"a", "b"} \\* strings'))
+
+
+@pytest.mark.parametrize(
+    ("guard", "ways"),
+    [
+        (r"x \in {0, x}", 1),  # a member is there once, whatever it is equal to
+        (r"x \in {0} \cup {x}", 1),
+        (r"x = 0 \/ x < 1", 2),  # each branch is a way on, as the standard tools count
+        (r"IF x = 0 THEN x = 0 \/ x < 1 ELSE FALSE", 2),
+        (r"CASE x = 0 -> x = 0 \/ x < 1", 2),
+        (r"~(x = 1 \/ x > 1)", 1),
+    ],
+)
+def test_a_guard_is_counted_once_for_each_way_it_holds(
+    tmp_path: Path, guard: str, ways: int
+) -> None:
+    files = written(tmp_path, f"Init == x = 0\nStep == ({guard}) /\\ x' = 0\nNext == Step")
+    for engine in ("compiled", "interpreter"):
+        assert check(*files, Settings(engine=engine)).generated == 1 + ways

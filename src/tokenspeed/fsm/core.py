@@ -264,8 +264,8 @@ class Elaborator:
         element = self.expr(expr.expr(0), scope)
         test = self.member(element, expr.expr(1), scope)
         chooses = element.op == ("var" if self._assigning else "primed")
-        if not chooses:
-            return test
+        if not chooses:  # however many members are equal to it, it is there once
+            return Node("holds", (test,), expr.span)
         try:
             domain = self.expr(expr.expr(1), scope)
         except SpecError:

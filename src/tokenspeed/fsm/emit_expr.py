@@ -124,6 +124,9 @@ class Expressions:
     def _or(self, node: Node) -> str:
         return "(" + (" || ".join(map(self.expr, node.nodes())) or "false") + ")"
 
+    def _holds(self, node: Node) -> str:
+        return self.expr(node.args[0])
+
     def _not(self, node: Node) -> str:
         return f"!({self.expr(node.args[0])})"
 

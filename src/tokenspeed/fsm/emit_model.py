@@ -145,6 +145,13 @@ class _Reader:
         join(made.symmetric, [*predicates, *roots], made.initial.span)
 
 
+def _forks(node: Node) -> bool:
+    """Whether the search goes on from here in several ways, each counted, though nothing moves."""
+    parts = node.nodes()
+    reached = {"and": parts, "if": parts[1:], "case": parts[1::2], "let": parts[-1:]}
+    return node.op in ("or", "exists") or any(map(_forks, reached.get(node.op, ())))
+
+
 def _refuse_primes(made: CompiledModel) -> None:
     """Refuse a prime in what is said of one state."""
     properties = made.properties
@@ -339,11 +346,11 @@ int main(int argc, char** argv) {{ return Program<Model>::main(argc, argv); }}
                 return self._all(list(node.nodes()), assigned, then, inner)
             case "or":
                 return self._branches([(None, n) for n in node.nodes()], assigned, then, inner)
-            case "if" if self._moves(node, goes):
+            case "if" if self._moves(node, goes) or _forks(node):
                 test = self._e.expr(node.args[0])
                 cases = [(test, node.args[1]), (f"!({test})", node.args[2])]
                 return self._branches(cases, assigned, then, inner)
-            case "case" if self._moves(node, goes):
+            case "case" if self._moves(node, goes) or _forks(node):
                 arms, none = self._arms(node)
                 where = self._e.where(node.span, NO_ARM)
                 return (

@@ -482,7 +482,7 @@ class Inference:
         self._is(node, _made(_GIVES[node.op], item))
 
 
-_BOOLEAN = {"and", "or", "not", "implies", "iff", "enabled"}
+_BOOLEAN = {"and", "or", "not", "holds", "implies", "iff", "enabled"}
 _ARITHMETIC = {
     "add": True, "sub": True, "mul": True, "div": True, "mod": True, "pow": True, "neg": True,
     "lt": False, "gt": False, "le": False, "ge": False,
