@@ -202,7 +202,7 @@ def edit_config(copy: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"model_type": "mamba"}, "architecture 'mamba'; supported: llama, qwen2"),
+        ({"model_type": "mamba"}, "architecture 'mamba'; supported: llama, mistral, qwen2"),
         ({"hidden_size": "32"}, "hidden is '32'"),
         ({"num_hidden_layers": 0}, "layers is 0"),
         ({"num_attention_heads": 3}, "3 heads over 2 KV heads"),
@@ -212,13 +212,52 @@ def edit_config(copy: Path, **changes: Any) -> None:
         ({"rope_scaling": {"type": "linear"}}, "factor is None"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantised"),
-        ({"use_sliding_window": True}, "sliding"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is 0"),
+        ({"model_type": "mistral", "sliding_window": "8"}, "sliding_window is '8'"),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "layer_types": ["full_attention"]},
+            r"layer_types is \['full_attention'\], expected 2 of",
+        ),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "layer_types": ["mamba", 7]},
+            "expected 2 of full_attention, sliding_attention",
+        ),
     ],
 )
 def test_bad_configurations_are_refused(copy: Path, changes: dict[str, Any], reason: str) -> None:
     edit_config(copy, **changes)
     with pytest.raises(CheckpointError, match=reason):
         models.open_checkpoint(copy)
+
+
+@pytest.mark.parametrize(
+    ("changes", "windows"),
+    [
+        ({"model_type": "llama", "sliding_window": 8}, ()),  # such a model has none
+        ({"model_type": "mistral", "sliding_window": 8}, (8, 8)),
+        ({"model_type": "mistral", "sliding_window": None}, ()),
+        ({"model_type": "mistral", "sliding_window": 128}, ()),  # all that there can be
+        ({"model_type": "qwen2", "sliding_window": 8}, ()),
+        ({"model_type": "qwen2", "sliding_window": 8, "max_window_layers": 1}, ()),
+        (
+            {"model_type": "qwen2", "sliding_window": 8, "max_window_layers": 1}
+            | {"use_sliding_window": True},
+            (None, 8),
+        ),
+        (
+            {"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": True}
+            | {"layer_types": ["sliding_attention", "full_attention"]},
+            (8, None),
+        ),
+    ],
+)
+def test_each_layer_has_the_window_that_the_file_says(
+    copy: Path, changes: dict[str, Any], windows: tuple[int | None, ...]
+) -> None:
+    edit_config(copy, **changes)
+    config = models.ModelConfig.from_hf(copy / "config.json")
+    assert config.windows == windows
+    assert [config.window(layer) for layer in range(2)] == list(windows or (None, None))
 
 
 def header(path: Path) -> tuple[dict[str, Any], bytes]:

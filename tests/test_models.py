@@ -50,6 +50,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen2": ("Qwen2", {"tie_word_embeddings": False}),
     "qwen2 tied": ("Qwen2", {"tie_word_embeddings": True}),
+    "mistral": ("Mistral", {"sliding_window": 7}),
+    "mistral without a window": ("Mistral", {"sliding_window": None}),
+    "qwen2 with a window": (
+        "Qwen2",
+        {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+    ),
 }
 
 

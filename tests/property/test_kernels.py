@@ -115,19 +115,76 @@ def steps(draw: st.DrawFn) -> tuple[AttentionPlan, int, int]:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@given(dtypes, seeds, steps(), st.sampled_from([(1, 1), (4, 1), (9, 3), (4, 4)]))
+@given(
+    dtypes,
+    seeds,
+    steps(),
+    st.sampled_from([(1, 1), (4, 1), (9, 3), (4, 4)]),
+    st.none() | st.integers(1, 50),
+)
 def test_paged_attention(
     backend: str,
     dtype: torch.dtype,
     seed: int,
     step: tuple[AttentionPlan, int, int],
     heads: tuple[int, int],
+    window: int | None,
 ) -> None:
     plan, pages, tokens = step
     q = tensor(seed, tokens, heads[0], 8, dtype=dtype)
     k = tensor(seed + 1, pages, plan.page_size, heads[1], 8, dtype=dtype)
     v = tensor(seed + 2, pages, plan.page_size, heads[1], 8, dtype=dtype)
-    agree("paged_attention", backend, q, k, v, plan)
+    agree("paged_attention", backend, q, k, v, plan, window)
+
+
+def behind_is_nan(plan: AttentionPlan, window: int, hole: int) -> None:
+    """Puts a page into the table wherever no query of the row sees anything."""
+    for row, context in enumerate(plan.context_lens.tolist()):
+        plan.page_table[row, : max(0, context + 1 - window) // plan.page_size] = hole
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@given(seeds, steps(), st.sampled_from([(1, 1), (9, 3)]), st.integers(1, 50))
+def test_a_window_hides_what_is_behind_it(
+    backend: str,
+    seed: int,
+    step: tuple[AttentionPlan, int, int],
+    heads: tuple[int, int],
+    window: int,
+) -> None:
+    """Against a full matrix; where nothing is seen, pages may be anybody's."""
+    plan, pages, tokens = step
+    q = tensor(seed, tokens, heads[0], 8, dtype=torch.float32)
+    k, v = (
+        tensor(seed + i, pages + 1, plan.page_size, heads[1], 8, dtype=torch.float32)
+        for i in (1, 2)
+    )
+    wanted = full_matrix(q, k, v, plan, window)
+    k[pages], v[pages] = torch.nan, torch.nan
+    behind_is_nan(plan, window, hole=pages)
+    with registry.using(paged_attention=backend):
+        got = kernels.paged_attention(*(moved(x, backend) for x in (q, k, v, plan)), window)
+    torch.testing.assert_close(got.cpu(), wanted, atol=2e-5, rtol=2e-5)
+
+
+def full_matrix(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, window: int) -> Tensor:
+    """A head and a query at a time, over the positions it sees, as the definition says."""
+    out = torch.empty_like(q)
+    group = q.shape[1] // k.shape[2]
+    starts = plan.query_start.tolist()
+    for row, context in enumerate(plan.context_lens.tolist()):
+        for query in range(starts[row], starts[row + 1]):
+            own = context + query - starts[row]
+            seen = [
+                (int(plan.page_table[row, at // plan.page_size]), at % plan.page_size)
+                for at in range(own + 1)
+                if own - at < window
+            ]
+            for head in range(q.shape[1]):
+                keys = torch.stack([k[page, offset, head // group] for page, offset in seen])
+                values = torch.stack([v[page, offset, head // group] for page, offset in seen])
+                out[query, head] = (keys @ q[query, head] / 8**0.5).softmax(0) @ values
+    return out
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])

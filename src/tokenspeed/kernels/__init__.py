@@ -68,6 +68,8 @@ def kv_write(k_pages: Tensor, v_pages: Tensor, k: Tensor, v: Tensor, locations: 
     registry.of("kv_write", k)(k_pages, v_pages, k, v, locations)
 
 
-def paged_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: AttentionPlan) -> Tensor:
-    """Causal attention of q[T, H, d] over each row's pages; [T, H, d]."""
-    return cast(Tensor, registry.of("paged_attention", q)(q, k_pages, v_pages, plan))
+def paged_attention(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: AttentionPlan, window: int | None = None
+) -> Tensor:
+    """Causal attention of q[T, H, d] over each row's pages, or over `window` tokens; [T, H, d]."""
+    return cast(Tensor, registry.of("paged_attention", q)(q, k_pages, v_pages, plan, window))

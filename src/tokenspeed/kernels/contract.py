@@ -14,14 +14,15 @@ sums are taken in float32 at least.
     silu_mul(x[T, 2F]) -> silu(x[:, :F]) * x[:, F:]
     kv_write(k_pages, v_pages, k[T, K, d], v[T, K, d], locations int64[T]) -> None
         location = page * page_size + offset; locations are distinct
-    paged_attention(q[T, H, d], k_pages, v_pages, plan) -> [T, H, d]
-        softmax(q k / sqrt(d)) v over positions 0..p of the row, p the query's own (causal); heads
-        share keys in groups of H / K (Ainslie et al., 2023)
+    paged_attention(q[T, H, d], k_pages, v_pages, plan, window) -> [T, H, d]
+        softmax(q k / sqrt(d)) v over positions 0..p of the row, p the query's own (causal), or over
+        the last `window` of these where it is a number (Beltagy et al., 2020); heads share keys in
+        groups of H / K (Ainslie et al., 2023). Pages that no query of the row sees are not read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, TypeVar, cast, final
 
 from attrs import field, frozen
@@ -51,7 +52,8 @@ class AttentionPlan:
     Attributes:
         query_start: int32[R + 1]; row i has the queries [query_start[i], query_start[i + 1]).
         context_lens: int32[R]; cached tokens before the row's first query.
-        page_table: int32[R, n]; entries past a row's last page mean nothing.
+        page_table: int32[R, n]; entries past a row's last page mean nothing, and with a window
+            those of pages wholly behind the window of the row's first query mean nothing.
         page_size: tokens in a page.
     """
 
@@ -59,13 +61,18 @@ class AttentionPlan:
     context_lens: Tensor
     page_table: Tensor
     page_size: int
-    _derived: dict[Callable[[AttentionPlan], Any], Any] = field(factory=dict, init=False)
+    _derived: dict[Any, Any] = field(factory=dict, init=False)
 
-    def once(self, derive: Callable[[AttentionPlan], T]) -> T:
-        """What a backend derives from the plan: computed by the first layer, then kept."""
-        if derive not in self._derived:
-            self._derived[derive] = derive(self)
-        return cast(T, self._derived[derive])
+    def once(self, derive: Callable[..., T], *of: Hashable) -> T:
+        """What a backend derives from the plan: computed by the first layer, then kept.
+
+        Args:
+            derive: called as `derive(plan, *of)`.
+            of: hashable; what layers differ in, their window say.
+        """
+        if (derive, of) not in self._derived:
+            self._derived[derive, of] = derive(self, *of)
+        return cast(T, self._derived[derive, of])
 
 
 @final

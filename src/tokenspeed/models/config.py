@@ -18,9 +18,13 @@ from tokenspeed.errors import CheckpointError
 
 __all__ = ["SUPPORTED", "ModelConfig", "RopeScaling"]
 
-SUPPORTED = ("llama", "qwen2")
-"""Architectures (`model_type`, `general.architecture`) that have a file in this room."""
+SUPPORTED = ("llama", "mistral", "qwen2")
+"""Architectures (`model_type`) that have a file in this room."""
 
+_IN_GGUF = ("llama", "qwen2")
+"""`general.architecture`; Mistral's files say "llama", and nothing of a window."""
+
+_LAYER_TYPES = ("full_attention", "sliding_attention")
 _INTEGERS = (
     "vocab_size",
     "layers",
@@ -67,6 +71,8 @@ class ModelConfig:
         rope_scaling: None leaves them as they are.
         tied: the output matrix is the embedding.
         qkv_bias, o_bias, mlp_bias: which projections add a bias.
+        windows: of each layer, how many tokens a query sees, its own included; None: all before it.
+            Empty: no layer has a window.
     """
 
     architecture: str
@@ -85,6 +91,11 @@ class ModelConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    windows: tuple[int | None, ...] = ()
+
+    def window(self, layer: int) -> int | None:
+        """How many tokens a query of the layer sees, its own included; None: all before it."""
+        return self.windows[layer] if self.windows else None
 
     @classmethod
     def checked(cls, path: Path, **values: Any) -> Self:
@@ -122,10 +133,6 @@ class ModelConfig:
             raise CheckpointError(
                 path, f"hidden_act is {raw['hidden_act']!r}; only silu is supported"
             )
-        if raw.get("use_sliding_window"):
-            raise CheckpointError(
-                path, "use_sliding_window is true; only full attention is supported"
-            )
         if raw.get("quantization_config") is not None:
             raise CheckpointError(
                 path,
@@ -152,12 +159,13 @@ class ModelConfig:
             qkv_bias=kind == "qwen2" or bool(raw.get("attention_bias", False)),
             o_bias=kind != "qwen2" and bool(raw.get("attention_bias", False)),
             mlp_bias=bool(raw.get("mlp_bias", False)),
+            windows=_windows(path, kind, raw),
         )
 
     @classmethod
     def from_gguf(cls, path: Path, meta: Mapping[str, Any], tensors: Mapping[str, Any]) -> Self:
         """Read GGUF metadata; `tensors` (by GGUF name) tell ties and biases."""
-        kind = known_architecture(path, meta.get("general.architecture"))
+        kind = known_architecture(path, meta.get("general.architecture"), _IN_GGUF)
 
         def get(key: str, default: Any = None) -> Any:
             return meta.get(f"{kind}.{key}", default)
@@ -201,11 +209,40 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def known_architecture(path: Path, name: object) -> str:
-    """The name, if there is a model file for it. Raises CheckpointError."""
-    if not isinstance(name, str) or name not in SUPPORTED:
-        raise CheckpointError(path, f"architecture {name!r}; supported: {', '.join(SUPPORTED)}")
+def known_architecture(path: Path, name: object, known: tuple[str, ...] = SUPPORTED) -> str:
+    """The name, if it is among those known. Raises CheckpointError."""
+    if not isinstance(name, str) or name not in known:
+        raise CheckpointError(path, f"architecture {name!r}; supported: {', '.join(known)}")
     return name
+
+
+def _windows(path: Path, kind: str, raw: Mapping[str, Any]) -> tuple[int | None, ...]:
+    """What a `config.json` says of each layer's window, with the defaults of its architecture.
+
+    One that reaches over the whole context is none.
+    """
+    layers: Any = raw.get("num_hidden_layers")
+    context: Any = raw.get("max_position_embeddings")
+    everywhere = kind == "mistral"
+    possible = everywhere or (kind == "qwen2" and raw.get("use_sliding_window"))
+    window = raw.get("sliding_window", 4096) if possible else None
+    if window is None or not _is_integer(layers) or layers < 1 or not _is_integer(context):
+        return ()
+    if not _is_integer(window) or window < 1:
+        raise CheckpointError(path, f"sliding_window is {window!r}, expected an integer from 1")
+    first = 0 if everywhere else raw.get("max_window_layers", 28)
+    if not _is_integer(first):
+        raise CheckpointError(path, f"max_window_layers is {first!r}, expected an integer")
+    default = ["sliding_attention" if at >= first else "full_attention" for at in range(layers)]
+    types = default if everywhere else raw.get("layer_types") or default
+    named = isinstance(types, list) and all(name in _LAYER_TYPES for name in types)
+    if not named or len(types) != layers:
+        raise CheckpointError(
+            path, f"layer_types is {types!r}, expected {layers} of {', '.join(_LAYER_TYPES)}"
+        )
+    if window >= context or "sliding_attention" not in types:
+        return ()
+    return tuple(window if name == "sliding_attention" else None for name in types)
 
 
 def _rope_scaling(path: Path, raw: Mapping[str, Any]) -> RopeScaling | None:

@@ -1,4 +1,4 @@
-"""The Llama family (Llama, SmolLM2, Qwen2): grouped-query attention, rotary positions, gated MLP.
+"""The Llama family (Llama, Mistral, Qwen2): grouped-query attention, rotary positions, gated MLP.
 
 Rule: pure single-device functions on a rank's own slices. Boundaries say what a block takes and
 gives (whole in, summands out); which collective joins them is the compiler's business.
@@ -76,9 +76,19 @@ def add_norm(params: Params, x: Tensor, residual: Tensor, eps: float) -> tuple[T
     params={"qkv": ROWS, "qkv_bias": ROWS, "out": COLUMNS},
 )
 def attention(
-    params: Params, x: Tensor, cos_sin: Tensor, batch: Batch, pages: LayerKV, *, head_dim: int
+    params: Params,
+    x: Tensor,
+    cos_sin: Tensor,
+    batch: Batch,
+    pages: LayerKV,
+    *,
+    head_dim: int,
+    window: int | None,
 ) -> Tensor:
-    """Causal attention of x[tokens, hidden] to itself and the cached context; writes its KV."""
+    """Causal attention of x[tokens, hidden] to itself and the cached context; writes its KV.
+
+    With a window, to so many tokens, its own included (Jiang et al., 2023).
+    """
     k_pages, v_pages = pages
     kv_heads = k_pages.shape[2]
     qkv = kernels.linear(x, params["qkv"], params.get("qkv_bias"))
@@ -87,7 +97,7 @@ def attention(
     q, k, v = qkv[:, :heads], qkv[:, heads:-kv_heads], qkv[:, -kv_heads:]
     q, k = kernels.rope(q, k, batch.positions, cos_sin)
     kernels.kv_write(k_pages, v_pages, k, v, batch.locations)
-    mixed = kernels.paged_attention(q, k_pages, v_pages, batch.attention)
+    mixed = kernels.paged_attention(q, k_pages, v_pages, batch.attention, window)
     return kernels.linear(mixed.reshape(x.shape[0], -1), params["out"])
 
 
@@ -129,7 +139,13 @@ def forward(params: Any, batch: Any, kv: Any, *, config: ModelConfig) -> tuple[A
         if index:
             x, residual = add_norm(layer["attention_norm"], x, residual, eps)
         x = attention(
-            layer["attention"], x, params["cos_sin"], batch, kv[index], head_dim=config.head_dim
+            layer["attention"],
+            x,
+            params["cos_sin"],
+            batch,
+            kv[index],
+            head_dim=config.head_dim,
+            window=config.window(index),
         )
         if config.o_bias:
             x = add_bias(layer["attention_out"], x)

@@ -2,7 +2,7 @@
 
 Rule: rows of one query (decode) are attended together, over one padded gather of their pages; rows
 of many (prefill) one by one. The query heads that share a key head are folded into the query dim,
-so that keys are never repeated.
+so that keys are never repeated. What is behind a window is not gathered.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class _Decode:
 
 @frozen(eq=False)
 class _Prefill:
-    """One row of many queries. where: int64[L] locations; unseen: bool[n, L], later positions."""
+    """One row of many queries. where: int64[L] locations; unseen: bool[n, L], later positions, and
+    those behind the window."""
 
     start: int
     end: int
@@ -51,37 +52,44 @@ class _Prefill:
     unseen: Tensor
 
 
-def _rows(plan: AttentionPlan) -> tuple[_Decode | None, list[_Prefill]]:
+def _rows(plan: AttentionPlan, window: int | None) -> tuple[_Decode | None, list[_Prefill]]:
     starts, contexts = plan.query_start.to(torch.int64), plan.context_lens.to(torch.int64)
     counts = starts.diff()
     size = plan.page_size
     single = (counts == 1).nonzero().flatten()
     decode = None
     if len(single):
-        lengths = contexts[single] + 1
-        at = torch.arange(int(lengths.max()))
-        where = plan.page_table[single][:, at // size].to(torch.int64) * size + at % size
-        unseen = at >= lengths[:, None]
+        ends = contexts[single] + 1
+        first = torch.zeros_like(ends) if window is None else (ends - window).clamp(min=0)
+        at = first[:, None] + torch.arange(int((ends - first).max()))
+        unseen = at >= ends[:, None]
+        at.masked_fill_(unseen, 0)
+        where = plan.page_table[single].gather(1, at // size).to(torch.int64) * size + at % size
         decode = _Decode(starts[single], where.masked_fill_(unseen, 0).flatten(), unseen)
     prefills = []
     for row in (counts > 1).nonzero().flatten().tolist():
         start, context = int(starts[row]), int(contexts[row])
-        at = torch.arange(context + int(counts[row]))
+        end = context + int(counts[row])
+        at = torch.arange(0 if window is None else max(0, context + 1 - window), end)
         where = plan.page_table[row, at // size].to(torch.int64) * size + at % size
-        own = torch.arange(context, len(at))[:, None]
-        prefills.append(_Prefill(start, start + int(counts[row]), where, at > own))
+        own = torch.arange(context, end)[:, None]
+        unseen = (at > own) if window is None else (at > own) | (at <= own - window)
+        prefills.append(_Prefill(start, start + int(counts[row]), where, unseen))
     return decode, prefills
 
 
-def paged_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: AttentionPlan) -> Tensor:
+def paged_attention(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: AttentionPlan, window: int | None
+) -> Tensor:
     """See contract.py."""
-    decode, prefills = plan.once(_rows)
+    decode, prefills = plan.once(_rows, window)
     keys, values = k_pages.flatten(0, 1), v_pages.flatten(0, 1)
+    bias = plan.once(_decode_bias, window, q.dtype)
     if decode is not None and not prefills:
-        return _decode(q, keys, values, decode, plan)
+        return _decode(q, keys, values, decode, bias)
     out = torch.empty(q.shape, dtype=q.dtype)
     if decode is not None:
-        out[decode.tokens] = _decode(q[decode.tokens], keys, values, decode, plan)
+        out[decode.tokens] = _decode(q[decode.tokens], keys, values, decode, bias)
     for row in prefills:
         out[row.start : row.end] = _prefill(q[row.start : row.end], keys, values, row)
     return out
@@ -91,30 +99,21 @@ def _bias(unseen: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(unseen.shape, dtype=dtype).masked_fill_(unseen, float("-inf"))
 
 
-def _decode(q: Tensor, keys: Tensor, values: Tensor, rows: _Decode, plan: AttentionPlan) -> Tensor:
+def _decode(q: Tensor, keys: Tensor, values: Tensor, rows: _Decode, bias: Tensor | None) -> Tensor:
     batch, heads, dim = q.shape
     kv_heads, length = keys.shape[1], rows.unseen.shape[1]
     k = keys.index_select(0, rows.where).view(batch, length, kv_heads, dim).transpose(1, 2)
     v = values.index_select(0, rows.where).view(batch, length, kv_heads, dim).transpose(1, 2)
     folded = q.reshape(batch, kv_heads, heads // kv_heads, dim)
-    bias = plan.once(_DECODE_BIAS[q.dtype]) if batch > 1 else None
     return functional.scaled_dot_product_attention(folded, k, v, attn_mask=bias).reshape(q.shape)
 
 
-def _decode_bias(dtype: torch.dtype, plan: AttentionPlan) -> Tensor | None:
-    decode, _ = plan.once(_rows)
-    return None if decode is None else _bias(decode.unseen, dtype)[:, None, None, :]
-
-
-def _decode_bias_float32(plan: AttentionPlan) -> Tensor | None:
-    return _decode_bias(torch.float32, plan)
-
-
-def _decode_bias_bfloat16(plan: AttentionPlan) -> Tensor | None:
-    return _decode_bias(torch.bfloat16, plan)
-
-
-_DECODE_BIAS = {torch.float32: _decode_bias_float32, torch.bfloat16: _decode_bias_bfloat16}
+def _decode_bias(plan: AttentionPlan, window: int | None, dtype: torch.dtype) -> Tensor | None:
+    """None where there is nothing to hide: no row of one query, or only one."""
+    decode, _ = plan.once(_rows, window)
+    if decode is None or len(decode.tokens) == 1:
+        return None
+    return _bias(decode.unseen, dtype)[:, None, None, :]
 
 
 def _prefill(q: Tensor, keys: Tensor, values: Tensor, row: _Prefill) -> Tensor:

@@ -28,7 +28,9 @@ def kv_write(k_pages: Tensor, v_pages: Tensor, k: Tensor, v: Tensor, locations: 
     v_pages[locations // size, locations % size] = v
 
 
-def paged_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: AttentionPlan) -> Tensor:
+def paged_attention(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: AttentionPlan, window: int | None
+) -> Tensor:
     """See contract.py."""
     out = torch.empty_like(q)
     groups = q.shape[1] // k_pages.shape[2]
@@ -36,12 +38,17 @@ def paged_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: Attention
     for row, context in enumerate(plan.context_lens.tolist()):
         queries = slice(starts[row], starts[row + 1])
         length = context + starts[row + 1] - starts[row]
-        table = plan.page_table[row, : -(-length // plan.page_size)]
-        keys = k_pages[table].flatten(0, 1)[:length].float().repeat_interleave(groups, dim=1)
-        values = v_pages[table].flatten(0, 1)[:length].float().repeat_interleave(groups, dim=1)
+        behind = 0 if window is None else max(0, context + 1 - window) // plan.page_size
+        first = behind * plan.page_size
+        table = plan.page_table[row, behind : -(-length // plan.page_size)]
+        keys, values = (
+            pages[table].flatten(0, 1)[: length - first].float().repeat_interleave(groups, dim=1)
+            for pages in (k_pages, v_pages)
+        )
         scores = torch.einsum("qhd,khd->hqk", q[queries].float(), keys) * q.shape[-1] ** -0.5
         own = torch.arange(context, length, device=q.device)[:, None]
-        seen = torch.arange(length, device=q.device)[None, :] <= own
+        at = torch.arange(first, length, device=q.device)[None, :]
+        seen = (at <= own) if window is None else (at <= own) & (at > own - window)
         weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)
         out[queries] = torch.einsum("hqk,khd->qhd", weights, values).to(q.dtype)
     return out

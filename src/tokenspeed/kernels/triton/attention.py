@@ -18,6 +18,10 @@ from tokenspeed.kernels.contract import AttentionPlan
 __all__ = ["kv_write", "paged_attention", "rope"]
 
 
+_ALL = 2**31 - 1
+"""A window that hides nothing."""
+
+
 @triton.jit
 def _rope(x, out, positions, cos_sin, heads, dim, stride, HALF: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
@@ -77,7 +81,7 @@ def _tokens(plan: AttentionPlan) -> _Tokens:
 @triton.jit
 def _attend(
     q, k_pages, v_pages, out, table, rows, lengths,
-    columns, groups, kv_heads, dim, page_size, scale,
+    columns, groups, kv_heads, dim, page_size, window, scale,
     GROUPS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -94,7 +98,7 @@ def _attend(
     best = tl.full((GROUPS,), float("-inf"), tl.float32)
     total = tl.zeros((GROUPS,), tl.float32)
     mixed = tl.zeros((GROUPS, DIM), tl.float32)
-    for start in range(0, length, BLOCK):
+    for start in range(tl.maximum(length - window, 0), length, BLOCK):
         at = start + tl.arange(0, BLOCK)
         seen = at < length
         page = tl.load(table + row * columns + at // page_size, mask=seen, other=0).to(tl.int64)
@@ -114,7 +118,9 @@ def _attend(
     tl.store(out + q_at, mixed / total[:, None], mask=q_in)
 
 
-def paged_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: AttentionPlan) -> Tensor:
+def paged_attention(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: AttentionPlan, window: int | None
+) -> Tensor:
     """See contract.py."""
     tokens, heads, dim = q.shape
     kv_heads = k_pages.shape[2]
@@ -133,6 +139,7 @@ def paged_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: Attention
         kv_heads,
         dim,
         plan.page_size,
+        _ALL if window is None else window,
         dim**-0.5,
         GROUPS=triton.next_power_of_2(heads // kv_heads),
         DIM=triton.next_power_of_2(dim),
