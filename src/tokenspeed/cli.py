@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -336,7 +337,7 @@ def main() -> None:
     try:
         cli(standalone_mode=False)
     except TokenSpeedError as error:
-        _screen.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        _screen.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
     except click.exceptions.Abort:
         sys.exit(130)

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import attrs
 import click
@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from tokenspeed.errors import ConfigError, SpecError
+from tokenspeed.errors import ConfigError, SpecError, TokenSpeedError
 from tokenspeed.fsm.check import Report, Settings, simulate
 from tokenspeed.fsm.check import check as check_model
 from tokenspeed.fsm.conform import conform
@@ -42,7 +42,7 @@ __all__ = ["check", "monitor", "replay"]
 
 _screen = Console(stderr=True)
 _path = click.Path(path_type=Path, exists=True, dir_okay=False)
-_file = click.File("w", encoding="utf-8", lazy=True)
+_file = click.Path(path_type=Path, dir_okay=False)
 
 
 @click.command()
@@ -79,9 +79,9 @@ def check(
     record: bool,
     museum: bool,
     trace: Path | None,
-    sequence: TextIO | None,
-    svg: TextIO | None,
-    dot: TextIO | None,
+    sequence: Path | None,
+    svg: Path | None,
+    dot: Path | None,
     runtime: bool,
     replay: bool,
     **settings: Any,
@@ -90,28 +90,32 @@ def check(
     how = Settings(**settings)
     modes = {"--trace": trace, "--museum": museum, "--runtime": runtime, "--simulate": walks}
     of_one = {"--replay": replay, "--sequence": sequence, "--svg": svg, "--dot": dot}
-    _refuse_idle(_given(modes), _given(of_one), spec, config, record)
-    if trace is not None:
-        sys.exit(_judge(trace, as_json))
-    if museum:
-        sys.exit(_visit_museum(how, as_json))
-    if spec is None and runtime:
-        sys.exit(_drive(_with_graph(), how, as_json=as_json, record=record))
-    if spec is None:
-        sys.exit(_check_all(how, as_json=as_json, slow=slow, record=record))
-    config = config or spec.with_suffix(".cfg")
-    if not config.exists():
-        raise ConfigError("--config", str(config), "a configuration that exists; name one")
-    if runtime:
-        sys.exit(_drive([(config.stem, spec, config, None)], how, as_json=as_json, record=False))
-    with _watch(spec.stem) as progress:
-        if walks is None:
-            report = check_model(spec, config, how, progress)
-        else:
-            report = simulate(spec, config, walks=walks, depth=depth, seed=seed, progress=progress)
-    replayed = None
-    if replay and report.trace:
-        replayed = follow(load_model(spec, config).evaluator, report.trace)
+    with _answered(as_json, lambda error: _json(_failed(error))):
+        _refuse_idle(_given(modes), _given(of_one), spec, config, record)
+        if trace is not None:
+            sys.exit(_judge(trace, as_json))
+        if museum:
+            sys.exit(_visit_museum(how, as_json))
+        if spec is None and runtime:
+            sys.exit(_drive(_with_graph(), how, as_json=as_json, record=record))
+        if spec is None:
+            sys.exit(_check_all(how, as_json=as_json, slow=slow, record=record))
+        config = config or spec.with_suffix(".cfg")
+        if not config.exists():
+            raise ConfigError("--config", str(config), "a configuration that exists; name one")
+        if runtime:
+            only = (config.stem, spec, config, None)
+            sys.exit(_drive([only], how, as_json=as_json, record=False))
+        with _watch(spec.stem) as progress:
+            if walks is None:
+                report = check_model(spec, config, how, progress)
+            else:
+                report = simulate(
+                    spec, config, walks=walks, depth=depth, seed=seed, progress=progress
+                )
+        replayed = None
+        if replay and report.trace:
+            replayed = follow(load_model(spec, config).evaluator, report.trace)
     if as_json:
         out = _json(report) | ({"replay": attrs.asdict(replayed)} if replayed else {})
         click.echo(json.dumps(out, indent=2))
@@ -121,6 +125,28 @@ def check(
     if replay:
         _tell_replay(report, replayed)
     sys.exit({"ok": 0, "error": 2}.get(report.result, 1))
+
+
+def _about(error: TokenSpeedError) -> dict[str, Any]:
+    return {"result": "error", "violated": str(error)}
+
+
+@contextmanager
+def _answered(
+    as_json: bool, said: Callable[[TokenSpeedError], dict[str, Any]] = _about
+) -> Iterator[None]:
+    """Whatever ends a command before it has a report is its report, for programs too."""
+    try:
+        yield
+    except TokenSpeedError as error:
+        if as_json:
+            click.echo(json.dumps(said(error), indent=2))
+        raise
+
+
+def _failed(error: TokenSpeedError) -> Report:
+    """The report of a check that has seen no state."""
+    return Report("error", 0, 0, 0, 0.0, {}, violated=str(error))
 
 
 def _given(options: Mapping[str, object]) -> list[str]:
@@ -153,17 +179,31 @@ def _refuse_idle(
         raise ConfigError("--record", "given", "a check of the whole manifest, without SPEC")
 
 
-def _draw_sequence(spec: Path, report: Report, file: TextIO | None) -> None:
+def _write(option: str, path: Path, text: str) -> None:
+    """A drawing, to a file or, as `-`, to stdout.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    try:
+        with click.open_file(str(path), "w", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        expected = f"a file that can be written, but: {error.strerror}"
+        raise ConfigError(option, str(path), expected) from error
+
+
+def _draw_sequence(spec: Path, report: Report, path: Path | None) -> None:
     """The counterexample, if there is one."""
-    if file is not None and report.trace:
+    if path is not None and report.trace:
         title = f"{spec.stem}: {report.violated}"
-        file.write(sequence_svg(report.trace, title, report.loop))
-    elif file is not None:
+        _write("--sequence", path, sequence_svg(report.trace, title, report.loop))
+    elif path is not None:
         _screen.print("no counterexample, so nothing was drawn", style="yellow")
 
 
 def _draw_graph(
-    spec: Path, config: Path, how: Settings, report: Report, svg: TextIO | None, dot: TextIO | None
+    spec: Path, config: Path, how: Settings, report: Report, svg: Path | None, dot: Path | None
 ) -> None:
     """The states that a check has seen, as the pictures that are asked for."""
     if svg is None and dot is None:
@@ -172,9 +212,10 @@ def _draw_graph(
         refuse_large(report.distinct)
     graph = read_state_graph(spec, config, how, report)
     if svg is not None:
-        svg.write(graph_svg(graph, f"{spec.stem}: {report.violated or report.result}"))
+        title = f"{spec.stem}: {report.violated or report.result}"
+        _write("--svg", svg, graph_svg(graph, title))
     if dot is not None:
-        dot.write(graph_dot(graph))
+        _write("--dot", dot, graph_dot(graph))
 
 
 Driven = tuple[str, Path, Path, str | None]
@@ -244,7 +285,11 @@ def _check_all(how: Settings, *, as_json: bool, slow: bool, record: bool) -> int
             rows.append({"name": model.name, **_json(report), "differs": differs or None})
             counts = [f"{n:,}" for n in (report.generated, report.distinct, report.depth)]
             verdict = (
-                "as recorded" if not differs else "recorded" if record else f"[red]{differs}[/]"
+                "as recorded"
+                if not differs
+                else "recorded"
+                if record
+                else f"[red]{escape(differs)}[/]"
             )
             table.add_row(model.name, report.result, *counts, f"{report.seconds:.2f}", verdict)
     if record:
@@ -262,7 +307,7 @@ def _recorded(
     try:
         return check_model(directory / model.spec, directory / model.config, how, progress)
     except SpecError as error:  # the others are checked all the same
-        return Report("error", 0, 0, 0, 0.0, {}, violated=str(error))
+        return _failed(error)
 
 
 def _judge(path: Path, as_json: bool) -> int:
@@ -293,7 +338,7 @@ def _visit_museum(how: Settings, as_json: bool) -> int:
             report = try_exhibit(specs, exhibit, how, progress)
         found = report.violated == exhibit.property
         missed += not found
-        mark = "[green]found[/]" if found else f"[red]missed: {report.violated}[/]"
+        mark = "[green]found[/]" if found else f"[red]missed: {escape(str(report.violated))}[/]"
         _screen.print(f"[bold]{exhibit.id}[/] {mark}  {exhibit.story}", highlight=False)
         _screen.print(f"  reported as {', '.join(exhibit.bugs)}", style="dim", highlight=False)
         if exhibit.cpp:
@@ -352,7 +397,7 @@ def _tell(report: Report) -> None:
     colour = {"ok": "green", "error": "yellow"}.get(report.result, "red")
     _screen.print(
         f"[bold {colour}]{report.result}[/]"
-        + (f": {report.violated}" if report.violated else ""), highlight=False,
+        + (f": {escape(report.violated)}" if report.violated else ""), highlight=False,
     )  # fmt: skip
     states = f", {report.distinct:,} distinct, depth {report.depth}" if report.distinct else ""
     _screen.print(
@@ -362,7 +407,7 @@ def _tell(report: Report) -> None:
     if report.dead and report.result == "ok":
         _screen.print(f"never happened: {', '.join(report.dead)}", style="yellow")
     for note in report.notes:
-        _screen.print(note, style="yellow", highlight=False)
+        _screen.print(escape(note), style="yellow", highlight=False)
     _tell_behaviour(report)
 
 
@@ -402,7 +447,8 @@ def _json(report: Report) -> dict[str, Any]:
 @click.option("--json", "as_json", is_flag=True, help="the report as JSON on stdout")
 def monitor(events: Path, adapter: str, pages: int | None, as_json: bool) -> None:
     """Check an engine's KV EVENTS (NDJSON or MessagePack) against the page rules."""
-    report = monitor_events(events, ADAPTERS[adapter], pages=pages)
+    with _answered(as_json):
+        report = monitor_events(events, ADAPTERS[adapter], pages=pages)
     if as_json:
         click.echo(json.dumps(report.json(), indent=2))
     for violation in report.violations:
@@ -422,7 +468,8 @@ def monitor(events: Path, adapter: str, pages: int | None, as_json: bool) -> Non
 def replay(recording: Path, checking: bool, as_json: bool) -> None:
     """Ask a fresh scheduler what RECORDING (of serve --record-scheduler) asked, and compare."""
     columns = (TextColumn("replaying"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
-    with Progress(*columns, TimeElapsedColumn(), console=_screen, transient=True) as bars:
+    bars = Progress(*columns, TimeElapsedColumn(), console=_screen, transient=True)
+    with _answered(as_json), bars:
         task = bars.add_task("", total=None)
         done = play(
             recording,

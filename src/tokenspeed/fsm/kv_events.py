@@ -489,7 +489,9 @@ def monitor(
         lines += 1
         try:  # whole, before any of it is followed
             batch = list(adapter.read(decode(raw)))
-        except (ValueError, LookupError, TypeError, msgspec.MsgspecError) as error:
+        except (
+            ValueError, LookupError, TypeError, RecursionError, msgspec.MsgspecError
+        ) as error:  # fmt: skip
             bad_lines += 1
             if len(bad) < KEPT_MAX:
                 bad.append(BadLine(line, f"{type(error).__name__}: {error}"))

@@ -17,7 +17,16 @@ from attrs import field, frozen
 from tokenspeed.errors import SpecError
 from tokenspeed.fsm.evaluate import Evaluator
 from tokenspeed.fsm.names import check_names
-from tokenspeed.fsm.syntax import Bound, Definition, Expr, Instance, Module, Span, parse_module
+from tokenspeed.fsm.syntax import (
+    Bound,
+    Definition,
+    Expr,
+    Instance,
+    Module,
+    Span,
+    parse_module,
+    read_text,
+)
 
 __all__ = ["Config", "Model", "load_model", "load_module", "parse_config"]
 
@@ -220,7 +229,7 @@ _REFUSED = {"VIEW", "ALIAS", "POSTCONDITION"}
 
 def parse_config(path: Path) -> Config:
     """Read a `.cfg`. Model values (`r1 = r1`) are their own names."""
-    words = _WORD.findall(_COMMENT.sub(" ", path.read_text(encoding="utf-8")))
+    words = _WORD.findall(_COMMENT.sub(" ", read_text(path)))
     sections: dict[str, list[str]] = {}
     current: list[str] | None = None
     for word in words:

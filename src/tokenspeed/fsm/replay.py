@@ -315,7 +315,7 @@ class _Lines:
     def _decode(self, line: bytes) -> dict[str, Any]:
         try:
             return msgspec.json.decode(line, type=dict[str, Any])
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             text = line[:80].decode(errors="replace")
             raise ConfigError(f"{self.path}:{self.number}", text, "an object of JSON") from error
 

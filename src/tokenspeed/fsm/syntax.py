@@ -18,7 +18,7 @@ from attrs import field, frozen
 
 from tokenspeed.errors import SpecError
 
-__all__ = ["Bound", "Definition", "Expr", "Instance", "Module", "Span", "parse_module"]
+__all__ = ["Bound", "Definition", "Expr", "Instance", "Module", "Span", "parse_module", "read_text"]
 
 
 @frozen
@@ -143,14 +143,30 @@ def parse_module(path: Path) -> Module:
     Raises:
         SpecError: the text is no TLA+, or uses a construct outside the subset.
     """
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     root = tree_sitter.Parser(_LANGUAGE).parse(text.encode()).root_node
     reader = _Reader(path)
     reader.refuse_errors(root)
     modules = [child for child in root.children if child.type == "module"]
     if len(modules) != 1:
         raise SpecError(path, 1, 1, f"got {len(modules)} modules; expected one a file")
-    return reader.module(modules[0], text)
+    try:
+        return reader.module(modules[0], text)
+    except RecursionError as error:
+        raise SpecError(path, 1, 1, "nested too deeply; give parts of it names") from error
+
+
+def read_text(path: Path) -> str:
+    """The text of a module or a configuration.
+
+    Raises:
+        SpecError: it is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise SpecError(path, line, 1, "this line is no text in UTF-8") from error
 
 
 class _Reader:

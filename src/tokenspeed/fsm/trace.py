@@ -225,13 +225,14 @@ def read_trace(path: Path) -> tuple[TraceHeader, list[TraceStep]]:
         ConfigError: a line has another form (its number is named), or the trace is of another spec.
     """
     rows: list[Any] = []
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line)
                 rows.append(cattrs.structure(row, TraceStep if rows else TraceHeader))
-            except (ValueError, cattrs.BaseValidationError, TypeError) as error:
-                raise ConfigError(f"{path}:{number}", line[:80], "a step of a trace") from error
+            except (ValueError, TypeError, RecursionError, cattrs.BaseValidationError) as error:
+                shown = line[:80].decode(errors="replace")
+                raise ConfigError(f"{path}:{number}", shown, "a step of a trace") from error
     if not rows:
         raise ConfigError("trace", str(path), "a header and steps; it is empty")
     header, *steps = rows

@@ -1,0 +1,108 @@
+"""What `check`, `monitor` and `replay` say when the question cannot be put or answered."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from tokenspeed.cli import cli, main
+from tokenspeed.errors import ConfigError, SpecError, TokenSpeedError
+from tokenspeed.fsm import compiled
+from tokenspeed.fsm.model import parse_config
+from tokenspeed.fsm.syntax import parse_module
+
+COUNTING = """---- MODULE Counting ----
+EXTENDS Naturals
+CONSTANT N
+VARIABLE x
+Init == x = 0
+Count == x < N /\\ x' = x + 1
+Next == Count
+Small == x < 2
+====
+"""
+
+
+@pytest.fixture
+def counting(tmp_path: Path) -> Path:
+    (path := tmp_path / "Counting.tla").write_text(COUNTING)
+    path.with_suffix(".cfg").write_text("CONSTANT N = 2\nINIT Init\nNEXT Next\nINVARIANT Small\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["check", "{spec}", "--config", "{empty}"], "CONSTANTS without a value: N"),
+        (["check", "{empty}"], "--config"),
+        (["check", "--trace", "{empty}"], "trace"),
+        (["check", "--simulate", "1"], "--simulate"),
+        (["monitor", "{empty}"], "EVENTS"),
+        (["replay", "{empty}"], "recording"),
+    ],
+)
+def test_an_error_before_the_first_state_is_json_too(
+    counting: Path, words: list[str], named: str
+) -> None:
+    (empty := counting.with_name("empty")).write_text("")
+    given = [word.format(empty=empty, spec=counting) for word in words]
+    done = CliRunner().invoke(cli, [*given, "--json"])
+    assert isinstance(done.exception, TokenSpeedError)
+    report = json.loads(done.stdout)
+    assert (report["result"], report["violated"]) == ("error", str(done.exception))
+    assert named in report["violated"]
+    if words[0] == "check":
+        assert (report["generated"], report["distinct"], report["trace"]) == (0, 0, [])
+
+
+def test_an_error_is_printed_as_it_stands(
+    counting: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counting.with_suffix(".cfg").write_text("CONSTANT N [/bold] [red]\n")
+    monkeypatch.setattr(sys, "argv", ["tokenspeed", "check", str(counting), "--json"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    said = capsys.readouterr()
+    assert "N [/bold] [red]: expected N = value" in said.err
+    assert json.loads(said.out)["violated"] in said.err
+
+
+@pytest.mark.skipif(compiled.compiler() is None, reason="no C++ compiler here")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full to stand for a full disk")
+def test_a_drawing_that_cannot_be_written_is_an_error(counting: Path) -> None:
+    for option in ("--svg", "--dot", "--sequence"):
+        for path in ("/dev/full", str(counting / "file")):
+            done = CliRunner().invoke(cli, ["check", str(counting), option, path, "--json"])
+            assert isinstance(done.exception, ConfigError)
+            assert str(done.exception).startswith(f"{option}: got {path!r}")
+            assert json.loads(done.stdout)["violated"] == "Small"  # once, and it stands
+
+
+@pytest.mark.parametrize("command", [["check", "--trace"], ["monitor"], ["replay"]])
+@pytest.mark.parametrize(
+    "written",
+    [b"\xff\xfe\n", b'{"a": "\xff"}\n', b'{"a": ' + b"[" * 200_000 + b"\n"],
+    ids=["binary", "no UTF-8 in JSON", "deep"],
+)
+def test_what_cannot_be_read_is_refused(tmp_path: Path, command: list[str], written: bytes) -> None:
+    (path := tmp_path / "file").write_bytes(written)
+    assert isinstance(CliRunner().invoke(cli, [*command, str(path)]).exception, ConfigError)
+
+
+def test_a_spec_that_is_nested_too_deeply_is_refused(tmp_path: Path) -> None:
+    text = COUNTING.replace("x < 2", "(" * 5_000 + "x < 2" + ")" * 5_000)
+    (path := tmp_path / "Counting.tla").write_text(text)
+    with pytest.raises(SpecError, match="nested too deeply"):
+        parse_module(path)
+
+
+def test_a_spec_that_is_no_text_is_refused_at_its_line(tmp_path: Path) -> None:
+    (path := tmp_path / "Odd.tla").write_bytes(b"---- MODULE Odd ----\n\\* \xe9\n====\n")
+    for read in (parse_module, parse_config):
+        with pytest.raises(SpecError, match=r"Odd\.tla:2:1: .*UTF-8"):
+            read(path)
