@@ -12,11 +12,21 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 
-from tokenspeed.errors import ConfigError, KernelError
-from tokenspeed.kernels import Backend, Problem, Registry
+from tokenspeed.cli import cli
+from tokenspeed.errors import ConfigError, ContractError, KernelError
+from tokenspeed.kernels import (
+    Backend,
+    Problem,
+    Registry,
+    mla_decode,
+    mla_decode_plan,
+    registry,
+)
 from tokenspeed.kernels.contract import OPS
 from tokenspeed.kernels.cpu import BACKEND as CPU
+from tokenspeed.kernels.listing import parse
 from tokenspeed.kernels.reference import BACKEND as REFERENCE
 
 
@@ -29,9 +39,24 @@ def backend(name: str, *, priority: int = 20, refuses: str | None = None) -> Bac
     )
 
 
+def backend_for_mla(name: str, capability: tuple[int, int]) -> Backend:
+    """One that runs only on some device, and at most 64 rows of queries and heads."""
+
+    def supports(problem: Problem) -> str | None:
+        if problem.capability != capability:
+            return f"needs capability {capability}, not {problem.capability}"
+        rows = (problem.q_len or 0) * (problem.heads or 0)
+        return None if rows <= 64 else f"has 64 rows, not {rows}"
+
+    return Backend(
+        name=name, priority=30, functions={"mla_decode": lambda *_: name}, supports=supports
+    )
+
+
 def test_every_backend_of_ours_knows_every_op() -> None:
-    for one in (REFERENCE, CPU):
-        assert set(one.functions) == set(OPS)
+    assert set(REFERENCE.functions) == set(OPS)
+    # No model that the CPU serves has latent attention.
+    assert set(CPU.functions) == set(OPS) - {"mla_decode"}
 
 
 def test_the_highest_supported_priority_runs_and_the_others_have_reasons() -> None:
@@ -104,14 +129,14 @@ def test_strangers_are_added_and_a_broken_one_is_left_out(monkeypatch: pytest.Mo
 )
 def test_triton_keeps_the_contract_under_its_interpreter() -> None:
     """The laws of property/test_kernels.py, in a process where Triton interprets."""
-    laws = Path(__file__).parent / "property" / "test_kernels.py"
+    laws = [Path(__file__).parent / "property" / f"test_{name}.py" for name in ("kernels", "mla")]
     command = [sys.executable, "-m", "pytest", "-q", "-k", "triton", "-p", "no:cacheprovider"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "EXAMPLES": "12"}
     done = subprocess.run(
-        [*command, str(laws)], env=environment, capture_output=True, text=True, check=False
+        [*command, *map(str, laws)], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout[-4000:]
-    assert "5 passed" in done.stdout
+    assert "7 passed" in done.stdout
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this is no CPU-only machine")
@@ -119,3 +144,85 @@ def test_a_cpu_process_never_imports_triton() -> None:
     code = "import sys, tokenspeed.engine; print('triton' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_a_problem_in_words_is_what_selection_looks_at() -> None:
+    words = "mla_decode b=8 q=3 h=16 kv=65536 dtype=bf16 device=cuda cap=9.0"
+    problem = parse(words)
+    assert problem == Problem("mla_decode", "cuda", "bfloat16", (9, 0), 16, 4, 64, 512, 64)
+    assert parse(words.replace("b=8", "b=9")) == problem, "an answer serves every batch size"
+    registry = Registry((REFERENCE, backend_for_mla("fast", (9, 0))))
+    assert registry.explain(problem).backend == "fast"
+    assert registry.find(problem)() == "fast"
+    for change, reason in (("q=5", "has 64 rows, not 128"), ("cap=8.0", "needs capability")):
+        other = parse(f"{words} {change}")
+        choice = registry.explain(other)
+        assert choice.backend == "reference"
+        assert reason in choice.rejected[0][1]
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("twist", "twist"),
+        ("mla_decode q=four", "q=four"),
+        ("mla_decode h=0", "at least 1"),
+        ("mla_decode b=-1", "at least 1"),
+        ("rope dtype=bf17", "bf17"),
+        ("rope colour=red", "colour"),
+        ("rope cap=nine", "cap=nine"),
+    ],
+)
+def test_a_problem_that_is_none_is_refused_by_name(words: str, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        parse(words)
+
+
+def test_the_command_says_who_runs_what_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = CliRunner().invoke(cli, ["kernels"]).output
+    assert all(op in listed for op in OPS)
+    monkeypatch.setattr(registry, "failed", {"broken": "ImportError: no such library"})
+    words = "mla_decode b=8 q=4 h=16 kv=65536 dtype=bf16 device=cpu"
+    told = CliRunner().invoke(cli, ["kernels", "--explain", words]).output
+    assert "runs it" in told
+    assert "has no mla_decode" in told
+    assert "no such library" in told
+
+
+I32 = torch.int32
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"kv_lens": torch.zeros(2, dtype=torch.int64)}, "kv_lens is torch.int64"),
+        ({"query_start": torch.zeros(2, dtype=I32)}, r"query_start is \[2\]; expected shape \[3\]"),
+        ({"page_table": torch.zeros(1, 4, dtype=I32)}, "page_table"),
+        ({"kv_lens": torch.tensor([0, 17], dtype=I32)}, "expected 0 to 16"),
+        ({"query_start": torch.tensor([0, 2, 1], dtype=I32)}, "query_start"),
+        ({"query_start": torch.tensor([0, 1, 4], dtype=I32)}, "q_len_max = 2"),
+        ({"page_size": 0}, "page_size is 0"),
+        ({"q": torch.zeros(3, 2, 9)}, r"q is \[3, 2, 9\]; expected shape \[tokens, 2, 8\]"),
+        ({"kv_pages": torch.zeros(4, 4, 9)}, "kv_pages"),
+        ({"kv_pages": torch.zeros(4, 4, 8, dtype=torch.bfloat16)}, "kv_pages is torch.bfloat16"),
+    ],
+)
+def test_what_breaks_the_contract_of_mla_decode_is_refused(
+    change: dict[str, Any], named: str
+) -> None:
+    given: dict[str, Any] = {
+        "query_start": torch.tensor([0, 1, 3], dtype=I32),
+        "kv_lens": torch.tensor([0, 16], dtype=I32),
+        "page_table": torch.zeros(2, 4, dtype=I32),
+        **{"page_size": 4, "heads": 2, "q_len_max": 2, "latent": 6, "rope": 2},
+        "q": torch.zeros(3, 2, 8),
+        "kv_pages": torch.zeros(4, 4, 8),
+    }
+
+    def run(given: dict[str, Any]) -> None:
+        q, kv_pages = given.pop("q"), given.pop("kv_pages")
+        mla_decode(q, kv_pages, mla_decode_plan(**given), 1.0)
+
+    run(dict(given))
+    with pytest.raises(ContractError, match=named):
+        run(given | change)

@@ -223,6 +223,14 @@ def _cuda(torch: Any) -> str:
 
 
 @cli.command()
+@click.option("--explain", help='a problem, as "mla_decode b=8 q=4 h=16 kv=65536 dtype=bf16"')
+def kernels(explain: str | None) -> None:
+    """Which backend runs each op on this machine, and why not the others."""
+    listing = _room("tokenspeed.kernels.listing")
+    Console().print(listing.explained(explain) if explain else listing.table(), highlight=False)
+
+
+@cli.command()
 @click.option("--check", "only_check", is_flag=True, help="write nothing; fail if a file is stale")
 def codegen(only_check: bool) -> None:
     """Print the C++ lifecycle and the Python mirror from specs/Lifecycle.tla (in a checkout)."""

@@ -7,6 +7,7 @@
     ├── EngineStopped     the engine is draining or has closed
     ├── StepError         one step failed; only the requests in it end
     ├── CheckpointError   a model file is missing, corrupt, or of an unknown kind; names the file
+    ├── ContractError     what an op is given breaks its contract; names the argument
     ├── KernelError       no backend supports a problem; says what each one lacked
     ├── PlacementError    module boundaries cannot be satisfied on the mesh
     └── SpecError         a TLA+ construct is outside the subset; names file, line and column
@@ -19,6 +20,7 @@ from __future__ import annotations
 __all__ = [
     "CheckpointError",
     "ConfigError",
+    "ContractError",
     "EngineStopped",
     "KernelError",
     "OverloadedError",
@@ -94,6 +96,21 @@ class CheckpointError(TokenSpeedError):
         super().__init__(f"{path}: {reason}")
         self.path = path
         self.reason = reason
+
+
+class ContractError(TokenSpeedError, ValueError):
+    """An op was given what its contract does not allow.
+
+    Args:
+        op: the function.
+        argument: which of its arguments.
+        given: what it was.
+        expected: what the contract says.
+    """
+
+    def __init__(self, op: str, argument: str, given: str, expected: str) -> None:
+        super().__init__(f"{op}: {argument} is {given}; expected {expected}")
+        self.argument = argument
 
 
 class KernelError(TokenSpeedError):

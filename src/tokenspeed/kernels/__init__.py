@@ -10,19 +10,23 @@ from typing import cast
 
 from torch import Tensor
 
-from tokenspeed.kernels.contract import AttentionPlan, Backend, Problem
+from tokenspeed.kernels.contract import AttentionPlan, Backend, MlaPlan, Problem
+from tokenspeed.kernels.mla import mla_decode, mla_decode_plan
 from tokenspeed.kernels.registry import Choice, Registry, registry
 
 __all__ = [
     "AttentionPlan",
     "Backend",
     "Choice",
+    "MlaPlan",
     "Problem",
     "Registry",
     "add_rms_norm",
     "embedding",
     "kv_write",
     "linear",
+    "mla_decode",
+    "mla_decode_plan",
     "paged_attention",
     "registry",
     "rms_norm",

@@ -18,6 +18,13 @@ sums are taken in float32 at least.
         softmax(q k / sqrt(d)) v over positions 0..p of the row, p the query's own (causal), or over
         the last `window` of these where it is a number (Beltagy et al., 2020); heads share keys in
         groups of H / K (Ainslie et al., 2023). Pages that no query of the row sees are not read.
+    mla_decode(q[T, H, C + E], kv_pages[pages, page_size, C + E], plan, scale)
+            -> (out[T, H, C], lse float32[T, H])
+        softmax(scale q k) v with keys k and values v = k[:C]: multi-head latent attention in its
+        absorbed form (DeepSeek-AI, 2024), C latent and E rotary columns, one key head. Query j of a
+        row's n sees its keys 0 .. kv_len - n + j (causal, bottom-right). lse is the natural
+        logarithm of the sum of exp(scale q k); a query that sees nothing has out 0 and lse -inf.
+        What lies in pages behind a row's keys is never used, even if it is NaN.
 """
 
 from __future__ import annotations
@@ -28,7 +35,7 @@ from typing import Any, TypeVar, cast, final
 from attrs import field, frozen
 from torch import Tensor
 
-__all__ = ["OPS", "AttentionPlan", "Backend", "Problem"]
+__all__ = ["OPS", "AttentionPlan", "Backend", "MlaPlan", "Problem"]
 
 T = TypeVar("T")
 
@@ -41,26 +48,14 @@ OPS = (
     "silu_mul",
     "kv_write",
     "paged_attention",
+    "mla_decode",
 )
 
 
-@final
 @frozen(kw_only=True, eq=False)
-class AttentionPlan:
-    """What `paged_attention` needs of a step. Made once, used by every layer.
+class _Plan:
+    """What a step says once and every layer reads."""
 
-    Attributes:
-        query_start: int32[R + 1]; row i has the queries [query_start[i], query_start[i + 1]).
-        context_lens: int32[R]; cached tokens before the row's first query.
-        page_table: int32[R, n]; entries past a row's last page mean nothing, and with a window
-            those of pages wholly behind the window of the row's first query mean nothing.
-        page_size: tokens in a page.
-    """
-
-    query_start: Tensor
-    context_lens: Tensor
-    page_table: Tensor
-    page_size: int
     _derived: dict[Any, Any] = field(factory=dict, init=False)
 
     def once(self, derive: Callable[..., T], *of: Hashable) -> T:
@@ -76,6 +71,54 @@ class AttentionPlan:
 
 
 @final
+@frozen(kw_only=True, eq=False)
+class AttentionPlan(_Plan):
+    """What `paged_attention` needs of a step. Made once, used by every layer.
+
+    Attributes:
+        query_start: int32[R + 1]; row i has the queries [query_start[i], query_start[i + 1]).
+        context_lens: int32[R]; cached tokens before the row's first query.
+        page_table: int32[R, n]; entries past a row's last page mean nothing, and with a window
+            those of pages wholly behind the window of the row's first query mean nothing.
+        page_size: tokens in a page.
+    """
+
+    query_start: Tensor
+    context_lens: Tensor
+    page_table: Tensor
+    page_size: int
+
+
+@final
+@frozen(kw_only=True, eq=False)
+class MlaPlan(_Plan):
+    """What `mla_decode` needs of a step. Made once by `mla_decode_plan`, used by every layer.
+
+    A plan serves one stream at a time. In a CUDA graph it is made inside the capture, so that each
+    replay plans from what the tensors hold then.
+
+    Attributes:
+        query_start: int32[R + 1]; row i has the queries [query_start[i], query_start[i + 1]).
+        kv_lens: int32[R]; keys of a row, those of its own queries included.
+        page_table: int32[R, n]; entries past a row's last page mean nothing.
+        page_size: tokens in a page.
+        heads: H.
+        latent: C, columns of a key that are its value.
+        rope: E, the other columns.
+        q_len_max: no row has more queries.
+    """
+
+    query_start: Tensor
+    kv_lens: Tensor
+    page_table: Tensor
+    page_size: int
+    heads: int
+    latent: int
+    rope: int
+    q_len_max: int
+
+
+@final
 @frozen
 class Problem:
     """What selection looks at: never a batch size, so that an answer serves a whole run.
@@ -84,11 +127,20 @@ class Problem:
         op: one of OPS.
         device: "cpu", "cuda" ...
         dtype: of the activations, as torch names it ("float32", "bfloat16").
+        capability: of a CUDA device, as (9, 0).
+        heads, q_len, page_size, latent, rope: of `mla_decode`; q_len is rounded up to a power of
+            two. None for other ops.
     """
 
     op: str
     device: str
     dtype: str
+    capability: tuple[int, int] | None = None
+    heads: int | None = None
+    q_len: int | None = None
+    page_size: int | None = None
+    latent: int | None = None
+    rope: int | None = None
 
 
 @final

@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, final
 
 import torch
@@ -24,9 +25,15 @@ from tokenspeed.kernels.cpu import BACKEND as CPU
 from tokenspeed.kernels.reference import BACKEND as REFERENCE
 from tokenspeed.kernels.triton import BACKENDS as TRITON
 
-__all__ = ["Choice", "Registry", "registry"]
+__all__ = ["Choice", "Registry", "capability", "registry"]
 
 log = logging.getLogger("tokenspeed.kernels")
+
+
+@cache
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """Of a CUDA device, as (9, 0); None of another."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 @final
@@ -46,7 +53,9 @@ class Registry:
     def __init__(self, backends: tuple[Backend, ...]) -> None:
         self._backends = sorted(backends, key=lambda b: -b.priority)
         self._forced: dict[str, str] = {}
-        self._chosen: dict[tuple[str, str, torch.dtype], Callable[..., Any]] = {}
+        self._chosen: dict[object, Callable[..., Any]] = {}
+        self.failed: dict[str, str] = {}
+        """Plugins that were left out, with the reason."""
         for word in filter(None, os.environ.get("TOKENSPEED_KERNELS", "").split(",")):
             op, _, name = word.partition("=")
             self._check("TOKENSPEED_KERNELS", op, name)
@@ -76,9 +85,9 @@ class Registry:
         for entry in importlib.metadata.entry_points(group="tokenspeed.kernels"):
             try:
                 self.add(entry.load())
-            except (
-                Exception
-            ):  # a stranger's code: whatever it raises, the engine goes on without it
+            # A stranger's code: whatever it raises, the engine goes on without it.
+            except Exception as error:
+                self.failed[entry.name] = f"{type(error).__name__}: {error}"
                 log.exception("the kernel backend %s failed to load", entry.name)
 
     def of(self, op: str, x: Tensor) -> Callable[..., Any]:
@@ -87,12 +96,22 @@ class Registry:
         Raises:
             KernelError: no backend supports it; says what each one lacks.
         """
-        key = (op, x.device.type, x.dtype)
+        # This is asked many times a step: the device's hash is cheaper than a problem's.
+        key = (op, x.device, x.dtype)
         found = self._chosen.get(key)
         if found is None:
-            name = self.explain(Problem(op, key[1], str(key[2]).removeprefix("torch."))).backend
+            dtype = str(x.dtype).removeprefix("torch.")
+            problem = Problem(op, x.device.type, dtype, capability=capability(x.device))
+            found = self._chosen[key] = self.find(problem)
+        return found
+
+    def find(self, problem: Problem) -> Callable[..., Any]:
+        """The function that runs a problem. Raises KernelError, as `of`."""
+        found = self._chosen.get(problem)
+        if found is None:
+            name = self.explain(problem).backend
             backend = next(b for b in self._backends if b.name == name)
-            found = self._chosen[key] = backend.functions[op]
+            found = self._chosen[problem] = backend.functions[problem.op]
         return found
 
     def explain(self, problem: Problem) -> Choice:

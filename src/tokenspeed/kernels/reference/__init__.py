@@ -1,4 +1,4 @@
-"""The reference: the contract in plain torch, in float32. Rule: obviously right before fast."""
+"""The reference: the contract in plain torch, in float32 at least. Rule: right before fast."""
 
 from tokenspeed.kernels.contract import Backend
 from tokenspeed.kernels.reference.attention import kv_write, paged_attention, rope
@@ -9,6 +9,7 @@ from tokenspeed.kernels.reference.dense import (
     rms_norm,
     silu_mul,
 )
+from tokenspeed.kernels.reference.mla import mla_decode
 
 __all__ = ["BACKEND"]
 
@@ -24,6 +25,7 @@ BACKEND = Backend(
         "silu_mul": silu_mul,
         "kv_write": kv_write,
         "paged_attention": paged_attention,
+        "mla_decode": mla_decode,
     },
     supports=lambda _problem: None,
 )

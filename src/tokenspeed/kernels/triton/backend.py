@@ -7,6 +7,7 @@ import os
 from tokenspeed.kernels.contract import Backend, Problem
 from tokenspeed.kernels.triton.attention import kv_write, paged_attention, rope
 from tokenspeed.kernels.triton.dense import add_rms_norm, embedding, linear, rms_norm, silu_mul
+from tokenspeed.kernels.triton.mla import mla_decode, unsupported
 
 __all__ = ["BACKEND"]
 
@@ -18,7 +19,7 @@ def _supports(problem: Problem) -> str | None:
         return f"runs on {' and '.join(DEVICES)}, not on {problem.device}"
     if problem.dtype not in ("float32", "bfloat16", "float16"):
         return f"computes in float32, bfloat16 or float16, not {problem.dtype}"
-    return None
+    return unsupported(problem) if problem.op == "mla_decode" else None
 
 
 BACKEND = Backend(
@@ -33,6 +34,7 @@ BACKEND = Backend(
         "silu_mul": silu_mul,
         "kv_write": kv_write,
         "paged_attention": paged_attention,
+        "mla_decode": mla_decode,
     },
     supports=_supports,
 )

@@ -1,0 +1,112 @@
+"""The public side of latent attention. Rule: what breaks the contract is refused in its words.
+
+Values that lie on a GPU are not read, for that would wait for it: there a backend clamps a length
+to what the page table can hold, and takes a page that does not exist for zeros.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from tokenspeed.errors import ContractError
+from tokenspeed.kernels.contract import MlaPlan, Problem
+from tokenspeed.kernels.registry import capability, registry
+
+__all__ = ["mla_decode", "mla_decode_plan", "mla_problem"]
+
+
+def mla_decode_plan(
+    query_start: Tensor,
+    kv_lens: Tensor,
+    page_table: Tensor,
+    *,
+    page_size: int,
+    heads: int,
+    q_len_max: int,
+    latent: int = 512,
+    rope: int = 64,
+) -> MlaPlan:
+    """What `mla_decode` needs of a step; see MlaPlan for the arguments.
+
+    Raises:
+        ContractError: a shape, a dtype or, on the CPU, a value is none that MlaPlan allows.
+    """
+    given = {"query_start": query_start, "kv_lens": kv_lens, "page_table": page_table}
+    for name, value in given.items():
+        if value.dtype != torch.int32 or value.device != kv_lens.device:
+            found = f"{value.dtype} on {value.device}"
+            raise ContractError("mla_decode_plan", name, found, f"int32 on {kv_lens.device}")
+    rows = len(kv_lens)
+    for name, dims in {"query_start": (rows + 1,), "kv_lens": (rows,)}.items():
+        if tuple(given[name].shape) != dims:
+            found = str(list(given[name].shape))
+            raise ContractError("mla_decode_plan", name, found, f"shape {list(dims)}")
+    if page_table.dim() != 2 or len(page_table) != rows:
+        found = str(list(page_table.shape))
+        raise ContractError("mla_decode_plan", "page_table", found, f"shape [{rows}, pages]")
+    sizes = {"page_size": page_size, "heads": heads, "latent": latent, "rope": rope}
+    for name, size in {**sizes, "q_len_max": q_len_max}.items():
+        if size < 1:
+            raise ContractError("mla_decode_plan", name, str(size), "at least 1")
+    if kv_lens.device.type == "cpu":
+        _check_values(query_start, kv_lens, page_table.shape[1] * page_size, q_len_max)
+    return MlaPlan(
+        query_start=query_start.contiguous(),
+        kv_lens=kv_lens.contiguous(),
+        page_table=page_table.contiguous(),
+        q_len_max=q_len_max,
+        **sizes,
+    )
+
+
+def _check_values(starts: Tensor, lens: Tensor, keys_max: int, q_len_max: int) -> None:
+    counts = starts.diff()
+    if int(starts[0]) != 0 or bool((counts < 0).any()) or bool((counts > q_len_max).any()):
+        wanted = f"0 first, then steps of 0 to q_len_max = {q_len_max}"
+        raise ContractError("mla_decode_plan", "query_start", str(starts.tolist()), wanted)
+    if bool((lens < 0).any()) or bool((lens > keys_max).any()):
+        wanted = f"0 to {keys_max}, what a row of page_table can hold"
+        raise ContractError("mla_decode_plan", "kv_lens", str(lens.tolist()), wanted)
+
+
+def mla_problem(q: Tensor, plan: MlaPlan) -> Problem:
+    """What selection looks at for queries like `q` under a plan like this."""
+    return Problem(
+        "mla_decode",
+        q.device.type,
+        str(q.dtype).removeprefix("torch."),
+        capability=capability(q.device),
+        heads=plan.heads,
+        q_len=1 << (plan.q_len_max - 1).bit_length(),
+        page_size=plan.page_size,
+        latent=plan.latent,
+        rope=plan.rope,
+    )
+
+
+def mla_decode(q: Tensor, kv_pages: Tensor, plan: MlaPlan, scale: float) -> tuple[Tensor, Tensor]:
+    """Latent attention of q[T, H, C + E] over each row's pages[pages, page_size, C + E].
+
+    Returns:
+        out[T, H, C] in the dtype of `q`, and lse float32[T, H]; see contract.py.
+
+    Raises:
+        ContractError: shapes, dtypes or devices do not fit each other or the plan.
+        KernelError: no backend supports the problem.
+    """
+    width = plan.latent + plan.rope
+    if q.dim() != 3 or tuple(q.shape[1:]) != (plan.heads, width):
+        wanted = f"shape [tokens, {plan.heads}, {width}]"
+        raise ContractError("mla_decode", "q", str(list(q.shape)), wanted)
+    if kv_pages.dim() != 3 or tuple(kv_pages.shape[1:]) != (plan.page_size, width):
+        wanted = f"shape [pages, {plan.page_size}, {width}]"
+        raise ContractError("mla_decode", "kv_pages", str(list(kv_pages.shape)), wanted)
+    for name, value in {"q": q, "kv_pages": kv_pages}.items():
+        if value.dtype != q.dtype or value.device != plan.kv_lens.device:
+            wanted = f"{q.dtype} on {plan.kv_lens.device}, where the plan is"
+            raise ContractError("mla_decode", name, f"{value.dtype} on {value.device}", wanted)
+    run = registry.find(mla_problem(q, plan))
+    return cast(tuple[Tensor, Tensor], run(q, kv_pages, plan, scale))
