@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -16,7 +17,15 @@ from compiling import CXX, CXX_FLAGS, HEADERS, ROOT, needs, run
 from tokenspeed.fsm import read_lifecycle
 from tokenspeed.fsm.codegen import generate, stale
 from tokenspeed.fsm.emit_cpp import emit_cpp
-from tokenspeed.fsm.generated import ACTIONS, EDGES, STATES
+from tokenspeed.fsm.generated import (
+    ACTIONS,
+    EDGES,
+    GUARDS,
+    OWNS,
+    PAGE_KINDS,
+    SPEC_VERSION,
+    STATES,
+)
 from tokenspeed.fsm.mirror import ENDED, IllegalTransition, RequestMachine, legal, targets
 from tokenspeed.fsm.monitor import Monitor
 
@@ -33,6 +42,14 @@ NO_ECHO = {
 
 def test_generated_files_are_fresh() -> None:
     assert not stale(ROOT), "run: tokenspeed codegen"
+
+
+def test_what_embedders_see_keeps_its_version() -> None:
+    """The tables and names that they program against, as they are in this version of the spec."""
+    seen = repr((STATES, ACTIONS, PAGE_KINDS, EDGES, OWNS, GUARDS))
+    assert (SPEC_VERSION, hashlib.sha256(seen.encode()).hexdigest()[:16]) == (
+        "2.0.0", "de5aeae197940e91",
+    ), "raise specs/VERSION by the rule of specs/README.md, then write both here"  # fmt: skip
 
 
 # --- the mirror ---------------------------------------------------------------------------------

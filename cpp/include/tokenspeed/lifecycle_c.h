@@ -10,7 +10,7 @@
 
 #define TOKENSPEED_SPEC "specs/Lifecycle.tla"
 #define TOKENSPEED_SPEC_HASH "b6a9a5869ca272d28dff476433f8429d6a3b5ede0f62b23f0c73bea0d64f5057"
-#define TOKENSPEED_SPEC_VERSION "1.0.0"
+#define TOKENSPEED_SPEC_VERSION "2.0.0"
 
 // How the functions are declared: each includer has its own, unless it exports them.
 #ifndef TOKENSPEED_C_API

@@ -12,7 +12,7 @@ __all__ = [
 
 SPEC = "specs/Lifecycle.tla"
 SPEC_HASH = "b6a9a5869ca272d28dff476433f8429d6a3b5ede0f62b23f0c73bea0d64f5057"
-SPEC_VERSION = "1.0.0"
+SPEC_VERSION = "2.0.0"
 
 STATES = (
     "New",
