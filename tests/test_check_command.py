@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from tokenspeed.cli import cli, main
 from tokenspeed.errors import ConfigError, SpecError, TokenSpeedError
 from tokenspeed.fsm import compiled
-from tokenspeed.fsm.model import parse_config
+from tokenspeed.fsm.model import load_model, parse_config
 from tokenspeed.fsm.syntax import parse_module
 
 COUNTING = """---- MODULE Counting ----
@@ -81,6 +81,26 @@ def test_a_drawing_that_cannot_be_written_is_an_error(counting: Path) -> None:
             assert isinstance(done.exception, ConfigError)
             assert str(done.exception).startswith(f"{option}: got {path!r}")
             assert json.loads(done.stdout)["violated"] == "Small"  # once, and it stands
+
+
+def test_of_a_long_behaviour_the_ends_are_told(counting: Path) -> None:
+    counting.write_text(COUNTING.replace("x < 2", "x < 1000"))
+    counting.with_suffix(".cfg").write_text("CONSTANT N = 1000\nINVARIANT Small\n")
+    words = ["check", str(counting), "--engine", "interpreter"]
+    done = CliRunner().invoke(cli, [*words, "--json"])
+    assert len(json.loads(done.stdout)["trace"]) == 1_001
+    told = [line.split() for line in done.stderr.splitlines() if "becomes" in line]
+    assert [int(words[0]) for words in told] == [*range(1, 100), *range(901, 1_001)]
+    assert "801 steps are left out" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("more", "named"), [("N = 3", "N has two values"), ("M = 3", "M is no CONSTANT of Counting")]
+)
+def test_a_constant_of_the_spec_has_one_value(counting: Path, more: str, named: str) -> None:
+    (path := counting.with_suffix(".cfg")).write_text(f"CONSTANTS N = 2 {more}\n")
+    with pytest.raises(SpecError, match=named):
+        load_model(counting, path)
 
 
 @pytest.mark.parametrize("command", [["check", "--trace"], ["monitor"], ["replay"]])

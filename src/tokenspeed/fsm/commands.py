@@ -40,6 +40,9 @@ from tokenspeed.fsm.trace import read_trace, validate
 
 __all__ = ["check", "monitor", "replay"]
 
+STEPS_TOLD_MAX = 200
+"""Steps of a behaviour that a person is told; of a longer one, its two ends."""
+
 _screen = Console(stderr=True)
 _path = click.Path(path_type=Path, exists=True, dir_okay=False)
 _file = click.Path(path_type=Path, dir_okay=False)
@@ -414,9 +417,16 @@ def _tell(report: Report) -> None:
 def _tell_behaviour(report: Report) -> None:
     """Each step in a sentence, red where it collides, and below it what it changed."""
     before: Step | None = None
+    end = STEPS_TOLD_MAX // 2
+    left_out = range(end, len(report.trace) - end)
     for number, (step, sentence) in enumerate(
         zip(report.trace, sentences(report.trace), strict=True)
     ):
+        if number in left_out:
+            before = step
+            if number == left_out.start:
+                _screen.print(f"      {len(left_out):,} steps are left out; --json has them")
+            continue
         colour = " red" if before and collides(before, step) else ""
         text = f"{number:>4}  [bold{colour}]{escape(sentence)}[/]"
         _screen.print(text, highlight=False, soft_wrap=True)
@@ -428,7 +438,7 @@ def _tell_behaviour(report: Report) -> None:
         before = step
     if report.loop is not None:
         _screen.print(f"      and back to step {report.loop}, for ever")
-    if len(report.trace) > 1:
+    if len(report.trace) > 1 and not left_out:
         diagram = sequence_text(report.trace, report.loop)
         _screen.print(f"\n{escape(diagram)}", highlight=False, soft_wrap=True)
 

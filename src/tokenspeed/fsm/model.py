@@ -155,6 +155,9 @@ def load_model(spec: Path, config: Path) -> Model:
     if "SPECIFICATION" in settings.overrides:
         settings = _behaviour(settings, names)
     constants = {**settings.constants}
+    for name in constants:
+        if name not in module.constants:
+            raise SpecError(config, 1, 1, f"{name} = ...: {name} is no CONSTANT of {module.name}")
     plain = Evaluator(module, constants)
     for name, source in settings.overrides.items():
         if name not in module.constants:
@@ -287,6 +290,8 @@ def _constants(path: Path, words: list[str]) -> tuple[dict[str, Any], dict[str, 
     overrides: dict[str, str] = {}
     rest = iter(words)
     for name in rest:
+        if name in constants or name in overrides:
+            raise SpecError(path, 1, 1, f"{name} has two values; expected one")
         sign, value = next(rest, "nothing"), next(rest, "nothing")
         if sign == "<-" and value.isidentifier():
             overrides[name] = value
