@@ -120,10 +120,10 @@ def try_exhibit(specs: Path, exhibit: Exhibit, settings: Settings, progress: Pro
 
 
 def guards(spec: Path) -> list[Guard]:
-    """Every bulleted conjunct of an action that speaks only of the state before."""
+    """Every bulleted conjunct of an action of this file that speaks only of the state before."""
     module = load_module(spec)
     definitions = {d.name: d for d in module.definitions}
-    lines = module.text.splitlines(keepends=True)
+    lines = spec.read_text(encoding="utf-8").splitlines(keepends=True)
     starts = [0]
     for line in lines:
         starts.append(starts[-1] + len(line))
@@ -133,6 +133,8 @@ def guards(spec: Path) -> list[Guard]:
             continue
         for conjunct in _conjuncts(definition.body):
             if _assigns(conjunct, definitions) or conjunct.op in ("always", "forall"):
+                continue
+            if conjunct.span.path != spec:
                 continue
             at = conjunct.span.line - 1
             whole = lines[at].strip()
