@@ -23,7 +23,10 @@ from tokenspeed.fsm.runtime import Runtime, Tried, observed, replay
 ROOT = Path(__file__).resolve().parents[1]
 SPECS = ROOT / "specs"
 LIFECYCLE = SPECS / "MCLifecycle.tla"
+TIER = SPECS / "MCHostTier.tla"
 RECORDED = {model.name: model for model in read_manifest(SPECS)}
+
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("pages", "host")]
 
 needs_compiler = pytest.mark.skipif(compiled.compiler() is None, reason="no C++ compiler here")
 
@@ -38,6 +41,7 @@ needs_compiler = pytest.mark.skipif(compiled.compiler() is None, reason="no C++ 
         "keys",
         "priorities",
         pytest.param("oneslot", marks=pytest.mark.slow),
+        pytest.param("host", marks=pytest.mark.slow),
     ],
 )
 def test_the_runtime_is_the_model_in_every_state(name: str) -> None:
@@ -50,7 +54,7 @@ def test_the_runtime_is_the_model_in_every_state(name: str) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", ["tiny", "toolong", pytest.param("pages", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["tiny", "toolong", *SLOW])
 def test_compiled_model_and_mirror_have_the_recorded_graph(name: str) -> None:
     model = RECORDED[name]
     compiled_graph = read_graph(SPECS / model.spec, SPECS / model.config)
@@ -84,11 +88,20 @@ def test_another_spec_is_refused_by_what_it_lacks() -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", ["NeverEvicted", "NeverPreempted", "NeverDropped"])
-def test_the_runtime_follows_what_the_spec_allows(name: str) -> None:
+@pytest.mark.parametrize(
+    ("spec", "name"),
+    [
+        (LIFECYCLE, "NeverEvicted"),
+        (LIFECYCLE, "NeverPreempted"),
+        (LIFECYCLE, "NeverDropped"),
+        (TIER, "NeverLoaded"),
+        (TIER, "NeverAlreadyComputed"),
+    ],
+)
+def test_the_runtime_follows_what_the_spec_allows(spec: Path, name: str) -> None:
     config = SPECS / "reach" / f"{name}.cfg"
-    report = check(LIFECYCLE, config, Settings())
-    found = replay(load_model(LIFECYCLE, config).evaluator, report.trace)
+    report = check(spec, config, Settings())
+    found = replay(load_model(spec, config).evaluator, report.trace)
     assert (found.steps, found.why) == (len(report.trace) - 1, "")
 
 

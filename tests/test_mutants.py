@@ -63,6 +63,11 @@ else:
 """
 
 
+def of_config(config: str) -> str:
+    """The module that a configuration is of."""
+    return "MCHostTier.tla" if config.startswith("host") else "MCLifecycle.tla"
+
+
 class Refused(Exception):
     """What the compiler said of a mutant that it does not take."""
 
@@ -109,7 +114,7 @@ class Workshop:
             ["g++", "-shared", *map(str, objects.values()), "-o", str(module)], check=True
         )
         return subprocess.run(
-            [sys.executable, "-c", DRIVE, module, SPECS / "MCLifecycle.tla", SPECS / config, way],
+            [sys.executable, "-c", DRIVE, module, SPECS / of_config(config), SPECS / config, way],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
 
@@ -152,12 +157,19 @@ def test_as_it_stands_it_conforms(workshop: Workshop) -> None:
 
 def test_every_exhibit_has_a_mutant_or_a_reason() -> None:
     mutants = {row["exhibit"] for row in ROWS["mutants"] if "story" not in row}
-    runtime = {e.id for e in read_museum(SPECS).exhibits if e.spec == "Lifecycle.tla"}
+    specs = ("Lifecycle.tla", "HostTier.tla")
+    runtime = {e.id for e in read_museum(SPECS).exhibits if e.spec in specs}
     assert runtime <= mutants | ROWS["without"].keys()
     assert not mutants & ROWS["without"].keys()
 
 
-@pytest.mark.parametrize("mutant", ROWS["mutants"], ids=lambda m: m["exhibit"])
+MUTANTS = [
+    pytest.param(row, id=row["exhibit"], marks=[pytest.mark.slow] if row.get("slow") else [])
+    for row in ROWS["mutants"]
+]
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
 def test_every_mutant_is_caught_as_its_row_says(workshop: Workshop, mutant: dict[str, Any]) -> None:
     by, said = workshop.caught(mutant["edits"], mutant.get("config", "tiny.cfg"))
     assert by == mutant["caught"], said

@@ -166,11 +166,21 @@ py::dict snapshot(const Control& self) {
   }
   py::list inflight;
   for (const auto& step : found.inflight) inflight.append(rows(self, step));
+  py::list host;
+  for (const auto& [kind, references, key, salt] : found.host) {
+    host.append(py::make_tuple(kind, salt, py::tuple(py::cast(key))));
+  }
+  py::list moves;
+  for (const auto& [page, block, out] : found.moves) {
+    moves.append(py::make_tuple(page, block, out));
+  }
   py::dict out;
   out["requests"] = requests;
   out["pages"] = pages;
   out["plan"] = rows(self, found.plan);
   out["inflight"] = inflight;
+  out["host"] = host;
+  out["moves"] = moves;
   return out;
 }
 
@@ -219,8 +229,9 @@ void bind_step(py::module_& m) {
 void bind_control(py::module_& m) {
   py::class_<Control>(m, "Control")
       .def(py::init([](std::int32_t page_size, std::int32_t pages, std::int32_t slots,
-                       std::int32_t chunk, std::int32_t in_flight_max) {
-             const ControlConfig config{page_size, pages, slots, chunk, in_flight_max, true};
+                       std::int32_t chunk, std::int32_t in_flight_max, std::int32_t host_pages) {
+             const ControlConfig config{page_size,     pages, slots, chunk,
+                                        in_flight_max, true,  0,     host_pages};
              const std::string wrong = Control::invalid(config);
              if (!wrong.empty()) throw py::value_error(wrong);
              auto control = std::make_unique<Control>(config);
@@ -228,7 +239,7 @@ void bind_control(py::module_& m) {
              return control;
            }),
            py::kw_only(), py::arg("page_size"), py::arg("pages"), py::arg("slots"),
-           py::arg("chunk"), py::arg("in_flight_max"))
+           py::arg("chunk"), py::arg("in_flight_max"), py::arg("host_pages") = 0)
       .def(
           "submit",
           [](Control& self, std::int64_t number, const std::vector<Token>& prompt,
@@ -254,6 +265,11 @@ void bind_control(py::module_& m) {
           },
           py::arg("token_ids"), py::arg("stop"))
       .def("evict", &Control::evict, py::arg("page"))
+      .def("store_start", &Control::store_start, py::arg("page"), py::arg("block"))
+      .def("store_end", &Control::store_end, py::arg("block"), py::arg("good"))
+      .def("load_start", &Control::load_start, py::arg("block"), py::arg("page"))
+      .def("load_end", &Control::load_end, py::arg("block"), py::arg("good"))
+      .def("host_drop", &Control::host_drop, py::arg("block"))
       .def("snapshot", &snapshot)
       .def("trace", [](Control& self) { return trace(self.take_trace()); })
       .def("check", &Control::check);

@@ -247,7 +247,14 @@ class Control:
     """
 
     def __init__(
-        self, *, page_size: int, pages: int, slots: int, chunk: int, in_flight_max: int
+        self,
+        *,
+        page_size: int,
+        pages: int,
+        slots: int,
+        chunk: int,
+        in_flight_max: int,
+        host_pages: int = 0,
     ) -> None: ...
     def submit(
         self, number: int, prompt: Sequence[int], length_max: int, salt: str, patience: int
@@ -264,12 +271,18 @@ class Control:
         """Complete the oldest launched step: a token and a stop flag for each of its rows."""
 
     def evict(self, page: int) -> bool: ...
+    def store_start(self, page: int, block: int) -> bool: ...
+    def store_end(self, block: int, good: bool) -> bool: ...
+    def load_start(self, block: int, page: int) -> bool: ...
+    def load_end(self, block: int, good: bool) -> bool: ...
+    def host_drop(self, block: int) -> bool: ...
     def snapshot(self) -> dict[str, Any]:
         """All of it as values.
 
         `requests`: number -> (state, pages, known, planned, done), oldest first; `pages`: by id,
         (kind, references, salt, tokens of the key); `plan`: rows; `inflight`: rows of each
-        launched step, oldest first.
+        launched step, oldest first; `host`: by block, (kind, salt, tokens of the key); `moves`:
+        copies under way, (page, block, from device to host).
         """
 
     def trace(self) -> list[tuple[str, int, int, int, str]]:

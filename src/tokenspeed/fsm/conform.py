@@ -23,7 +23,7 @@ from tokenspeed.fsm.evaluate import Evaluator
 from tokenspeed.fsm.graph import compiled_steps
 from tokenspeed.fsm.mirror import Action, Mirror
 from tokenspeed.fsm.model import load_model
-from tokenspeed.fsm.runtime import VARIABLES, Observed, Runtime, Tried, observed
+from tokenspeed.fsm.runtime import Observed, Runtime, Tried, as_asked, observed, visible
 from tokenspeed.fsm.steps import Step, changes
 from tokenspeed.fsm.values import show
 
@@ -67,7 +67,7 @@ def read_graph(spec: Path, config: Path, settings: Settings | None = None) -> Gr
         )  # fmt: skip
     steps: list[list[tuple[Action, int]]] = [[] for _ in states]
     for at, step, to in found:
-        steps[at].append((Action(step.action, step.args), to))
+        steps[at].append((as_asked(step.action, step.args), to))
     return Graph(tuple(map(observed, states)), tuple(map(tuple, steps)))
 
 
@@ -82,7 +82,7 @@ def mirrored(spec: Path, config: Path) -> Graph:
             if after not in numbers:
                 numbers[after] = len(states)
                 states.append(after)
-            found.append((action, numbers[after]))
+            found.append((as_asked(action.name, action.args), numbers[after]))
         steps.append(tuple(found))
     seen = (dict(zip(state.variables, state.values, strict=True)) for state in states)
     return Graph(tuple(map(observed, seen)), tuple(steps))
@@ -143,10 +143,11 @@ def conform(spec: Path, config: Path, settings: Settings | None = None) -> Confo
         )  # fmt: skip
     without = compiled.compiler() is None
     graph = mirrored(spec, config) if without else read_graph(spec, config, settings)
+    names = visible(model.evaluator.variables)
     if len(set(graph.states)) < len(graph.states):
         raise ConfigError(
             "config", f"{config.name}, where states differ in what cannot be seen alone",
-            f"a model whose states differ in one of {', '.join(VARIABLES)}",
+            f"a model whose states differ in one of {', '.join(names)}",
         )  # fmt: skip
     if len(list(model.evaluator.initial(asked.init))) != 1:
         raise ConfigError(
@@ -225,7 +226,8 @@ class _Walk:
         got = runtime.state()
         if got in wanted:
             return ""
-        old, new = (Step("", (), dict(zip(VARIABLES, s, strict=True))) for s in (wanted[0], got))
+        names = visible(self._spec.variables)
+        old, new = (Step("", (), dict(zip(names, s, strict=True))) for s in (wanted[0], got))
         differs = "; ".join(
             f"{path} is {is_}, the spec has {was}" for path, was, is_ in changes(old, new)
         )

@@ -1,8 +1,10 @@
 """The real control plane by the spec's names: asked for its actions, seen as its state.
 
 Rule: nothing is decided here and nothing is remembered but what the runtime forgets by design: the
-requests that have ended. What the runtime does not have is left out of the comparison: `content`, a
-ghost that nobody can look at, and the pages of a piece of work, which follow from its positions.
+requests that have ended. What the runtime does not have is left out of the comparison: `content`
+and `stored`, ghosts that nobody can look at, and the pages of a piece of work, which follow from
+its positions. Actions of the lifecycle go by their own names, where `HostTier` has `Tier` before
+them.
 """
 
 from __future__ import annotations
@@ -20,15 +22,35 @@ from tokenspeed.fsm.mirror import ENDED, Action
 from tokenspeed.fsm.steps import Step
 from tokenspeed.fsm.values import Function, Value
 
-__all__ = ["VARIABLES", "Observed", "Replayed", "Runtime", "Tried", "observed", "replay"]
+__all__ = ["Observed", "Replayed", "Runtime", "Tried", "as_asked", "observed", "replay", "visible"]
 
 VARIABLES = ("st", "age", "tab", "known", "planned", "done", "page", "plan", "inflight")
+TIER = ("host", "moves")
+"""What a host tier adds to the variables above."""
+
 Observed = tuple[Value, ...]
-"""The variables above, in their order, as far as they can be seen."""
+"""The variables that are `visible`, in their order, as far as they can be seen."""
 
 SEEN = ("from", "n", "samples")  # of a piece of work
 IDLE = Function({"from": 0, "n": 0, "samples": False})
 Row = tuple[int, int, int, bool]
+
+METHODS = {
+    "StoreStart": "store_start", "StoreEnd": "store_end", "LoadStart": "load_start",
+    "LoadEnd": "load_end", "HostDrop": "host_drop",
+}  # fmt: skip
+ENDS = {"StoreEnd": 1, "LoadEnd": 0}
+"""Where among its arguments the end of a copy has the block."""
+
+
+def visible(variables: Iterable[str]) -> tuple[str, ...]:
+    """Names of the variables of a spec that are compared."""
+    return VARIABLES + TIER if set(TIER) <= set(variables) else VARIABLES
+
+
+def as_asked(name: str, args: tuple[Value, ...]) -> Action:
+    """A step of the spec as the runtime is asked for it."""
+    return Action(name.removeprefix("Tier"), args)
 
 
 def observed(state: Mapping[str, Value]) -> Observed:
@@ -43,7 +65,7 @@ def observed(state: Mapping[str, Value]) -> Observed:
             "spec", f"variables {', '.join(state)}",
             f"the lifecycle's, to drive the runtime by: {', '.join(missing)} are missing",
         )  # fmt: skip
-    seen = {name: state[name] for name in VARIABLES}
+    seen = {name: state[name] for name in visible(state)}
     seen["plan"] = _work_seen(state["plan"])
     seen["inflight"] = tuple(map(_work_seen, state["inflight"]))
     return tuple(seen.values())
@@ -84,13 +106,17 @@ class Runtime:
         self._requests = sorted(value("Req"))
         self._pages = sorted(value("Page"))
         self._tokens = sorted(value("Token"))
+        self._tier = visible(spec.variables) != VARIABLES
+        self._blocks = sorted(value("Block")) if self._tier else []
         self._numbers = {
-            name: at for names in (self._requests, self._pages) for at, name in enumerate(names)
+            name: at
+            for names in (self._requests, self._pages, self._blocks)
+            for at, name in enumerate(names)
         }
         self._chunk: int = value("Chunk")
         self._control = Control(
             page_size=value("PageSize"), pages=len(self._pages), slots=value("Slots"),
-            chunk=self._chunk, in_flight_max=value("MaxInFlight"),
+            chunk=self._chunk, in_flight_max=value("MaxInFlight"), host_pages=len(self._blocks),
         )  # fmt: skip
         self._age: list[str] = []
         self._known = dict(self._prompt)  # told by the trace: the runtime forgets who has ended
@@ -112,10 +138,22 @@ class Runtime:
             yield from (Tried(Action("Schedule", (r, n))) for n in range(self._chunk + 2))
         yield from (Tried(Action("Evict", (p,))) for p in self._pages)
         yield Tried(Action("Launch"))
-        rows = self.snapshot()["inflight"]
+        found = self.snapshot()
+        yield from map(Tried, self._copies({block: page for page, block, _ in found["moves"]}))
+        rows = found["inflight"]
         batch = [self._requests[number] for number, *_ in rows[0]] if rows else []
         for stop in chain.from_iterable(combinations(batch, n) for n in range(len(batch) + 1)):
             yield Tried(Action("Complete"), frozenset(stop))
+
+    def _copies(self, copied: Mapping[int, int]) -> Iterator[Action]:
+        """Of the host tier. The runtime knows a copy by its block: the page is the one it has."""
+        for at, b in enumerate(self._blocks):
+            yield Action("HostDrop", (b,))
+            for p in self._pages:
+                yield from (Action("StoreStart", (p, b)), Action("LoadStart", (b, p)))
+            p = self._pages[copied.get(at, 0)]
+            for good in (False, True):
+                yield from (Action("StoreEnd", (p, b, good)), Action("LoadEnd", (b, p, good)))
 
     def snapshot(self) -> dict[str, Any]:
         """All of the control plane as plain values."""
@@ -142,7 +180,9 @@ class Runtime:
             return self._submit(args[0])
         if name == "Complete":
             return self._complete(stop)
-        action: Callable[..., bool] = getattr(self._control, name.lower())
+        action: Callable[..., bool] = getattr(self._control, METHODS.get(name, name.lower()))
+        if name in ENDS:
+            args = (args[ENDS[name]], args[-1])
         return action(*(self._numbers.get(value, value) for value in args))
 
     def _submit(self, r: str) -> bool:
@@ -185,7 +225,20 @@ class Runtime:
             Function(pages),
             self._work(found["plan"]),
             tuple(self._work(rows) for rows in found["inflight"]),
+            *(self._host(found) if self._tier else ()),
         )
+
+    def _host(self, found: Mapping[str, Any]) -> tuple[Value, Value]:
+        """`host` and `moves`."""
+        homes = {
+            self._blocks[at]: Function({"kind": kind, "key": self._key(salt, key)})
+            for at, (kind, salt, key) in enumerate(found["host"])
+        }
+        moves = (
+            Function({"page": self._pages[page], "block": self._blocks[block], "out": out})
+            for page, block, out in found["moves"]
+        )
+        return Function(homes), frozenset(moves)
 
     def _key(self, salt: str, tokens: Sequence[int]) -> tuple[Value, ...]:
         """As the spec has it: the salt is the root; nothing for a page that is not cached."""
@@ -234,7 +287,8 @@ def replay(spec: Evaluator, behaviour: Sequence[Step]) -> Replayed:
     for number, step in enumerate(behaviour[1:]):
         wanted = observed(step.state)
         why = "it refuses"
-        for tried in _choices(spec, way, Action(step.action, step.args)):
+        action = as_asked(step.action, step.args)
+        for tried in _choices(spec, way, action):
             runtime = Runtime(spec)
             if not all(map(runtime.take, (*way, tried))):
                 continue
@@ -243,7 +297,7 @@ def replay(spec: Evaluator, behaviour: Sequence[Step]) -> Replayed:
                 break
             why = "it does this, with another outcome"
         else:
-            return Replayed(number, f"{Action(step.action, step.args)}: {why}")
+            return Replayed(number, f"{action}: {why}")
     return Replayed(len(behaviour) - 1)
 
 
