@@ -59,6 +59,27 @@ def test_an_error_before_the_first_state_is_json_too(
         assert (report["generated"], report["distinct"], report["trace"]) == (0, 0, [])
 
 
+@pytest.mark.parametrize(
+    ("words", "idle"),
+    [
+        (["{spec}", "--simulate", "1", "--workers", "2"], "--workers"),
+        (["{spec}", "--simulate", "1", "--states-max", "9"], "--states-max"),
+        (["{spec}", "--depth", "3", "--seed", "0"], "--depth, --seed"),
+        (["{spec}", "--no-slow"], "--slow"),
+        (["{spec}", "--runtime", "--seed", "1"], "--seed"),
+        (["--museum", "--slow"], "--slow"),
+        (["--trace", "{spec}", "--engine", "auto"], "--engine"),
+        (["--depth", "3"], "--depth"),
+    ],
+)
+def test_a_setting_that_would_change_nothing_is_refused(
+    counting: Path, words: list[str], idle: str
+) -> None:
+    done = CliRunner().invoke(cli, ["check", *(word.format(spec=counting) for word in words)])
+    assert isinstance(done.exception, ConfigError)
+    assert done.exception.field == idle
+
+
 def test_an_error_is_printed_as_it_stands(
     counting: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

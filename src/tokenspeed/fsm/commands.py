@@ -15,6 +15,7 @@ from typing import Any
 
 import attrs
 import click
+from click.core import ParameterSource
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -95,6 +96,7 @@ def check(
     of_one = {"--replay": replay, "--sequence": sequence, "--svg": svg, "--dot": dot}
     with _answered(as_json, lambda error: _json(_failed(error))):
         _refuse_idle(_given(modes), _given(of_one), spec, config, record)
+        _refuse_settings(_given(modes), spec)
         if trace is not None:
             sys.exit(_judge(trace, as_json))
         if museum:
@@ -180,6 +182,32 @@ def _refuse_idle(
         raise ConfigError("--simulate", "random behaviours", "all states; leave it out to draw")
     if record and (spec is not None or modes not in ([], ["--runtime"])):
         raise ConfigError("--record", "given", "a check of the whole manifest, without SPEC")
+
+
+_SEARCH = {"--workers", "--memory-mb", "--states-max", "--engine"}
+_WALKS = {"--depth", "--seed"}
+_MANIFEST = {"--slow"}
+
+
+def _refuse_settings(modes: list[str], spec: Path | None) -> None:
+    """Refuse what was set for another question than the one that is put.
+
+    Raises:
+        ConfigError: it would change nothing.
+    """
+    context = click.get_current_context()
+    given = {
+        max(each.opts, key=len)
+        for each in context.command.params
+        if context.get_parameter_source(str(each.name)) is not ParameterSource.DEFAULT
+    }
+    used = set() if {*modes} & {"--simulate", "--trace"} else {*_SEARCH}
+    used |= _WALKS if "--simulate" in modes else set()
+    used |= _MANIFEST if spec is None and not modes else set()
+    idle = sorted(given & (_SEARCH | _WALKS | _MANIFEST) - used)
+    if idle:
+        question = modes[0] if modes else "a check of one SPEC" if spec else "the manifest"
+        raise ConfigError(", ".join(idle), "given", f"none of it with {question}; leave it out")
 
 
 def _write(option: str, path: Path, text: str) -> None:
