@@ -7,11 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tokenspeed.bench.conversations import generate, live_blocks, read
+from tokenspeed.bench.conversations import BLOCK, generate, live_blocks, read
 from tokenspeed.bench.scheduler import Sizes
-from tokenspeed.bench.sessions import Replay, measure, parse_shares, workload
+from tokenspeed.bench.sessions import (
+    COPY_TOKENS_S,
+    Link,
+    Replay,
+    measure,
+    parse_sizes,
+    workload,
+)
 from tokenspeed.errors import ConfigError
 from tokenspeed.fsm.trace import read_trace, validate
 
@@ -69,16 +77,22 @@ def test_prompts_that_would_not_wait_are_refused() -> None:
 
 def test_sessions_are_replayed_as_json_with_a_plot(tmp_path: Path) -> None:
     plot = tmp_path / "hits.svg"
-    words = ["--sessions", "12", "--gap-s", "60", "--shares", "2,1", "--plot", str(plot), "--json"]
+    sizes = ["--shares", "2,1", "--hosts", "1,0"]
+    words = ["--sessions", "12", "--gap-s", "60", *sizes, "--plot", str(plot), "--json"]
     done = run(*words, what="sessions")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["workload"] == "12 generated sessions", "it says what it replayed"
     runs = found["runs"]
-    assert [(run["order"], run["share"]) for run in runs] == [
-        ("unlimited", None), ("lru", 1), ("learned", 1), ("lru", 2), ("learned", 2),
+    orders = ("lru", "learned")
+    limited = [(order, share, host) for share in (1, 2) for host in (0, 1) for order in orders]
+    assert [(run["order"], run["share"], run["host"]) for run in runs] == [
+        ("unlimited", None, 0), *limited,
     ]  # fmt: skip
     best = runs[0]
+    for each in runs[1:]:
+        assert each["host_tokens"] == each["host"] * each["pool_tokens"]
+        assert 0 <= each["host_hit_rate"] <= each["hit_rate"] * each["host"]
     assert (best["recomputed_tokens"], best["preemptions"]) == (0, 0)
     assert all(0 < run["hit_rate"] <= best["hit_rate"] < 1 for run in runs)
     assert all(run["queued_mean_s"] <= run["queued_p99_s"] for run in runs)
@@ -88,7 +102,7 @@ def test_sessions_are_replayed_as_json_with_a_plot(tmp_path: Path) -> None:
 
 def test_hints_help_where_the_pool_is_small() -> None:
     conversations = generate(60, 30.0)
-    report = measure("generated", conversations, (0.5,), lambda _what, _done, _total: None)
+    report = measure("generated", conversations, (0.5,), (0,), lambda _what, _done, _total: None)
     _, plain, learned = report.runs
     assert learned.hit_rate > plain.hit_rate + 0.01
     assert learned.recomputed_tokens < plain.recomputed_tokens
@@ -106,12 +120,12 @@ def test_a_replay_is_a_behaviour_of_the_spec(tmp_path: Path) -> None:
     assert [len(c.turns) for c in conversations] == [2, 1] * 3
     assert [turn.awaits_tool for turn in conversations[0].turns] == [True, False]
     assert live_blocks(conversations) > 4
-    replay = Replay(conversations, 12, hints=True, trace=str(tmp_path / "trace"))
+    replay = Replay(conversations, 7, hints=True, host_pages=9, trace=str(tmp_path / "trace"))
     replay.run(lambda _done: None)
-    found = replay.report("learned", 1.0, replay.hits)
-    assert 0 < found.hit_rate < 1
+    found = replay.report("learned", 1.0, 1.0, replay.hits)
+    assert 0 < found.host_hit_rate <= found.hit_rate < 1
     header, steps = read_trace(tmp_path / "trace")
-    assert any(step.action == "Evict" for step in steps)
+    assert {"Evict", "StoreEnd", "LoadEnd"} <= {step.action for step in steps}
     assert validate(Path(__file__).resolve().parents[1] / "specs", header, steps) is None
 
 
@@ -128,10 +142,31 @@ def test_a_trace_of_another_form_is_refused(tmp_path: Path, line: str, words: st
         read(path, 1.0, None)
 
 
-@pytest.mark.parametrize("shares", ["", "a", "0", "1,-1", "17"])
-def test_shares_that_are_no_pools_are_refused(shares: str) -> None:
+def test_a_host_tier_finds_what_the_pool_has_lost() -> None:
+    conversations = generate(60, 30.0)
+    report = measure("generated", conversations, (0.5,), (0, 2), lambda _what, _done, _total: None)
+    _, *alone, lru, learned = report.runs
+    for without, tiered in zip(alone, (lru, learned), strict=True):
+        assert without.host_hit_rate == 0 < tiered.host_hit_rate
+        assert tiered.hit_rate > without.hit_rate + 0.02
+
+
+def test_copies_take_their_time_one_after_the_other() -> None:
+    link = Link()
+    link.start([7, 8, 9], [5], 1.0)
+    one_s = BLOCK / COPY_TOKENS_S
+    assert link.ended(1.0) == []
+    assert link.ended(1.0 + 1.5 * one_s) == [7, 5], "each way its own"
+    assert link.next_s == pytest.approx(1.0 + 3 * one_s)
+    link.start([], [6], 1.0 + 2 * one_s)
+    assert link.ended(1.0 + 3.1 * one_s) == [8, 9, 6]
+    assert link.next_s == np.inf, "nothing moves"
+
+
+@pytest.mark.parametrize("text", ["", "a", "0", "1,-1", "17"])
+def test_sizes_that_are_none_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="shares"):
-        parse_shares(shares)
+        parse_sizes("shares", text, 0.001)
 
 
 def test_workloads_that_cannot_be_replayed_are_refused(tmp_path: Path) -> None:
@@ -141,7 +176,7 @@ def test_workloads_that_cannot_be_replayed_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="trace"):
         workload(tmp_path / "none", 1.0, None)
     with pytest.raises(ConfigError, match="for one request"):
-        measure("generated", generate(2, 1.0), (0.01,), lambda _what, _done, _total: None)
+        measure("generated", generate(2, 1.0), (0.01,), (0,), lambda _what, _done, _total: None)
 
 
 def test_the_policy_is_simulated_as_json() -> None:

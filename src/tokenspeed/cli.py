@@ -298,6 +298,9 @@ def bench_scheduler(as_json: bool, **settings: Any) -> None:
 @click.option("--sessions", type=int, help="at most so many  [all, or 200 generated]")
 @click.option("--gap-s", type=float, default=120.0, show_default=True, help="between two starts")
 @click.option("--shares", default=".125,.25,.5,1", show_default=True, help="pools, of what is live")
+@click.option(
+    "--hosts", default="0,1", show_default=True, help="host tiers, as multiples of a pool"
+)
 @click.option("--plot", type=click.Path(path_type=Path), help="write hits by pool here, as SVG")
 @click.option("--json", "as_json", is_flag=True, help="JSON on stdout; the table is on stderr")
 def bench_sessions(
@@ -305,14 +308,15 @@ def bench_sessions(
     sessions: int | None,
     gap_s: float,
     shares: str,
+    hosts: str,
     plot: Path | None,
     as_json: bool,
 ) -> None:
     """Cache hits with and without session hints: conversations replayed in virtual time."""
     room = _room("tokenspeed.bench.sessions")
-    pools = room.parse_shares(shares)
+    sizes = room.parse_sizes("shares", shares, 0.001), room.parse_sizes("hosts", hosts, 0)
     with _progress() as report:
-        found = room.measure(*room.workload(trace, gap_s, sessions), pools, report)
+        found = room.measure(*room.workload(trace, gap_s, sessions), *sizes, report)
     _screen.print(found.table())
     if plot is not None:
         plot.write_text(room.plot(found), encoding="utf-8")
