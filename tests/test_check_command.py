@@ -41,6 +41,7 @@ def counting(tmp_path: Path) -> Path:
         (["check", "{empty}"], "--config"),
         (["check", "--trace", "{empty}"], "trace"),
         (["check", "--simulate", "1"], "--simulate"),
+        (["check", "{spec}", "--replay"], "to drive the runtime by"),
         (["monitor", "{empty}"], "EVENTS"),
         (["replay", "{empty}"], "recording"),
     ],

@@ -34,7 +34,7 @@ from tokenspeed.fsm.model import load_model
 from tokenspeed.fsm.museum import guards, read_museum, try_exhibit, try_guard
 from tokenspeed.fsm.pictures import graph_dot, graph_svg, refuse_large, sequence_svg, sequence_text
 from tokenspeed.fsm.replay import play
-from tokenspeed.fsm.runtime import Replayed
+from tokenspeed.fsm.runtime import Replayed, refuse_others
 from tokenspeed.fsm.runtime import replay as follow
 from tokenspeed.fsm.steps import Step, changes
 from tokenspeed.fsm.trace import read_trace, validate
@@ -111,6 +111,8 @@ def check(
         if runtime:
             only = (config.stem, spec, config, None)
             sys.exit(_drive([only], how, as_json=as_json, record=False))
+        if replay:  # before the search, whose counterexample would be lost
+            refuse_others(load_model(spec, config).evaluator.variables)
         with _watch(spec.stem) as progress:
             if walks is None:
                 report = check_model(spec, config, how, progress)

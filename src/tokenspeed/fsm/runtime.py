@@ -22,7 +22,10 @@ from tokenspeed.fsm.mirror import ENDED, Action
 from tokenspeed.fsm.steps import Step
 from tokenspeed.fsm.values import Function, Value
 
-__all__ = ["Observed", "Replayed", "Runtime", "Tried", "as_asked", "observed", "replay", "visible"]
+__all__ = [
+    "Observed", "Replayed", "Runtime", "Tried", "as_asked", "observed", "refuse_others", "replay",
+    "visible",
+]  # fmt: skip
 
 VARIABLES = ("st", "age", "tab", "known", "planned", "done", "page", "plan", "inflight")
 TIER = ("host", "moves")
@@ -53,18 +56,27 @@ def as_asked(name: str, args: tuple[Value, ...]) -> Action:
     return Action(name.removeprefix("Tier"), args)
 
 
+def refuse_others(variables: Iterable[str]) -> None:
+    """Refuse a spec that the runtime knows nothing of.
+
+    Raises:
+        ConfigError: it lacks a variable of the lifecycle.
+    """
+    missing = sorted(set(VARIABLES) - set(variables))
+    if missing:
+        raise ConfigError(
+            "spec", f"variables {', '.join(variables)}",
+            f"the lifecycle's, to drive the runtime by: {', '.join(missing)} are missing",
+        )  # fmt: skip
+
+
 def observed(state: Mapping[str, Value]) -> Observed:
     """What can be seen of a state of the spec.
 
     Raises:
         ConfigError: it lacks a variable of the lifecycle.
     """
-    missing = sorted(set(VARIABLES) - set(state))
-    if missing:
-        raise ConfigError(
-            "spec", f"variables {', '.join(state)}",
-            f"the lifecycle's, to drive the runtime by: {', '.join(missing)} are missing",
-        )  # fmt: skip
+    refuse_others(state)
     seen = {name: state[name] for name in visible(state)}
     seen["plan"] = _work_seen(state["plan"])
     seen["inflight"] = tuple(map(_work_seen, state["inflight"]))
