@@ -65,6 +65,13 @@ def test_a_deleted_guard_is_missed(name: str, violated: str) -> None:
     assert report.violated == violated
 
 
+def test_a_search_that_ends_early_says_nothing_of_a_guard() -> None:
+    """It is no violation: whoever gives a search too little must not hear that all is missed."""
+    guard = next(g for g in GUARDS if g.name == "Submit: /\\ Fits(r)")
+    with pytest.raises(ConfigError, match=r"limit of states.*raise --memory-mb or --states-max"):
+        try_guard(SPECS, MUSEUM, "Lifecycle.tla", guard, Settings(states_max=10), quiet)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("guard", GUARDS, ids=lambda guard: guard.name)
 def test_every_guard_is_missed_or_its_absence_is_explained(guard: Guard) -> None:

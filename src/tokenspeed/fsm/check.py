@@ -21,10 +21,16 @@ from tokenspeed.fsm.evaluate import Label, State
 from tokenspeed.fsm.model import Model, load_model
 from tokenspeed.fsm.steps import Step
 
-__all__ = ["Report", "Settings", "check", "explore", "simulate", "state_graph"]
+__all__ = ["ENDED_EARLY", "Report", "Settings", "check", "explore", "simulate", "state_graph"]
 
 Result = Literal["ok", "invariant", "deadlock", "liveness", "error"]
 Progress = Callable[[dict[str, int]], None]
+
+ENDED_EARLY = (
+    "interrupted", "out of memory", "the memory limit was reached",
+    "the limit of states was reached",
+)  # fmt: skip
+"""`Report.violated` of a check that did not come to its end; any other error is the spec's."""
 
 
 @frozen

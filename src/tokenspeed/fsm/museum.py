@@ -18,7 +18,7 @@ import cattrs
 from attrs import field, frozen
 
 from tokenspeed.errors import ConfigError
-from tokenspeed.fsm.check import Report, Settings, check
+from tokenspeed.fsm.check import ENDED_EARLY, Report, Settings, check
 from tokenspeed.fsm.model import load_module
 from tokenspeed.fsm.syntax import Definition, Expr
 
@@ -158,11 +158,20 @@ def _conjuncts(expr: Expr) -> Iterator[Expr]:
 def try_guard(
     specs: Path, museum: Museum, spec: str, guard: Guard, settings: Settings, progress: Progress
 ) -> Report | None:
-    """Delete a guard and check the museum's models until one fails; None if all still hold."""
+    """Delete a guard and check the museum's models until one fails; None if all still hold.
+
+    Raises:
+        ConfigError: a check did not come to its end, which says nothing of the guard.
+    """
     text = (specs / spec).read_text(encoding="utf-8")
     with _changed(specs, spec, text[: guard.start] + text[guard.end :]) as copy:
         for module, config in museum.guard_models:
             report = check(copy / module, copy / config, settings, progress)
+            if report.result == "error" and report.violated in ENDED_EARLY:
+                raise ConfigError(
+                    guard.name, report.violated,
+                    f"all states of {config}; raise --memory-mb or --states-max",
+                )  # fmt: skip
             if report.result != "ok":
                 return report
     return None
