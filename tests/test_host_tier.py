@@ -153,6 +153,55 @@ def test_others_run_while_a_request_waits_for_its_loads() -> None:
     w.finish()
 
 
+def resumptions(prompts: int, pages: int, **settings: int) -> World:
+    """A world in which prompts of four pages are on the host alone, and asked for again at once."""
+    w = world(pages=pages, host_pages=128, **settings)
+    for name in range(prompts):
+        run(w, [name] * 16)
+    run(w, [99] * (4 * pages - 1))
+    first = {tokens[0] for _, tokens in w.scheduler.prefixes().values()}
+    assert not first & set(range(prompts)), "they went"
+    for name in range(prompts):
+        w.submit([name] * 17, 1)
+    w.launch()
+    return w
+
+
+def test_those_who_wait_behind_the_head_load_as_well() -> None:
+    w = resumptions(2, pages=12)
+    assert len(loads(w)) == 8, "both at once"
+    w.finish()
+    assert cached(w)[-2:] == [16, 16]
+    assert w.scheduler.stats().prefix_hits_host == 32
+
+
+def test_nobody_loads_ahead_who_would_not_fit_beside_those_before() -> None:
+    w = resumptions(3, pages=12)
+    assert len(loads(w)) == 8, "the third would need pages 11 to 15"
+    w.finish()
+    assert cached(w)[-3:] == [16, 16, 16], "and loads at its turn"
+
+
+def test_so_many_load_at_once_and_no_more() -> None:
+    w = resumptions(10, pages=64)
+    assert len(loads(w)) == 8 * 4
+    w.finish()
+    assert cached(w)[-10:] == [16] * 10
+
+
+def test_a_queue_for_slots_loads_while_others_run() -> None:
+    w = world(pages=16, host_pages=32, slots=1)
+    run(w, PROMPT)
+    run(w, [99] * 63)
+    w.submit([7] * 3, 8)
+    w.turn()
+    w.submit([*PROMPT, 1], 1)
+    w.launch()
+    assert len(loads(w)) == 4, "there is no slot for it yet"
+    w.finish()
+    assert cached(w)[-1] == 16
+
+
 def test_nothing_is_loaded_without_a_hit_on_the_host() -> None:
     w = evicted(world())
     run(w, [99, *PROMPT])

@@ -151,6 +151,7 @@ PlanPointer Scheduler::plan() {
   work_ = {};
   Allowance left = allowance();
   if (schedule_running(*plan, left)) admit_waiting(*plan, left);
+  if (!short_ && config_.host_pages > 0) fetch_ahead(*plan);
   if (!to_store_.empty()) store(*plan);
   if (control_.launch()) {
     work_of(plan->step) = work_;
@@ -317,7 +318,7 @@ bool Scheduler::admit(RequestIndex index, Plan& plan) {
   if (!control_.SlotFree() || !control_.NoneLacks()) return false;
   if (control_.host().total() > 0 && fetching(index)) return false;
   if (!fits(index)) return false;
-  if (control_.host().total() > 0 && fetch(index, plan)) return false;
+  if (control_.host().total() > 0 && fetch(index, true, plan)) return false;
   // What copies touch will be free, but its first row wants a page now: nobody hears of a request
   // in a step that has no row.
   if (control_.host().total() > 0 && !page_beside(control_.cached(index).at)) return false;
@@ -332,11 +333,11 @@ bool Scheduler::admit(RequestIndex index, Plan& plan) {
   if (first) {
     counts_.prefix_queries += record.known();
     counts_.prefix_hits += record.planned;
-    if (fetch_.arrival == record.arrival) {
-      counts_.prefix_hits_host += std::max(0, record.planned - fetch_.before * config_.page_size);
+    if (const Fetch* fetch = fetch_of(record.arrival)) {
+      counts_.prefix_hits_host += std::max(0, record.planned - fetch->before * config_.page_size);
     }
   }
-  fetch_.arrival = -1;
+  std::erase_if(fetches_, [&](const Fetch& each) { return each.arrival == record.arrival; });
   return true;
 }
 

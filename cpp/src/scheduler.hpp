@@ -182,6 +182,7 @@ class Scheduler final {
   std::map<HostPage, Prefix> host_prefixes() const { return control_.host_prefixes(); }
 
  private:
+  static constexpr std::size_t kFetchesMax = 8;  // requests that pages are loaded for at once
   static constexpr Microseconds kKeepMax = 30LL * 24 * 3600 * 1'000'000;  // 30 days
   // Of the head of the queue, when it last did not fit: how many of its leading pages were held.
   // Pages that nobody holds are as good as free ones, so what it lacks depends on these alone.
@@ -189,6 +190,15 @@ class Scheduler final {
     std::int64_t arrival = -1;
     std::uint64_t gained = 0;  // of the index
     PrefixIndex::Held held;
+  };
+  // Of a queued request whose prefix went on on the host: those pages. They are asked for once
+  // ahead of its turn, and once when it is its turn. What does not come is computed.
+  struct Fetch {
+    std::int64_t arrival = -1;
+    std::int32_t before = 0;  // pages that were on the device
+    bool as_head = false;     // at its turn
+    std::vector<HostPage> from;
+    std::vector<std::int64_t> tickets;
   };
   static ControlConfig constants(const SchedulerConfig& config);
   Allowance allowance() const noexcept;
@@ -213,10 +223,12 @@ class Scheduler final {
   void want_all_stored(RequestIndex index);
   void store(Plan& plan);
   std::optional<HostPage> host_page_for(PageId page);
-  bool fetch(RequestIndex index, Plan& plan);
+  bool fetch(RequestIndex index, bool as_head, Plan& plan);
+  void fetch_ahead(Plan& plan);
+  Fetch* fetch_of(std::int64_t arrival) noexcept;
   bool start_load(HostPage from, Plan& plan);
   std::optional<PageId> page_beside(NodeId above);
-  bool fetching(RequestIndex index) const;
+  bool fetching(RequestIndex index) noexcept;
   void end_copies();
   bool end_copy(HostPage block, bool good);
   void drop_condemned();
@@ -230,20 +242,12 @@ class Scheduler final {
   Recycler<Committed> commits_;
   HeldBack held_back_;
   CostModel model_;
-  Work work_;                      // of the plan being made
-  std::vector<Work> works_;        // of the steps in flight, each at its number modulo their most
-  std::vector<Outcome> outcomes_;  // of the step being committed
-  bool short_ = false;             // in the plan being made, a request found no page
-  std::vector<PageId> to_store_;   // published, or given up, and perhaps not yet on the host
-  // Of the head of the queue, when its prefix went on on the host: those pages, once in its life as
-  // the head. What does not come is computed.
-  struct Fetch {
-    std::int64_t arrival = -1;
-    std::int32_t before = 0;  // pages that were on the device
-    std::vector<HostPage> from;
-    std::vector<std::int64_t> tickets;
-  };
-  Fetch fetch_;
+  Work work_;                        // of the plan being made
+  std::vector<Work> works_;          // of the steps in flight, each at its number modulo their most
+  std::vector<Outcome> outcomes_;    // of the step being committed
+  bool short_ = false;               // in the plan being made, a request found no page
+  std::vector<PageId> to_store_;     // published, or given up, and perhaps not yet on the host
+  std::vector<Fetch> fetches_;       // of the first in the queue, at most kFetchesMax
   std::vector<HostPage> condemned_;  // that came back wrong, and what hangs from them
   Stats counts_;
 };

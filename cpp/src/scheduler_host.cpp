@@ -2,6 +2,7 @@
 // what cannot be loaded is computed, and neither keeps a request that fits from being let in: its
 // loads are waited for once, then it goes on with what has come.
 #include <algorithm>
+#include <array>
 #include <utility>
 
 #include "scheduler.hpp"
@@ -58,28 +59,58 @@ std::optional<HostPage> Scheduler::host_page_for(PageId page) {
 // --- and back
 // ---------------------------------------------------------------------------------------
 
+Scheduler::Fetch* Scheduler::fetch_of(std::int64_t arrival) noexcept {
+  const auto found = std::ranges::find(fetches_, arrival, &Fetch::arrival);
+  return found == fetches_.end() ? nullptr : &*found;
+}
+
 // Are pages under way that this request waits for?
-bool Scheduler::fetching(RequestIndex index) const {
-  if (fetch_.arrival != control_.record(index).arrival) return false;
-  for (std::size_t at = 0; at < fetch_.from.size(); ++at) {
-    if (control_.host()[fetch_.from[at]].ticket == fetch_.tickets[at]) return true;
+bool Scheduler::fetching(RequestIndex index) noexcept {
+  const Fetch* fetch = fetch_of(control_.record(index).arrival);
+  if (fetch == nullptr) return false;
+  for (std::size_t at = 0; at < fetch->from.size(); ++at) {
+    if (control_.host()[fetch->from[at]].ticket == fetch->tickets[at]) return true;
   }
   return false;
 }
 
-// Starts loading what the head of the queue would find on the host; true if something is under way.
-bool Scheduler::fetch(RequestIndex index, Plan& plan) {
-  if (fetch_.arrival == control_.record(index).arrival || !condemned_.empty()) return false;
-  fetch_.arrival = control_.record(index).arrival;
-  fetch_.before = control_.cached(index).pages;
-  fetch_.tickets.clear();
-  control_.look_further(index, fetch_.from);
-  for (const HostPage from : fetch_.from) {
+// Starts loading what a queued request would find on the host; true if something is under way.
+// What came ahead of its turn may be gone again by then, so that it is asked for once more.
+bool Scheduler::fetch(RequestIndex index, bool as_head, Plan& plan) {
+  const std::int64_t arrival = control_.record(index).arrival;
+  Fetch* fetch = fetch_of(arrival);
+  if (!condemned_.empty() || (fetch != nullptr && (fetch->as_head || !as_head))) return false;
+  const std::int32_t pages = control_.cached(index).pages;
+  if (fetch == nullptr) fetch = &fetches_.emplace_back(Fetch{arrival, pages, as_head, {}, {}});
+  fetch->as_head = as_head;
+  fetch->before = std::min(fetch->before, pages);
+  fetch->tickets.clear();
+  control_.look_further(index, fetch->from);
+  for (const HostPage from : fetch->from) {
     if (!start_load(from, plan)) break;
-    fetch_.tickets.push_back(control_.host()[from].ticket);
+    fetch->tickets.push_back(control_.host()[from].ticket);
   }
-  fetch_.from.resize(fetch_.tickets.size());
-  return !fetch_.tickets.empty();
+  fetch->from.resize(fetch->tickets.size());
+  return !fetch->tickets.empty();
+}
+
+// For the first in the queue, so that their copies overlap with the steps of others: for as many
+// as there would be pages for, together with all who come before them. Costs no look for those who
+// have been asked for, nor for those who do not fit.
+void Scheduler::fetch_ahead(Plan& plan) {
+  std::int64_t pages = 0;
+  std::size_t place = 0;
+  std::array<std::int64_t, kFetchesMax> first;
+  for (const auto& [rank, index] : control_.queue()) {
+    pages += lacks(index, 0);
+    if (place == first.size() || pages > spare_pages()) break;
+    first[place++] = control_.record(index).arrival;
+    if (control_.NoneLacks()) fetch(index, false, plan);
+  }
+  std::erase_if(fetches_,
+                [&, end = first.begin() + static_cast<std::ptrdiff_t>(place)](const Fetch& each) {
+                  return !each.as_head && std::find(first.begin(), end, each.arrival) == end;
+                });
 }
 
 bool Scheduler::start_load(HostPage from, Plan& plan) {
