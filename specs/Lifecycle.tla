@@ -116,6 +116,7 @@ Before(a, b)   == \* whose turn comes first; it is fixed at submission, so that 
        \/ i + Patience[a] = j + Patience[b] /\ Patience[a] < Patience[b]
 PlannedFor(r)  == plan[r].n > 0
 InFlight(r)    == \E i \in DOMAIN inflight : inflight[i][r].n > 0
+Sampling(r)    == Cardinality({i \in DOMAIN inflight : inflight[i][r].samples})
 Pinned(r)      == PlannedFor(r) \/ InFlight(r)
 FreePages      == {p \in Page : page[p].kind = "Free"}
 Parent(p, q)   == Len(page[p].key) < Len(page[q].key)
@@ -126,9 +127,9 @@ NoneEvictable  == Evictable = {}
 
 Fits(r)        == PagesFor(Len(Content[r]) - 1) <= Cardinality(Page)  \* the last is not fed back
 Wanted(r)      == \* known tokens; or the one that a launched step is about to sample
-  CASE known[r] > planned[r]                                     -> known[r] - planned[r]
-    [] InFlight(r) /\ planned[r] < Len(Content[r]) - 1           -> 1
-    [] OTHER                                                     -> 0
+  CASE known[r] > planned[r] -> known[r] - planned[r]
+    [] InFlight(r) /\ planned[r] < Min(known[r] + Sampling(r), Len(Content[r]) - 1) -> 1
+    [] OTHER -> 0
 Wants(r)       == r \in Running /\ ~PlannedFor(r) /\ Wanted(r) > 0
 Room(r)        == Len(tab[r]) * PageSize - planned[r]   \* tokens that its pages can still hold
 Lacks(r)       == Wants(r) /\ Room(r) < Min(Wanted(r), Chunk)
@@ -357,8 +358,7 @@ KeyInjective ==          \* a hit is on the same tokens and salt, not on a key t
 OneWriter ==             \* a page is written for one request, while it alone holds it
   \A r \in Req : \A i \in DOMAIN inflight : \A p \in inflight[i][r].writes : Holders(p) = {r}
 InputsKnown ==           \* only what is known is fed, or what a step in flight will have sampled
-  \A r \in Running : planned[r] <= known[r]
-                        + Cardinality({i \in DOMAIN inflight : inflight[i][r].samples})
+  \A r \in Running : planned[r] <= known[r] + Sampling(r)
 ContentMatches ==        \* whoever reads a page finds the KV of its own tokens there
   /\ \A r \in Req : \A i \in DOMAIN tab[r] :
        done[r] > (i - 1) * PageSize =>

@@ -129,7 +129,7 @@ class World:
         self.cells: dict[tuple[int, int], Cell] = {}
         self.table: dict[tuple[int, int], int] = {}
         self.fed: dict[int, list[int]] = {}
-        self.launched: deque[tuple[Plan, list[tuple[int, int]]]] = deque()
+        self.launched: deque[tuple[Plan, list[tuple[int, list[int]]]]] = deque()
         self.host: dict[tuple[int, int], Cell] = {}
         self.copies: list[Copy] = []  # under way
         self.copied: list[Copy] = []  # acknowledged
@@ -148,6 +148,15 @@ class World:
         self.scheduler.submit(number, np.asarray(prompt, np.int32), max_tokens, salt, **hints)
         self.clients[number] = Client(prompt, max_tokens, salt, stop_after)
         return number
+
+    def propose(self, number: int, right: int, wrong: int = 0) -> int:
+        """Guess: so many tokens that it will say, then so many that it will not."""
+        client = self.clients[number]
+        tokens = [*client.prompt, *client.output]
+        for at in range(right + wrong):
+            tokens.append((next_token(tokens) + (at >= right)) % 97)
+        draft = tokens[len(tokens) - right - wrong :]
+        return self.scheduler.propose(number, np.array(draft, np.int32))
 
     def abort(self, number: int) -> bool:
         ended = self.scheduler.abort(number)
@@ -192,8 +201,8 @@ class World:
         assert done == (len(copies), 0)
         self.check()
 
-    def _compute(self, plan: Plan) -> list[tuple[int, int]]:
-        """Run the step in launch order; (number, token) by row."""
+    def _compute(self, plan: Plan) -> list[tuple[int, list[int]]]:
+        """Run the step in launch order; (number, run of tokens) by row."""
         for slot, index, page in plan.page_delta.tolist():
             self.table[slot, index] = page
         for slot, number in plan.joined.tolist():
@@ -211,8 +220,17 @@ class World:
                 prefix.append(fed)
                 page = self.table[slot, position // size]
                 self.cells[page, position % size] = (client.salt, tuple(prefix))
-            out.append((number, next_token(prefix)))
+            out.append((number, self._judge(prefix, int(plan.drafts[row]))))
         return out
+
+    def _judge(self, fed: list[int], drafts: int) -> list[int]:
+        """The drafts that are right, the token after them, and -1 for each that is not."""
+        run: list[int] = []
+        for at in range(len(fed) - drafts, len(fed) + 1):
+            run.append(next_token(fed[:at]))
+            if at < len(fed) and run[-1] != fed[at]:
+                break
+        return run + [-1] * (drafts + 1 - len(run))
 
     def _read(self, slot: int, context: int, client: Client, size: int) -> list[int]:
         """The tokens behind the row's context, each cell checked against the last."""
@@ -232,14 +250,17 @@ class World:
 
     def commit(self) -> None:
         plan, rows = self.launched.popleft()
-        tokens = np.array([token for _, token in rows], np.int32)
-        stop = np.array(
-            [len(self.clients[n].output) + 1 >= self.clients[n].stop_after for n, _ in rows]
-        )
+        stop = np.zeros(len(rows), np.bool_)
+        for row, (number, run) in enumerate(rows):
+            client = self.clients[number]
+            most = client.stop_after - len(client.output)
+            stop[row] = len(run) - run.count(-1) >= most
+            run[max(1, most) :] = [-1] * len(run[max(1, most) :])
+        tokens = np.array([token for _, run in rows for token in run], np.int32)
         done = self.scheduler.commit(plan.step, tokens, stop)
-        for row, (number, token) in enumerate(rows):
-            if done.accepted[row]:
-                self.clients[number].output.append(token)
+        for row, (number, run) in enumerate(rows):
+            assert bool(done.accepted[row]) == (done.taken[row] > 0)
+            self.clients[number].output += run[: done.taken[row]]
         for number, _ in done.finished:
             self.clients[number].done = True
         self.check()
@@ -288,7 +309,7 @@ class World:
         c = self.config
         header = TraceHeader(
             c["pages"], c["page_size"], c["slots"], c["step_tokens"], c.get("overlap", 0),
-            c.get("host_pages", 0),
+            c.get("host_pages", 0), c.get("draft_tokens", 0),
         )  # fmt: skip
         writer = TraceWriter(path, header)
         for number, client in self.clients.items():

@@ -41,7 +41,7 @@ def busy(overlap: int = 1) -> Path:
     """Shared prefixes, sessions, preemption, aborts, clears, refusals: every kind of call."""
     world = World(
         pages=6, page_size=2, slots=3, step_tokens=4, overlap=overlap, waiting_max=4,
-        context_max=12, session_pages_max=2, host_pages=3,
+        context_max=12, session_pages_max=2, host_pages=3, draft_tokens=2,
     )  # fmt: skip
     for number in range(4):
         salt, session = ("other", "") if number == 2 else ("", "a turn's")
@@ -51,6 +51,7 @@ def busy(overlap: int = 1) -> Path:
         world.submit([1] * 12, 12)
     for _ in range(5):
         world.turn()
+        world.propose(0, 1, 1)
     world.abort(3)
     world.scheduler.end_session("a turn's")
     world.clear_cache()

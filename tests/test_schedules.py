@@ -38,7 +38,8 @@ def schedule(seed: int, actions: int = 40, **more: int) -> World:
         page_size=page_size, slots=slots, pages=chance.randint(4, 16),
         step_tokens=max(page_size, slots) + chance.randint(0, 8), overlap=chance.randint(0, 2),
         session_pages_max=chance.randint(0, 8), prefix_cache=prefix_cache,
-        host_pages=chance.choice([0, 1, 3, 8, 40]) if prefix_cache else 0, **more,
+        host_pages=chance.choice([0, 1, 3, 8, 40]) if prefix_cache else 0,
+        draft_tokens=chance.choice([0, 0, 1, 4]), **more,
     )  # fmt: skip
     world.late = chance.random() < 0.5
     for _ in range(actions):
@@ -100,18 +101,29 @@ def acknowledge(world: World, chance: random.Random) -> None:
         world.acknowledge(*copies, good=chance.random() < 0.8)
 
 
+def propose(world: World, chance: random.Random) -> None:
+    """For anybody, right or wrong."""
+    for number in world.clients:
+        if chance.random() < 0.7:
+            world.propose(number, chance.randint(0, 4), chance.randint(0, 2))
+
+
 def turns(world: World, chance: random.Random) -> None:
     for _ in range(chance.randint(1, 5)):
+        propose(world, chance)
         world.turn()
 
 
 ACTIONS = (
     submit, submit, submit, abort, clear, sessions, acknowledge, launch, launch, commit, commit,
-    turns,
+    turns, propose,
 )  # fmt: skip
 
 
-COUNTED = ("preemptions", "evictions", "prefix_hits", "stores", "loads", "copies_failed")
+COUNTED = (
+    "preemptions", "evictions", "prefix_hits", "stores", "loads", "copies_failed", "drafts",
+    "drafts_accepted",
+)  # fmt: skip
 
 
 def run(seeds: Iterable[int], judged_every: int, folder: Path) -> Counter[str]:

@@ -21,7 +21,7 @@ STUB = Path(__file__).resolve().parents[1] / "src/tokenspeed/_core.pyi"
 GOOD = {
     "page_size": 4, "pages": 32, "slots": 4, "waiting_max": 4, "step_tokens": 16,
     "context_max": 100, "overlap": 0, "itl_budget_us": 0, "session_pages_max": 0,
-    "host_pages": 0,
+    "host_pages": 0, "draft_tokens": 0,
 }  # fmt: skip
 
 BOUNDS = {
@@ -35,6 +35,7 @@ BOUNDS = {
     "itl_budget_us": (0, 60_000_000),
     "session_pages_max": (0, 1 << 24),
     "host_pages": (0, 1 << 24),
+    "draft_tokens": (0, 1 << 10),
 }
 """Of the scheduler: from what to what each setting may be."""
 

@@ -207,6 +207,7 @@ void bind_step(py::module_& m) {
       P::array<&Plan::token_ids, std::int32_t>("token_ids"),
       P::array<&Plan::context_lens, std::int32_t>("context_lens"),
       P::array<&Plan::sampled, bool>("sampled"),
+      P::array<&Plan::drafts, std::int32_t>("drafts"),
       P::array<&Plan::page_delta, std::int32_t, 3>("page_delta"),
       P::array<&Plan::joined, std::int64_t, 2>("joined"),
       P::array<&Plan::cached, std::int32_t>("cached"),
@@ -219,6 +220,7 @@ void bind_step(py::module_& m) {
   using C = arrays::Boxed<Committed>;
   static PyGetSetDef committed[] = {
       C::array<&Committed::accepted, bool>("accepted"),
+      C::array<&Committed::taken, std::int32_t>("taken"),
       C::object<&finished>("finished"),
       C::object<&released>("released"),
       {},
@@ -343,7 +345,9 @@ PYBIND11_MODULE(_core, m) {
       .def_readonly("stores", &Stats::stores)
       .def_readonly("loads", &Stats::loads)
       .def_readonly("copies_failed", &Stats::copies_failed)
-      .def_readonly("copies_unknown", &Stats::copies_unknown);
+      .def_readonly("copies_unknown", &Stats::copies_unknown)
+      .def_readonly("drafts", &Stats::drafts)
+      .def_readonly("drafts_accepted", &Stats::drafts_accepted);
 
   py::class_<Native>(m, "Scheduler", py::module_local())
       .def(py::init([](const py::kwargs& settings) {
@@ -358,6 +362,13 @@ PYBIND11_MODULE(_core, m) {
            })
       .def("commit", &commit, py::arg("step"), py::arg("token_ids"), py::arg("stop"),
            py::arg("duration_us") = 0, py::arg("awaits_tool") = py::none())
+      .def(
+          "propose",
+          [](Native& self, std::int64_t number, const Ints& draft) {
+            const auto tokens = draft.span();
+            return self.run([&](Scheduler& s) { return s.propose(number, tokens); });
+          },
+          py::arg("number"), py::arg("draft"))
       .def(
           "advance",
           [](Native& self, Microseconds now_us) {

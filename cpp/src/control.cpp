@@ -22,8 +22,11 @@ std::string Control::invalid(const ControlConfig& config) {
       return std::string(field) + ": got " + std::to_string(value) + "; expected at least 1";
     }
   }
-  if (config.host_pages < 0) {
-    return "host_pages: got " + std::to_string(config.host_pages) + "; expected at least 0";
+  for (const auto& [field, value] :
+       {std::pair{"host_pages", config.host_pages}, std::pair{"drafts_max", config.drafts_max}}) {
+    if (value < 0) {
+      return std::string(field) + ": got " + std::to_string(value) + "; expected at least 0";
+    }
   }
   return {};
 }
@@ -126,8 +129,9 @@ std::int32_t Control::wanted(RequestIndex index) const noexcept {
   const Record& record = records_[index];
   const std::int32_t known = record.known() - record.planned;
   if (known > 0) return known;
-  // The one that a step in flight will have sampled; the last one of all is not fed back.
-  const bool in_flight = record.pins > (record.in_plan ? 1 : 0);
+  // The one that a step in flight will have sampled; the last one of all is not fed back. Where
+  // that one comes is unknown as long as drafts before it are not judged.
+  const bool in_flight = record.pins > (record.in_plan ? 1 : 0) && !record.guessing;
   return in_flight && record.planned < record.length_max - 1 ? 1 : 0;
 }
 
@@ -183,8 +187,7 @@ bool Control::Pinned(RequestId id) const noexcept {
 std::int32_t Control::owed(const Record& record) const noexcept {
   const bool live = record.state == State::Prefilling || record.state == State::Decoding;
   if (!live || record.known() <= record.planned) return 0;
-  return pages_for(record.known(), config_.page_size) -
-         pages_for(record.planned, config_.page_size);
+  return std::max(0, pages_for(record.known(), config_.page_size) - record.pages);
 }
 
 // After whatever a request's lacking, or what it is promised, depends on has changed.
@@ -242,6 +245,7 @@ std::optional<RequestIndex> Control::submit(std::int64_t number, std::span<const
   record.salt = std::move(owner);
   record.tokens = std::move(tokens);
   record.last = record.tokens.back();
+  record.draft.reserve(static_cast<std::size_t>(config_.drafts_max));
   auto created = lifecycle::create<Control>(RequestId{index, record.incarnation});
   auto verdict = lifecycle::permit_Submit(*this, created);
   if (!verdict) {
@@ -376,6 +380,7 @@ bool Control::preempt(RequestIndex index) {
       Record& record = records_[index];
       sessions_.wait(record.session, give_back(record, std::move(out.pages), std::move(out.slot)));
       record.pages = record.planned = record.done = record.published = 0;
+      record.draft.clear();
       queued_.emplace(record.rank, index);
       recount(index);
       return true;
@@ -434,7 +439,8 @@ bool Control::schedule(RequestIndex index, std::int32_t tokens) {
 bool Control::launch() {
   if (plan_.empty() || launched_.full()) return false;
   trace("Launch", -1, step_);
-  for (const Row& row : launched_.push(step_++, plan_).rows) {
+  const std::size_t results = plan_.size() + std::exchange(plan_drafts_, 0);
+  for (const Row& row : launched_.push(step_++, plan_, results).rows) {
     records_[row.index].in_plan = false;
     recount(row.index);
   }
@@ -445,19 +451,21 @@ bool Control::complete(std::span<const Token> token_ids, std::span<const std::ui
                        std::vector<Outcome>& out) {
   if (launched_.empty()) return false;
   const Ticket& ticket = launched_.front();
-  const std::size_t rows = ticket.rows.size();
-  if (token_ids.size() != rows || stop.size() != rows) return false;
+  if (token_ids.size() != ticket.results || stop.size() != ticket.rows.size()) return false;
+  if (ticket.results > ticket.rows.size() && wrong_runs(ticket, token_ids)) return false;
   for (std::size_t at = 0; at < ticket.rows.size(); ++at) {
-    out.push_back(complete(ticket.rows[at], token_ids[at], stop[at] != 0));
-    note(-1, out.back().accepted ? token_ids[at] : -1);
+    const Row& row = ticket.rows[at];
+    const auto run = token_ids.first(static_cast<std::size_t>(row.drafts) + 1);
+    token_ids = token_ids.subspan(run.size());
+    out.push_back(complete(row, run, stop[at] != 0));
   }
   trace("Complete", -1, ticket.step);
   launched_.pop();
   return true;
 }
 
-Outcome Control::complete(const Row& row, Token token, bool stop) {
-  Outcome out{row.index, false, false};
+Outcome Control::complete(const Row& row, std::span<const Token> run, bool stop) {
+  Outcome out{row.index, 0, false, row.drafts};
   Record& record = records_[row.index];
   --record.pins;
   record.done = row.from + row.tokens;
@@ -473,9 +481,7 @@ Outcome Control::complete(const Row& row, Token token, bool stop) {
     };
     if constexpr (lifecycle::edge(Action::Complete, S, State::Finishing) && S != State::Finishing) {
       if (!row.samples) return move.template operator()<S>();
-      record.tokens.push_back(token);
-      record.last = token;
-      out.accepted = true;
+      out.accepted = accept(record, run);
       if (!stop && record.known() < record.length_max) {
         return move.template operator()<State::Decoding>();
       }
@@ -486,6 +492,8 @@ Outcome Control::complete(const Row& row, Token token, bool stop) {
       return move.template operator()<S>();  // draining: the result is dropped
     }
   });
+  note(-1, out.accepted > 0 ? record.last : -1);
+  if (row.drafts > 0) roll_back(row, out.accepted);
   recount(row.index);
   return out;
 }

@@ -1,7 +1,7 @@
-// What may happen: each action of specs/Lifecycle.tla, and of specs/HostTier.tla which extends it,
-// as one method, over real pages and a real prefix index. Rule: a method does exactly its action,
-// or nothing and says so; *when* is the scheduler's business, *whether* is answered by the
-// generated lifecycle and the guards here.
+// What may happen: each action of specs/Lifecycle.tla, and of specs/HostTier.tla and
+// specs/Draft.tla which extend it, as one method, over real pages and a real prefix index. Rule: a
+// method does exactly its action, or nothing and says so; *when* is the scheduler's business,
+// *whether* is answered by the generated lifecycle and the guards here.
 #pragma once
 
 #include <array>
@@ -35,6 +35,7 @@ struct ControlConfig {
   bool prefix_cache = true;        // without it nothing is published, so nothing is found
   std::int32_t kept_max = 0;       // pages that are kept by the wish of a session
   std::int32_t host_pages = 0;     // of the second home of cached pages; 0: there is none
+  std::int32_t drafts_max = 0;     // guesses of one request in one step, at most
 };
 
 // What a request says of the session that it is a turn of.
@@ -65,8 +66,9 @@ struct alignas(64) Record {
   std::vector<Token> tokens;  // prompt and accepted output
   std::int64_t number = -1;
   lifecycle::State state = lifecycle::State::New;
-  bool in_plan = false;  // the step being assembled has work for it
-  bool lacks = false;    // as `Lacks` says; counted
+  bool in_plan = false;   // the step being assembled has work for it
+  bool lacks = false;     // as `Lacks` says; counted
+  bool guessing = false;  // a row with drafts is planned or launched: none comes behind it
   std::uint32_t incarnation = 0;
   std::int32_t place = 0;      // in the container of its state
   std::int32_t pages = 0;      // in its table
@@ -87,6 +89,8 @@ struct alignas(64) Record {
   bool supersedes = false;
   bool revisits = false;     // it came back to a branch of its session
   bool awaits_tool = false;  // what its session does next
+  std::vector<Token> draft;  // guesses of what comes after the known tokens; of those in its row,
+                             // if there is one with any, the first are these
   std::int32_t known() const noexcept { return static_cast<std::int32_t>(tokens.size()); }
 };
 
@@ -97,12 +101,14 @@ struct Row {
   std::int32_t from;
   std::int32_t tokens;
   bool samples;
+  std::int32_t drafts = 0;  // of the tokens, the last
 };
 
 // A launched step.
 struct Ticket {
   std::int64_t step;
   std::vector<Row> rows;
+  std::size_t results;  // tokens that it may come to: one a row, and one a draft
 };
 
 // The launched steps, oldest first: a ring of as many as may be in flight, whose memory is used
@@ -121,9 +127,10 @@ class Launched final {
   }
   const Ticket& front() const noexcept { return tickets_[first_]; }
   // Takes the rows and leaves an empty vector, whose memory an earlier step had.
-  const Ticket& push(std::int64_t step, std::vector<Row>& rows) noexcept {
+  const Ticket& push(std::int64_t step, std::vector<Row>& rows, std::size_t results) noexcept {
     Ticket& ticket = tickets_[(first_ + size_++) % tickets_.size()];
     ticket.step = step;
+    ticket.results = results;
     ticket.rows.swap(rows);
     rows.clear();
     return ticket;
@@ -142,8 +149,9 @@ class Launched final {
 // What completing a row did to its request.
 struct Outcome {
   RequestIndex index;
-  bool accepted;  // the sampled token was taken
+  std::int32_t accepted;  // tokens that were taken: a sampled one, and the drafts before it
   bool finished;
+  std::int32_t drafts;  // that the row had
 };
 
 // A move of a request, as the generated transitions report it.
@@ -230,7 +238,9 @@ class Control final {
   bool acquire(RequestIndex index, PageId page);
   bool schedule(RequestIndex index, std::int32_t tokens);
   bool launch();
-  // The oldest launched step, a token and a stop flag a row. A token that nobody takes is dropped.
+  // The oldest launched step: a stop flag a row, and a run of as many tokens as the row has drafts,
+  // and one. Drafts that are right come first, then the token that was sampled after them, then
+  // nothing: -1. What nobody takes is dropped.
   bool complete(std::span<const Token> token_ids, std::span<const std::uint8_t> stop,
                 std::vector<Outcome>& out);
   bool publish(RequestIndex index);
@@ -246,7 +256,15 @@ class Control final {
   bool load_start(HostPage block, PageId page);
   bool load_end(HostPage block, bool good);
   bool host_drop(HostPage block);
+  // Of drafts: a page for them, a row with so many, and a page that is not needed after all.
+  bool reserve(RequestIndex index, PageId page);
+  bool speculate(RequestIndex index, std::int32_t drafts);
+  bool trim(RequestIndex index);
   bool acknowledge(std::int64_t ticket, bool good) { return host_.acknowledge(ticket, good); }
+
+  // Guesses what comes after the known tokens of a request; how many are kept. Forgotten when more
+  // is known.
+  std::int32_t propose(RequestIndex index, std::span<const Token> draft);
 
   // --- hints: they order what `Evict` takes, and change no action
   void advance(Microseconds now) { index_.retention().advance(now); }
@@ -283,6 +301,10 @@ class Control final {
   bool deepen(PrefixIndex::Held& held, RequestIndex index) const;
   // Positions that could be computed now: known tokens, or the one that a launched step samples.
   std::int32_t wanted(RequestIndex index) const noexcept;
+  // Drafts of any use to a request, if there were pages.
+  std::int32_t guesses(RequestIndex index) const noexcept;
+  // Why a run cannot be what this row came to; null if it can.
+  const char* wrong_run(const Row& row, std::span<const Token> run) const noexcept;
   std::int32_t slot(RequestIndex index) const noexcept;       // -1: it has none
   const PageTable* table(RequestIndex index) const noexcept;  // null: it has none
 
@@ -366,7 +388,11 @@ class Control final {
   std::int32_t owed(const Record& record) const noexcept;
   std::size_t matchable(const Record& record) const noexcept;
   PageTable match(RequestIndex index);
-  Outcome complete(const Row& row, Token token, bool stop);
+  Outcome complete(const Row& row, std::span<const Token> run, bool stop);
+  bool wrong_runs(const Ticket& ticket, std::span<const Token> token_ids) const noexcept;
+  std::int32_t accept(Record& record, std::span<const Token> run);
+  void roll_back(const Row& row, std::int32_t accepted) noexcept;
+  bool may_guess(RequestIndex index) const noexcept;
   TailId drain(PageTable& pages, const Record& record);
   void end_turn(RequestIndex index, TailId tail);
   TailId give_back(Record& record, PageTable&& pages, Slot&& slot);
@@ -389,6 +415,7 @@ class Control final {
   Queue queued_;
   std::vector<RequestIndex> running_;  // Prefilling and Decoding, by rank
   std::vector<Row> plan_;              // the step being assembled
+  std::size_t plan_drafts_ = 0;        // in it
   Launched launched_;
   std::int64_t arrivals_ = 0;
   std::int64_t step_ = 0;

@@ -14,7 +14,7 @@ using lifecycle::State;
 ControlConfig Scheduler::constants(const SchedulerConfig& config) {
   return {config.page_size,         config.pages,       config.slots,
           config.step_tokens,       config.overlap + 1, config.prefix_cache,
-          config.session_pages_max, config.host_pages};
+          config.session_pages_max, config.host_pages,  config.draft_tokens};
 }
 
 std::string Setting::refuse(const std::string& given) const {
@@ -60,11 +60,14 @@ Scheduler::Scheduler(const SchedulerConfig& config)
       commits_(2),
       works_(static_cast<std::size_t>(config.overlap) + 1) {
   outcomes_.reserve(static_cast<std::size_t>(config.slots));
+  guessing_.reserve(static_cast<std::size_t>(config.slots));
   if (config.host_pages > 0) to_store_.reserve(static_cast<std::size_t>(config.pages));
 }
 
 void Plan::reserve(std::size_t rows, std::size_t tokens) {
-  for (auto* row : {&incarnations, &slots, &context_lens, &cached}) row->reserve(rows);
+  for (auto* row : {&incarnations, &slots, &context_lens, &cached, &drafts}) {
+    row->reserve(rows);
+  }
   numbers.reserve(rows);
   preempted.reserve(rows);
   sampled.reserve(rows);
@@ -76,7 +79,8 @@ void Plan::reserve(std::size_t rows, std::size_t tokens) {
 }
 
 void Plan::clear() noexcept {
-  for (auto* row : {&incarnations, &slots, &token_ids, &context_lens, &page_delta, &cached}) {
+  for (auto* row :
+       {&incarnations, &slots, &token_ids, &context_lens, &page_delta, &cached, &drafts}) {
     row->clear();
   }
   for (auto* row : {&numbers, &joined, &preempted, &stores, &loads}) row->clear();
@@ -86,12 +90,14 @@ void Plan::clear() noexcept {
 
 void Committed::reserve(std::size_t rows) {
   accepted.reserve(rows);
+  taken.reserve(rows);
   finished.reserve(rows);
   released.reserve(rows);
 }
 
 void Committed::clear() noexcept {
   accepted.clear();
+  taken.clear();
   finished.clear();
   released.clear();
   error.clear();
@@ -152,6 +158,7 @@ PlanPointer Scheduler::plan() {
   Allowance left = allowance();
   if (schedule_running(*plan, left)) admit_waiting(*plan, left);
   if (!short_ && config_.host_pages > 0) fetch_ahead(*plan);
+  if (!guessing_.empty()) guess_all(*plan);
   if (!to_store_.empty()) store(*plan);
   if (control_.launch()) {
     work_of(plan->step) = work_;
@@ -163,14 +170,19 @@ PlanPointer Scheduler::plan() {
   return plan->stores.empty() && plan->loads.empty() ? PlanPointer() : std::move(plan);
 }
 
-// Every running request can decode; prefill takes what the step, and the latency budget of those
-// who decode, leave of it: so that neither starves the other.
-Allowance Scheduler::allowance() const noexcept {
+// Every running request can decode; drafts take half of what is left of the step at most, prefill
+// what the step, and the latency budget of those who decode, leave of it: so that none starves.
+Allowance Scheduler::allowance() noexcept {
   Work decode;
+  std::int32_t drafts = 0;
   for (const RequestIndex index : control_.running()) {
     if (control_.wanted(index) == 1) decode.add(1, control_.record(index).planned);
+    drafts += draftable(index);
   }
-  const std::int32_t tokens = config_.step_tokens - decode.decode_rows;
+  const std::int32_t beside = config_.step_tokens - decode.decode_rows;
+  drafts_left_ = std::min(drafts, beside / 2);
+  decode.prefill_tokens += drafts_left_;
+  const std::int32_t tokens = beside - drafts_left_;
   if (config_.itl_budget_us == 0 || decode.decode_rows == 0) return Allowance(tokens);
   const double within_us = static_cast<double>(config_.itl_budget_us) / model_.margin();
   return {tokens, model_, within_us - model_.predict_us(decode)};
@@ -181,7 +193,7 @@ bool Scheduler::schedule_running(Plan& plan, Allowance& left) {
   for (std::size_t at = 0; at < control_.running().size(); ++at) {  // it may shrink from the back
     const RequestIndex index = control_.running()[at];
     const std::int32_t wants = control_.wanted(index);
-    if (wants == 1) schedule(index, 1, plan);
+    if (wants == 1) decode(index, plan);
     if (wants > 1 && !left.empty()) prefill(index, left, plan);
   }
   return !short_;
@@ -205,14 +217,23 @@ bool Scheduler::yields(RequestIndex index) {
 std::int32_t Scheduler::schedule(RequestIndex index, std::int32_t tokens, Plan& plan) {
   const std::int32_t count = acquire(index, tokens, plan);
   if (!control_.schedule(index, count)) return 0;
-  const Record& record = control_.record(index);
+  write_row(plan);
+  work_.add(count, control_.planned().back().from);
+  return count;
+}
+
+// The last one of the plan.
+void Scheduler::write_row(Plan& plan) const {
   const Row& row = control_.planned().back();
+  const RequestIndex index = row.index;
+  const Record& record = control_.record(index);
   plan.numbers.push_back(record.number);
   plan.incarnations.push_back(static_cast<std::int32_t>(record.incarnation));
   plan.slots.push_back(control_.slot(index));
   plan.context_lens.push_back(row.from);
   plan.sampled.push_back(row.samples ? 1 : 0);
-  const std::int32_t known = std::min(count, record.known() - row.from);
+  plan.drafts.push_back(row.drafts);
+  const std::int32_t known = std::min(row.tokens, record.known() - row.from);
   if (known == 1 && row.from + 1 == record.known()) {
     plan.token_ids.push_back(record.last);
   } else if (known > 0) {
@@ -221,9 +242,9 @@ std::int32_t Scheduler::schedule(RequestIndex index, std::int32_t tokens, Plan& 
   } else {
     plan.token_ids.push_back(-1);  // the one that a step in flight samples
   }
+  const auto draft = record.draft.begin();
+  plan.token_ids.insert(plan.token_ids.end(), draft, draft + row.drafts);
   plan.query_start.push_back(static_cast<std::int32_t>(plan.token_ids.size()));
-  work_.add(count, row.from);
-  return count;
 }
 
 // Pages for the next `tokens` positions; how many of them the table can then hold. A request takes
@@ -243,14 +264,19 @@ std::int32_t Scheduler::acquire(RequestIndex index, std::int32_t tokens, Plan& p
 // request by rank gives up its own.
 bool Scheduler::find_page(RequestIndex for_whom, Plan& plan) {
   while (control_.pool().free() == 0) {
-    if (const auto page = control_.index().next_evictable()) {
-      control_.evict(*page);
-      ++counts_.evictions;
-    } else if (!preempt_last(for_whom, plan)) {
+    if (!evict_one() && !preempt_last(for_whom, plan)) {
       short_ = true;
       return false;
     }
   }
+  return true;
+}
+
+bool Scheduler::evict_one() {
+  const auto page = control_.index().next_evictable();
+  if (!page) return false;
+  control_.evict(*page);
+  ++counts_.evictions;
   return true;
 }
 
@@ -352,10 +378,14 @@ std::string Scheduler::refuse_results(const Ticket& ticket, std::int64_t step,
     return "commit: got step " + std::to_string(step) + "; expected " +
            std::to_string(ticket.step) + ", steps complete in the order of their launch";
   }
-  if (token_ids.size() != ticket.rows.size() || stop.size() != ticket.rows.size()) {
+  if (token_ids.size() != ticket.results || stop.size() != ticket.rows.size()) {
+    const std::string rows = std::to_string(ticket.rows.size());
+    const std::string tokens = std::to_string(ticket.results);
     return "commit: got " + std::to_string(token_ids.size()) + " tokens and " +
            std::to_string(stop.size()) + " stop flags; expected " +
-           std::to_string(ticket.rows.size()) + ", one a row";
+           (ticket.results == ticket.rows.size()
+                ? rows + ", one a row"
+                : tokens + " and " + rows + ", one a row, and of tokens one more a draft");
   }
   if (!awaits_tool.empty() && awaits_tool.size() != ticket.rows.size()) {
     return "commit: got " + std::to_string(awaits_tool.size()) +
@@ -363,10 +393,10 @@ std::string Scheduler::refuse_results(const Ticket& ticket, std::int64_t step,
            ", one a row, or none";
   }
   for (std::size_t row = 0; row < ticket.rows.size(); ++row) {
-    const State state = control_.record(ticket.rows[row].index).state;
-    const bool live = state == State::Prefilling || state == State::Decoding;
-    if (live && ticket.rows[row].samples && token_ids[row] < 0) {
-      return "commit: row " + std::to_string(row) + " was sampled and has no token";
+    const auto run = token_ids.first(static_cast<std::size_t>(ticket.rows[row].drafts) + 1);
+    token_ids = token_ids.subspan(run.size());
+    if (const char* why = control_.wrong_run(ticket.rows[row], run)) {
+      return "commit: row " + std::to_string(row) + " " + why;
     }
   }
   return {};
@@ -390,9 +420,11 @@ CommittedPointer Scheduler::commit(std::int64_t step, std::span<const Token> tok
   outcomes_.clear();
   control_.complete(token_ids, stop, outcomes_);
   for (std::size_t row = 0; row < outcomes_.size(); ++row) {
-    const auto& [index, accepted, finished] = outcomes_[row];
+    const auto& [index, accepted, finished, drafts] = outcomes_[row];
     const std::int64_t number = control_.record(index).number;
-    out->accepted.push_back(accepted ? 1 : 0);
+    out->accepted.push_back(accepted > 0 ? 1 : 0);
+    out->taken.push_back(accepted);
+    if (drafts > 0) settle(outcomes_[row]);
     if (finished) {
       out->finished.emplace_back(number, stop[row] ? FinishReason::Stop : FinishReason::Length);
     }

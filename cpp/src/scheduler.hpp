@@ -30,6 +30,7 @@ struct SchedulerConfig {
   std::int32_t itl_budget_us = 0;      // of a step with decoding rows; 0: they wait for any prefill
   std::int32_t session_pages_max = 0;  // pages kept by the wish of sessions, at most
   std::int32_t host_pages = 0;         // a second home for cached pages; 0: there is none
+  std::int32_t draft_tokens = 0;       // guesses of a request in a step, at most
 };
 
 // A number of the configuration: its name, where it is, and from what to what it may be. Within
@@ -52,6 +53,7 @@ inline constexpr Setting kSettings[] = {
     {"host_pages", &SchedulerConfig::host_pages, 0, 1 << 24},
     {"overlap", &SchedulerConfig::overlap, 0, 64},
     {"itl_budget_us", &SchedulerConfig::itl_budget_us, 0, 60'000'000},
+    {"draft_tokens", &SchedulerConfig::draft_tokens, 0, 1 << 10},
     {"session_pages_max", &SchedulerConfig::session_pages_max, 0, 1 << 24},
 };
 
@@ -73,6 +75,7 @@ struct Plan {
   std::vector<std::int32_t> token_ids;
   std::vector<std::int32_t> context_lens;
   std::vector<std::uint8_t> sampled;
+  std::vector<std::int32_t> drafts;
   std::vector<std::int32_t> page_delta;  // [changes, 3]: slot, index, page
   std::vector<std::int64_t> joined;      // [joined, 2]: slot, number
   std::vector<std::int32_t> cached;      // [joined]: prompt tokens found in the prefix cache
@@ -90,7 +93,8 @@ enum class FinishReason : std::uint8_t { Stop, Length };
 
 // What a completed step changed.
 struct Committed {
-  std::vector<std::uint8_t> accepted;  // by row: the sampled token was taken
+  std::vector<std::uint8_t> accepted;  // by row: its token was taken, or several
+  std::vector<std::int32_t> taken;     // by row: how many
   std::vector<std::pair<std::int64_t, FinishReason>> finished;
   std::vector<std::int64_t> released;  // their pages are back
   std::string error;                   // not empty: the batch was refused whole
@@ -128,6 +132,8 @@ struct Stats {
   std::int64_t loads = 0;   // copies back
   std::int64_t copies_failed = 0;
   std::int64_t copies_unknown = 0;  // tickets that no copy waited for
+  std::int64_t drafts = 0;          // tokens, of rows that were not dropped
+  std::int64_t drafts_accepted = 0;
 };
 
 class Scheduler final {
@@ -147,6 +153,12 @@ class Scheduler final {
   Refusal submit(std::int64_t number, std::span<const Token> prompt, std::int32_t max_tokens,
                  std::string_view salt, const Turn& turn = {}, std::int32_t priority = 0);
   PlanPointer plan();
+  // Guesses what a decoding request says next, for the first step that is planned when all of its
+  // tokens are known; until then it is not planned ahead. How many are kept; 0 if it does not
+  // decode. Forgotten when it says something.
+  std::int32_t propose(std::int64_t number, std::span<const Token> draft);
+  // A stop flag a row, and a run of as many tokens as the row has drafts, and one: the drafts that
+  // are right, the token that was sampled after them, and -1 from there on.
   // `duration_us`: from the completion before this one, or from when there was work again; 0 if
   // nobody knows. What the latency budget leaves for prefill is learned from it. `awaits_tool`, if
   // it is not empty, flags the rows whose session will come back with the result of a tool.
@@ -201,7 +213,7 @@ class Scheduler final {
     std::vector<std::int64_t> tickets;
   };
   static ControlConfig constants(const SchedulerConfig& config);
-  Allowance allowance() const noexcept;
+  Allowance allowance() noexcept;
   bool schedule_running(Plan& plan, Allowance& left);
   void admit_waiting(Plan& plan, Allowance& left);
   bool admit(RequestIndex index, Plan& plan);
@@ -210,8 +222,16 @@ class Scheduler final {
   bool fits(RequestIndex index);
   bool still_held_back(RequestIndex index, HeldBack& known) const;
   void prefill(RequestIndex index, Allowance& left, Plan& plan);
+  void decode(RequestIndex index, Plan& plan);
   bool yields(RequestIndex index);
   std::int32_t schedule(RequestIndex index, std::int32_t tokens, Plan& plan);
+  void write_row(Plan& plan) const;
+  std::int32_t draftable(RequestIndex index) const noexcept;
+  void guess_all(Plan& plan);
+  std::int32_t guess(RequestIndex index, std::int32_t drafts, Plan& plan);
+  bool page_for_drafts();
+  void settle(const Outcome& outcome);
+  bool evict_one();
   std::int32_t acquire(RequestIndex index, std::int32_t tokens, Plan& plan);
   bool find_page(RequestIndex for_whom, Plan& plan);
   bool preempt_last(RequestIndex for_whom, Plan& plan);
@@ -242,13 +262,15 @@ class Scheduler final {
   Recycler<Committed> commits_;
   HeldBack held_back_;
   CostModel model_;
-  Work work_;                        // of the plan being made
-  std::vector<Work> works_;          // of the steps in flight, each at its number modulo their most
-  std::vector<Outcome> outcomes_;    // of the step being committed
-  bool short_ = false;               // in the plan being made, a request found no page
-  std::vector<PageId> to_store_;     // published, or given up, and perhaps not yet on the host
-  std::vector<Fetch> fetches_;       // of the first in the queue, at most kFetchesMax
-  std::vector<HostPage> condemned_;  // that came back wrong, and what hangs from them
+  Work work_;                      // of the plan being made
+  std::vector<Work> works_;        // of the steps in flight, each at its number modulo their most
+  std::vector<Outcome> outcomes_;  // of the step being committed
+  bool short_ = false;             // in the plan being made, a request found no page
+  std::vector<RequestIndex> guessing_;  // that are planned last, with drafts
+  std::int32_t drafts_left_ = 0;        // that the plan being made has room for
+  std::vector<PageId> to_store_;        // published, or given up, and perhaps not yet on the host
+  std::vector<Fetch> fetches_;          // of the first in the queue, at most kFetchesMax
+  std::vector<HostPage> condemned_;     // that came back wrong, and what hangs from them
   Stats counts_;
 };
 

@@ -50,6 +50,7 @@ void run(unsigned seed) {
   config.prefix_cache = upto(4) > 0;
   config.itl_budget_us = upto(2) * upto(1000);
   config.host_pages = config.prefix_cache ? upto(3) * upto(12) : 0;
+  config.draft_tokens = upto(2) * upto(5);
   REQUIRE(Scheduler::invalid(config).empty());
   Scheduler scheduler(config);
   scheduler.set_recording_kv(true);
@@ -94,7 +95,14 @@ void run(unsigned seed) {
     std::vector<std::int32_t> tokens;
     std::vector<std::uint8_t> stop;
     for (std::size_t row = 0; row < plan->slots.size(); ++row) {
+      // Some of the drafts are right, and then comes any token.
+      const auto end = static_cast<std::size_t>(plan->query_start[row + 1]);
+      const auto drafts = static_cast<std::size_t>(plan->drafts[row]);
+      const auto right = static_cast<std::size_t>(upto(plan->drafts[row] + 1));
+      for (std::size_t at = 0; at < right; ++at)
+        tokens.push_back(plan->token_ids[end - drafts + at]);
       tokens.push_back(upto(3));
+      tokens.resize(tokens.size() + drafts - right, -1);
       stop.push_back(upto(12) == 0 ? 1 : 0);
     }
     REQUIRE(!scheduler.commit(plan->step + 1, tokens, stop)->error.empty());
@@ -103,7 +111,7 @@ void run(unsigned seed) {
   };
 
   for (int turn = 0; turn < 300; ++turn) {
-    switch (upto(8)) {
+    switch (upto(9)) {
       case 0:
       case 1: {
         std::vector<Token> prompt(static_cast<std::size_t>(1 + upto(20)), upto(2));
@@ -127,6 +135,12 @@ void run(unsigned seed) {
       case 5:
         acknowledge(static_cast<std::size_t>(upto(5)));
         break;
+      case 6:
+        for (std::int64_t each = 0; each < number; ++each) {
+          const std::vector<Token> draft(static_cast<std::size_t>(upto(5)), upto(2));
+          REQUIRE(scheduler.propose(each, draft) <= config.draft_tokens);
+        }
+        break;
       default:
         launch();
     }
@@ -142,6 +156,7 @@ void run(unsigned seed) {
     if (!launched.empty()) complete();
   }
   const Stats stats = scheduler.stats();
+  REQUIRE(stats.drafts_accepted <= stats.drafts);
   REQUIRE(stats.pages_free + stats.pages_cached == stats.pages_total);
   REQUIRE(stats.host_pages_free + stats.host_pages_cached == stats.host_pages_total);
   const Cleared cleared = scheduler.clear_cache();

@@ -72,12 +72,14 @@ constexpr std::int32_t kSteps = 200;
 // Results for the steps that are in flight, in memory that was there before.
 class Driver {
  public:
-  Driver(std::int32_t overlap, std::int32_t host_pages)
-      : overlap_(overlap), scheduler_(config(overlap, host_pages)) {
+  Driver(std::int32_t overlap, std::int32_t host_pages, std::int32_t drafts)
+      : overlap_(overlap),
+        scheduler_(config(overlap, host_pages, drafts)),
+        draft_(static_cast<std::size_t>(drafts), 1) {
     tickets_.reserve(4096);
     good_.resize(4096, 1);
-    tokens_.resize(kRows, 1);
     stop_.resize(kRows, 0);
+    tokens_.reserve(kRows * (draft_.size() + 1));
     plans_.resize(static_cast<std::size_t>(overlap) + 1);
   }
 
@@ -101,15 +103,24 @@ class Driver {
     std::move(plans_.begin() + 1, plans_.end(), plans_.begin());
     --launched_;
     const std::size_t rows = plan->slots.size();
-    const auto done =
-        scheduler_.commit(plan->step, std::span(tokens_).first(rows), std::span(stop_).first(rows),
-                          500 + 10 * std::int64_t{kRows});
+    tokens_.clear();
+    for (std::size_t row = 0; row < rows; ++row) {  // every other draft is right
+      for (std::int32_t at = 0; at <= plan->drafts[row]; ++at) {
+        tokens_.push_back(at <= static_cast<std::int32_t>(row) % 3 ? 1 : -1);
+      }
+    }
+    const auto done = scheduler_.commit(plan->step, tokens_, std::span(stop_).first(rows),
+                                        500 + 10 * std::int64_t{kRows});
+    if (!draft_.empty()) {
+      for (const std::int64_t number : plan->numbers) scheduler_.propose(number, draft_);
+    }
     if (!done->error.empty()) fail(done->error.c_str(), overlap_);
     return rows;
   }
 
  private:
-  static SchedulerConfig config(std::int32_t overlap, std::int32_t host_pages) {
+  static SchedulerConfig config(std::int32_t overlap, std::int32_t host_pages,
+                                std::int32_t drafts) {
     SchedulerConfig config;
     config.page_size = kPage;
     config.pages = kRows * pages_for(kPrompt + kSteps + 40, kPage);
@@ -119,11 +130,13 @@ class Driver {
     config.overlap = overlap;
     config.itl_budget_us = 1000;
     config.host_pages = host_pages;
+    config.draft_tokens = drafts;
     return config;
   }
 
   std::int32_t overlap_;
   Scheduler scheduler_;
+  std::vector<Token> draft_;
   std::vector<std::int32_t> tokens_;
   std::vector<std::uint8_t> stop_;
   std::vector<std::int64_t> tickets_;
@@ -139,8 +152,8 @@ void submit(Scheduler& scheduler, std::int64_t number, std::int32_t output) {
   if (scheduler.submit(number, prompt, output, salt).refused()) fail("a request was refused", -1);
 }
 
-void run(std::int32_t overlap, std::int32_t host_pages) {
-  Driver driver(overlap, host_pages);
+void run(std::int32_t overlap, std::int32_t host_pages, std::int32_t drafts) {
+  Driver driver(overlap, host_pages, drafts);
   Scheduler& scheduler = driver.scheduler();
   std::int64_t number = 0;
   while (number < 2 * kRows) submit(scheduler, number++, kSteps);  // they fill the cache and go
@@ -154,7 +167,8 @@ void run(std::int32_t overlap, std::int32_t host_pages) {
   for (int turn = 0; turn < 8; ++turn) driver.turn();
   const Stats before = scheduler.stats();
   const long counted = allocations.load();
-  for (std::int32_t turn = 0; turn < kSteps / 2; ++turn) {
+  const std::int32_t steps = kSteps / 2 / (drafts + 1);
+  for (std::int32_t turn = 0; turn < steps; ++turn) {
     if (driver.turn() != kRows) fail("not everybody was in a step", overlap);
   }
   if (allocations.load() != counted) {
@@ -164,6 +178,9 @@ void run(std::int32_t overlap, std::int32_t host_pages) {
   if (scheduler.stats().evictions == before.evictions) fail("no page was evicted", overlap);
   const Stats after = scheduler.stats();
   if (host_pages > 0 && after.stores == before.stores) fail("no page was stored", overlap);
+  if (drafts > 0 && after.drafts_accepted == before.drafts_accepted) {
+    fail("no draft was accepted", overlap);
+  }
   if (!scheduler.check().empty()) fail(scheduler.check().front().c_str(), overlap);
 }
 
@@ -171,7 +188,8 @@ void run(std::int32_t overlap, std::int32_t host_pages) {
 
 int main() {
   for (std::int32_t overlap = 0; overlap < 3; ++overlap) {
-    for (const std::int32_t host_pages : {0, 64}) run(overlap, host_pages);
+    for (const std::int32_t host_pages : {0, 64}) run(overlap, host_pages, 0);
   }
+  for (const std::int32_t host_pages : {0, 64}) run(0, host_pages, 2);
   std::printf("no allocation in a steady step\n");
 }

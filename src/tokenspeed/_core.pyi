@@ -29,6 +29,10 @@ class Plan:
     @property
     def sampled(self) -> NDArray[np.bool_]: ...
     @property
+    def drafts(self) -> NDArray[np.int32]:
+        """int32[rows]: how many of the row's last tokens are guesses."""
+
+    @property
     def page_delta(self) -> NDArray[np.int32]: ...
     @property
     def joined(self) -> NDArray[np.int64]:
@@ -51,7 +55,11 @@ class Plan:
 class Committed:
     @property
     def accepted(self) -> NDArray[np.bool_]:
-        """bool[rows]: the sampled token was taken."""
+        """bool[rows]: the row's token was taken, or several."""
+
+    @property
+    def taken(self) -> NDArray[np.int32]:
+        """int32[rows]: how many tokens of its run were."""
 
     @property
     def finished(self) -> list[tuple[int, str]]:
@@ -104,6 +112,13 @@ class Stats:
     def copies_failed(self) -> int: ...
     @property
     def copies_unknown(self) -> int: ...
+    @property
+    def drafts(self) -> int:
+        """Tokens that were guessed, and whose rows came to something."""
+
+    @property
+    def drafts_accepted(self) -> int:
+        """Of these, tokens that were right."""
 
 class Scheduler:
     """Continuous batching over the generated lifecycle. Any thread may look while one drives.
@@ -127,6 +142,7 @@ class Scheduler:
         itl_budget_us: int = 0,
         session_pages_max: int = 0,
         host_pages: int = 0,
+        draft_tokens: int = 0,
     ) -> None: ...
     def submit(
         self,
@@ -157,6 +173,14 @@ class Scheduler:
         A plan without rows (its `step` is -1) has copies alone: nothing is launched or to commit.
         """
 
+    def propose(self, number: int, draft: NDArray[np.int32]) -> int:
+        """Guess what a decoding request says next; how many guesses are kept.
+
+        At most `draft_tokens` are, and none if it does not decode. They are for the first step that
+        is planned when all of its tokens are known, as far as there is room and pages; until then
+        it is not planned ahead. They are forgotten when it says something, or is preempted.
+        """
+
     def commit(
         self,
         step: int,
@@ -166,6 +190,10 @@ class Scheduler:
         awaits_tool: NDArray[np.bool_] | None = None,
     ) -> Committed:
         """Complete the oldest launched step. Raises ValueError, changing nothing, on another.
+
+        `token_ids` is int32[rows + drafts]: of a row with n drafts a run of n + 1. It begins with
+        the drafts that are right, goes on with the token that was sampled after them, and is -1
+        from there on. `stop` is bool[rows]: the last token of the run ends the request.
 
         `duration_us` is the time since the completion before, or since there was work again; 0 if
         nobody knows. The latency budget learns from it what a step costs. `awaits_tool` flags rows
@@ -211,8 +239,9 @@ class Scheduler:
         """Steps of the spec since the last call: (action, request, page, value, to).
 
         -1 and "" stand for what a step does not have. `value` is the patience of a Submit, the
-        tokens of a Schedule, the pages that an Admit found, the token that a Complete accepted for
-        a request. A step's completion is a Complete for each of its rows, then one for the step.
+        tokens of a Schedule, the drafts of a Speculate, the pages that an Admit found, the token
+        that a Complete accepted for a request, after an Accept for each one before it in its run. A
+        step's completion is a Complete for each of its rows, then one for the step.
         """
 
     def events(self) -> list[tuple[str, int, int, str, str]]:

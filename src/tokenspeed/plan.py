@@ -53,6 +53,8 @@ class StepPlan:
         context_lens: int32[rows]; KV tokens that precede the row's first input token. Input token j
             of the row has position context_lens[i] + j and its KV is written there.
         sampled: bool[rows]; the row's last logits are sampled (false within a prompt).
+        drafts: int32[rows]; so many of the row's last tokens are guesses: its last drafts + 1
+            logits are sampled, one after the other, as long as they say what was guessed.
         page_delta: int32[changes, 3]; (slot, index, page): page-table entries that changed since
             the last plan, to be applied in order before the step. Position p of a slot lies in
             page table[slot, p // page_size] at offset p % page_size.
@@ -71,6 +73,9 @@ class StepPlan:
     sampled: NDArray[np.bool_]
     page_delta: Ints
     joined: tuple[Joined, ...] = ()
+    drafts: Ints = field(
+        default=attrs.Factory(lambda self: np.zeros(self.rows, np.int32), takes_self=True)
+    )
     stores: Copies = field(factory=lambda: np.empty((0, 3), np.int64))
     loads: Copies = field(factory=lambda: np.empty((0, 3), np.int64))
 

@@ -1,5 +1,7 @@
 """Whatever is submitted, aborted, interleaved: right outputs, every page back, legal moves.
 
+Drafts are proposed, right and wrong ones, and any prefix of them is accepted.
+
 With or without a second home for cached pages, whose copies end late, in any order, and badly.
 
 The cache may be cleared at any time; and what the KV events say, replayed from nothing, is what is
@@ -44,6 +46,7 @@ class Scheduling(RuleBasedStateMachine):
         extra=st.integers(0, 8),
         session_pages_max=st.integers(0, 12),
         host_pages=st.sampled_from([0, 0, 1, 3, 8, 40]),
+        draft_tokens=st.sampled_from([0, 1, 2, 5]),
         late=st.booleans(),
     )
     def start(
@@ -102,6 +105,13 @@ class Scheduling(RuleBasedStateMachine):
     @rule()
     def launch(self) -> None:
         self.world.launch()
+
+    @precondition(lambda self: self.world.clients)
+    @rule(data=st.data(), right=st.integers(0, 4), wrong=st.integers(0, 3))
+    def propose(self, data: st.DataObject, right: int, wrong: int) -> None:
+        number = data.draw(st.sampled_from(sorted(self.world.clients)))
+        most = self.world.config["draft_tokens"]
+        assert self.world.propose(number, right, wrong) in (0, min(right + wrong, most))
 
     @precondition(lambda self: self.world.launched)
     @rule()

@@ -19,8 +19,8 @@ namespace tokenspeed::lifecycle {
 
 inline constexpr std::string_view kSpec = "specs/Lifecycle.tla";
 inline constexpr std::string_view kSpecHash =
-    "b6a9a5869ca272d28dff476433f8429d6a3b5ede0f62b23f0c73bea0d64f5057";
-inline constexpr std::string_view kSpecVersion = "2.0.0";
+    "90d908e806d27b07c31cb85aecc0e6d73499f853ea7db7acb1842e0e3f6ecbc4";
+inline constexpr std::string_view kSpecVersion = "2.0.1";
 
 enum class State : std::uint8_t {
   New,

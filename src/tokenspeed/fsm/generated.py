@@ -11,8 +11,8 @@ __all__ = [
 ]  # fmt: skip
 
 SPEC = "specs/Lifecycle.tla"
-SPEC_HASH = "b6a9a5869ca272d28dff476433f8429d6a3b5ede0f62b23f0c73bea0d64f5057"
-SPEC_VERSION = "2.0.0"
+SPEC_HASH = "90d908e806d27b07c31cb85aecc0e6d73499f853ea7db7acb1842e0e3f6ecbc4"
+SPEC_VERSION = "2.0.1"
 
 STATES = (
     "New",

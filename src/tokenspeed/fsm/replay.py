@@ -46,6 +46,7 @@ CALLS: Mapping[str, Mapping[str, DTypeLike | None]] = {
         "number": None, "prompt": np.int32, "max_tokens": None, "salt": None,
         "session": None, "keep_us": None, "supersedes": None, "priority": None,
     },
+    "propose": {"number": None, "draft": np.int32},
     "plan": {},
     "commit": {
         "step": None, "token_ids": np.int32, "stop": np.bool_, "duration_us": None,

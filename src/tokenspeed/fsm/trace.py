@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, final
@@ -43,6 +44,7 @@ class TraceHeader:
         chunk: tokens of one step, at most.
         overlap: steps launched beyond the one that is awaited.
         host_pages: of the second home of cached pages; with any, the spec is HostTier.
+        draft_tokens: guesses of a request in a step, at most; with any, the spec is Draft.
     """
 
     pages: int
@@ -51,6 +53,7 @@ class TraceHeader:
     chunk: int
     overlap: int
     host_pages: int = 0
+    draft_tokens: int = 0
     spec: str = SPEC
     spec_version: str = SPEC_VERSION
     spec_hash: str = SPEC_HASH
@@ -62,9 +65,10 @@ class TraceStep:
 
     Attributes:
         request: its number, or None for a step of all.
-        page: that was acquired, published or evicted, or of a copy.
-        value: patience of a Submit, tokens of a Schedule, pages of an Admit, the token that a
-            Complete accepted, the host page of a copy or of a HostDrop.
+        page: that was acquired, reserved, published or evicted, or of a copy.
+        value: patience of a Submit, tokens of a Schedule, drafts of a Speculate, pages of an Admit,
+            the token that a Complete accepted, or an Accept before it, the host page of a copy or
+            of a HostDrop.
         to: the request's state after it; of a copy that ends, "good" or "bad".
         prompt, length, salt: of a Submit: its tokens, how many it may have in all, its tenant.
     """
@@ -141,6 +145,7 @@ class _TracedScheduler(Scheduler):
         header = TraceHeader(
             settings["pages"], settings["page_size"], settings["slots"], settings["step_tokens"],
             settings.get("overlap", 0), settings.get("host_pages", 0),
+            settings.get("draft_tokens", 0),
         )  # fmt: skip
         try:
             self._trace: TraceWriter | None = TraceWriter(Path(path), header)
@@ -258,8 +263,13 @@ ARGUMENTS = {
     "Acquire": ("page",), "Evict": ("page",), "Schedule": ("value",), "HostDrop": ("value",),
     "StoreStart": ("page", "value"), "StoreEnd": ("page", "value", "to"),
     "LoadStart": ("value", "page"), "LoadEnd": ("value", "page", "to"),
+    "Reserve": ("page",), "Speculate": ("value",),
 }  # fmt: skip
 """What of a step are arguments of its action, in order, beside its request."""
+
+
+LAYERS = (("Lifecycle", ""), ("HostTier", "Tier"), ("Draft", "Draft"))
+"""The modules, each of which extends the one before it, and what their actions begin with."""
 
 
 @final
@@ -267,7 +277,8 @@ class _Judge:
     """The interpreter at the bounds of one trace."""
 
     def __init__(self, specs: Path, header: TraceHeader, steps: Sequence[TraceStep]) -> None:
-        self._rows: dict[str, tuple[str, int | None]] = {}
+        self._rows: dict[str, str] = {}
+        self._gained: Counter[str] = Counter()
         contents = _contents(steps)
         constants = {
             "Req": frozenset(contents),
@@ -282,28 +293,35 @@ class _Judge:
             "Slots": header.slots,
             "MaxInFlight": header.overlap + 1,
         }
-        self._tier = header.host_pages > 0
-        if self._tier:
-            constants["Block"] = frozenset(range(header.host_pages))
-        spec = specs / ("HostTier.tla" if self._tier else "Lifecycle.tla")
+        constants["Block"] = frozenset(range(header.host_pages))
+        constants["Drafts"] = header.draft_tokens
+        layers = 3 if header.draft_tokens else 2 if header.host_pages else 1
+        module, self._layers = LAYERS[layers - 1][0], [name for _, name in LAYERS[:layers]]
+        spec = specs / f"{module}.tla"
         self._evaluator = Evaluator(load_module(spec), constants)
         self._span = Span(spec, 1, 1)
-        (self._state,) = self._evaluator.initial("TierInit" if self._tier else "Init")
+        (self._state,) = self._evaluator.initial(f"{self._layers[-1]}Init")
 
     def take(self, step: TraceStep) -> str:
         """Follow a step; why it cannot be, or nothing."""
         request = None if step.request is None else _name(step.request)
-        if step.action == "Complete" and request is not None:
-            self._rows[request] = (step.to or "", step.value)
+        if request is not None and step.action in ("Accept", "Complete"):
+            self._rows[request] = step.to or ""
+            self._gained[request] += step.value is not None
             return ""
         args: list[Value] = [] if request is None else [request]
         args += [{"page": step.page, "value": step.value, "to": step.to == "good"}[name]
                  for name in ARGUMENTS.get(step.action, ())]  # fmt: skip
-        found = list(self._successors(step.action, args))
+        action = step.action
+        if action == "Complete" and self._layers[-1] == "Draft":
+            requests = self._value(self._state, "known").items
+            action, args = "CompleteAs", [Function({r: self._gained[r] for r in requests})]
+        found = list(self._successors(action, args))
         if not found:
-            return self._refusal(step.action, args)
+            return self._refusal(action, args)
         told = [after for after in found if self._says(step, request, after)]
-        self._rows = {} if step.action == "Complete" else self._rows
+        if step.action == "Complete":
+            self._rows, self._gained = {}, Counter()
         if not told:
             return "the spec allows it, with another outcome than the trace tells"
         self._state = told[0]
@@ -312,8 +330,8 @@ class _Judge:
     def _successors(self, action: str, args: list[Value]) -> Iterable[State]:
         bound = {f"a{i}": value for i, value in enumerate(args)}
         names = tuple(Expr("name", (name,), self._span) for name in bound)
-        beside = f"Tier{action}"  # of Lifecycle, where there is a tier too
-        name = beside if beside in self._evaluator.definitions else action
+        there = [n for n in self._names(action) if n in self._evaluator.definitions]
+        name = there[-1] if there else action
         call = Expr("call" if names else "name", (name, *names), self._span)
         return self._evaluator.steps(call, bound)(self._state)
 
@@ -321,7 +339,11 @@ class _Judge:
         """Is this the outcome that the trace tells?"""
         state = self._value(after, "st").items
         if step.action == "Complete":
-            return all(state[r] == to for r, (to, _) in self._rows.items())
+            before, known = (self._value(s, "known").items for s in (self._state, after))
+            gained = {r: known[r] - before[r] for r in self._rows}
+            return all(state[r] == to for r, to in self._rows.items()) and all(
+                gained[r] == self._gained[r] for r in self._rows
+            )
         if request is not None and step.to is not None and state[request] != step.to:
             return False
         if step.action == "Admit":
@@ -331,6 +353,10 @@ class _Judge:
             return len({page[step.page] for page in pages}) == 2
         return True
 
+    def _names(self, action: str) -> Iterable[str]:
+        """Of an action, as Lifecycle has it, and as each module that extends it."""
+        return (f"{layer}{action}" for layer in self._layers)
+
     def _value(self, state: State, name: str) -> Any:
         return state[self._evaluator.variables.index(name)]
 
@@ -339,7 +365,7 @@ class _Judge:
         definitions = self._evaluator.definitions
         if action not in definitions:
             return f"the spec has no action {action}"
-        for name in (action, f"Tier{action}") if self._tier else (action,):
+        for name in self._names(action):
             if name in definitions and (why := self._failing(definitions[name], args)):
                 return why
         return "its conjuncts exclude each other"
@@ -378,7 +404,7 @@ def _contents(steps: Sequence[TraceStep]) -> dict[str, _Content]:
         if step.action == "Submit":
             submitted[name] = step
             tokens[name] = [str(token) for token in step.prompt or ()]
-        elif step.action == "Complete" and step.value is not None and name in tokens:
+        elif step.action in ("Accept", "Complete") and step.value is not None and name in tokens:
             tokens[name].append(str(step.value))
     found = {}
     for name, step in submitted.items():
