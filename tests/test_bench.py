@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -9,8 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from click.testing import CliRunner
+from rich.console import Console
 
 from tokenspeed.bench.conversations import BLOCK, generate, live_blocks, read
+from tokenspeed.bench.kernels import CELLS, Cell, Measured, Report, Timing
 from tokenspeed.bench.scheduler import Sizes
 from tokenspeed.bench.sessions import (
     COPY_TOKENS_S,
@@ -20,6 +25,7 @@ from tokenspeed.bench.sessions import (
     parse_sizes,
     workload,
 )
+from tokenspeed.cli import cli
 from tokenspeed.errors import ConfigError
 from tokenspeed.fsm.trace import read_trace, validate
 
@@ -194,3 +200,38 @@ def test_a_policy_that_cannot_be_simulated_is_refused(words: list[str]) -> None:
     done = run(*words, what="policy")
     assert done.returncode == 2
     assert words[0].strip("-") in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--cell", "b3_q1"], "b3_q1"),
+        (["--backend", "fast"], "fast"),
+        (["--cell", "b4_q1_h16_64K"], "a CUDA device"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would be measured here")
+def test_kernels_are_measured_on_a_gpu_or_not_at_all(words: list[str], named: str) -> None:
+    done = CliRunner().invoke(cli, ["bench", "kernels", *words])
+    assert isinstance(done.exception, ConfigError)
+    assert named in str(done.exception)
+
+
+def test_a_cell_counts_its_pages_and_a_shared_one_counts_them_once() -> None:
+    page = 64 * 576 * 2
+    assert Cell((65, 64, 1), 1, 16).key_bytes == 4 * page
+    assert Cell((640, 640), 1, 16, shared=True).key_bytes == 10 * page
+    assert CELLS["b4_q4_h16_64K"] == Cell((65536,) * 4, 4, 16)
+
+
+def test_a_wrong_result_is_called_wrong() -> None:
+    cell = Measured(
+        load_us=10.0,
+        key_bytes=1,
+        backends={"good": Timing(us=15.0, error=1e-3), "bad": Timing(us=5.0, error=float("nan"))},
+    )
+    report = Report(machine="m", copy_gb_s=1.0, matmul_tflop_s=1.0, cells={"c": cell})
+    text = io.StringIO()
+    Console(file=text, width=120).print(report.table())
+    assert "15.0 (1.50x)" in text.getvalue()
+    assert "5.0 (0.50x) WRONG nan" in text.getvalue()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ from tokenspeed.kernels import (
 )
 from tokenspeed.kernels.contract import OPS
 from tokenspeed.kernels.cpu import BACKEND as CPU
+from tokenspeed.kernels.cuda import BACKEND as CUDA
+from tokenspeed.kernels.cuda import build
 from tokenspeed.kernels.listing import parse
 from tokenspeed.kernels.reference import BACKEND as REFERENCE
 
@@ -226,3 +230,58 @@ def test_what_breaks_the_contract_of_mla_decode_is_refused(
     run(dict(given))
     with pytest.raises(ContractError, match=named):
         run(given | change)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("device=cpu", "runs on CUDA devices, not on cpu"),
+        ("device=cuda cap=8.9", "capability 9.0, not on 8.9"),
+        ("device=cuda cap=9.0 dtype=fp16", "bfloat16, not float16"),
+        ("device=cuda cap=9.0 page=16", "pages of 64 tokens, not 16"),
+        ("device=cuda cap=9.0 latent=256", "not 256 and 64"),
+        ("device=cuda cap=9.0", "there is no nvcc"),
+    ],
+)
+def test_the_hopper_kernel_says_what_it_cannot_run(
+    nothing_built: Path, words: str, reason: str
+) -> None:
+    del nothing_built
+    assert reason in (CUDA.supports(parse(f"mla_decode {words}")) or "")
+
+
+@pytest.fixture
+def nothing_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """A machine without nvcc, on which no library was built; its empty bin folder."""
+    for name in ("XDG_CACHE_HOME", "CUDA_HOME", "PATH"):
+        monkeypatch.setenv(name, str(tmp_path))
+    (tmp_path / "bin").mkdir()
+    build._built.cache_clear()
+    yield tmp_path / "bin"
+    build._built.cache_clear()
+
+
+def test_what_nvcc_says_is_in_the_error_and_nothing_half_built_stays(nothing_built: Path) -> None:
+    nvcc = nothing_built / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho no such architecture >&2\nexit 1\n")
+    nvcc.chmod(0o755)
+    with pytest.raises(KernelError, match="no such architecture"):
+        build.library("mla_decode_sm90")
+    assert not list(nothing_built.parent.rglob("*.so"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+def test_nvcc_builds_the_hopper_kernel_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    build._built.cache_clear()
+    build.library.cache_clear()
+    assert build.library("mla_decode_sm90").mla_decode_sm90
+    (built,) = tmp_path.rglob("*.so")
+    before = built.stat().st_mtime_ns
+    build.library.cache_clear()
+    build.library("mla_decode_sm90")
+    assert built.stat().st_mtime_ns == before
+    build._built.cache_clear()

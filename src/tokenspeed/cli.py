@@ -344,6 +344,20 @@ def bench_policy(floors: str, as_json: bool, **settings: int | None) -> None:
         click.echo(json.dumps(found.as_json(), indent=2))
 
 
+@bench.command("kernels")
+@click.option("--cell", "cells", multiple=True, help="b4_q1_h16_64K ...  [default: all]")
+@click.option("--backend", "backends", multiple=True, help="cuda_sm90 ...  [default: all]")
+@click.option("--json", "as_json", is_flag=True, help="JSON on stdout; the table is on stderr")
+def bench_kernels(cells: tuple[str, ...], backends: tuple[str, ...], as_json: bool) -> None:
+    """Latent attention on this GPU, by backend, beside what loading the keys alone takes."""
+    room = _room("tokenspeed.bench.kernels")
+    with _progress() as report:
+        found = room.measure(cells, backends, report)
+    _screen.print(found.table())
+    if as_json:
+        click.echo(json.dumps(found.as_json(), indent=2))
+
+
 def main() -> None:
     """Entry point: errors of ours are one line and exit status 2, never a traceback."""
     try:

@@ -22,6 +22,7 @@ from torch import Tensor
 from tokenspeed.errors import ConfigError, KernelError
 from tokenspeed.kernels.contract import OPS, Backend, Problem
 from tokenspeed.kernels.cpu import BACKEND as CPU
+from tokenspeed.kernels.cuda import BACKEND as CUDA
 from tokenspeed.kernels.reference import BACKEND as REFERENCE
 from tokenspeed.kernels.triton import BACKENDS as TRITON
 
@@ -136,6 +137,10 @@ class Registry:
             )
         return Choice(problem, chosen, tuple(rejected))
 
+    def refusal(self, problem: Problem, name: str) -> str | None:
+        """Why the backend of this name cannot run a problem, whoever else can; None if it can."""
+        return next(b for b in self._backends if b.name == name).lacks(problem)
+
     @contextmanager
     def using(self, **backends: str) -> Iterator[None]:
         """Within it, these ops run on these backends: `using(rope="reference")`."""
@@ -157,6 +162,6 @@ class Registry:
             )
 
 
-registry = Registry((REFERENCE, CPU, *TRITON))
+registry = Registry((REFERENCE, CPU, CUDA, *TRITON))
 """The process's registry."""
 registry.discover()

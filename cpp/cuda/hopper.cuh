@@ -1,0 +1,214 @@
+// What Hopper adds, as PTX: barriers that count bytes, copies of boxes, products of warpgroups.
+// Rule: one instruction a function, named for what it does here; shapes and layouts beside it.
+#pragma once
+
+#include <cuda.h>
+#include <cudaTypedefs.h>
+#include <cuda_runtime.h>
+#include <stdint.h>
+
+namespace {
+
+__device__ inline uint32_t address(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+
+// --- Barriers in shared memory
+// --------------------------------------------------------------------
+
+__device__ inline void make_barrier(uint64_t* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address(barrier)), "r"(arrivals));
+}
+
+__device__ inline void fence_barriers() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ inline void arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address(barrier)) : "memory");
+}
+
+__device__ inline void expect(uint64_t* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(barrier)),
+               "r"(bytes)
+               : "memory");
+}
+
+__device__ inline void wait(uint64_t* barrier, int parity) {
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n}" ::"r"(address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+// Among `threads` threads that name the same id.
+__device__ inline void sync_group(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// What ordinary stores wrote to shared memory, tensor cores and copies see after this and a
+// barrier.
+__device__ inline void fence_async() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+__device__ inline unsigned load_acquire(const unsigned* at) {
+  unsigned value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
+  return value;
+}
+
+// --- Copies of boxes
+// ------------------------------------------------------------------------------
+
+__device__ inline uint64_t evict_first() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+__device__ inline uint64_t evict_normal() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+// What lies outside the tensor arrives as zeros, and counts as bytes.
+__device__ inline void load_box(void* to, const CUtensorMap* map, uint64_t* barrier,
+                                uint64_t policy, int x, int y, int z) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(address(to)),
+      "l"(map), "r"(x), "r"(y), "r"(z), "r"(address(barrier)), "l"(policy)
+      : "memory");
+}
+
+// Boxes of 64 columns x 64 rows of bfloat16, each row's eight 16 bytes swizzled by the row's
+// number.
+inline int make_map(CUtensorMap* map, const void* base, const int64_t (&sizes)[3],
+                    const int64_t (&strides)[2]) {
+  static PFN_cuTensorMapEncodeTiled_v12000 encode = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault,
+                                     &result);
+    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(found);
+  }();
+  if (encode == nullptr) return int(cudaErrorSymbolNotFound);
+  cuuint64_t extents[3], bytes[2];
+  for (int i = 0; i < 3; ++i) extents[i] = cuuint64_t(sizes[i]);
+  for (int i = 0; i < 2; ++i) bytes[i] = cuuint64_t(strides[i]) * 2;
+  const cuuint32_t box[3] = {64, 64, 1}, steps[3] = {1, 1, 1};
+  const CUresult result =
+      encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<void*>(base), extents, bytes, box,
+             steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? 0 : int(cudaErrorInvalidValue);
+}
+
+// --- Products of a warpgroup
+// ----------------------------------------------------------------------
+
+template <int Registers>
+__device__ inline void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));
+}
+
+template <int Registers>
+__device__ inline void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers));
+}
+
+// An operand in shared memory whose rows of 64 columns run along the sum: 8 rows lie 1024 bytes
+// apart.
+__device__ inline uint64_t rows_of(const uint8_t* at) {
+  return uint64_t((address(at) & 0x3ffff) >> 4) | uint64_t(1) << 16 | uint64_t(64) << 32 |
+         uint64_t(1) << 62;
+}
+
+// One whose rows are what is summed over: `next` bytes on lie the next 64 columns.
+__device__ inline uint64_t columns_of(const uint8_t* at, int next) {
+  return uint64_t((address(at) & 0x3ffff) >> 4) | uint64_t(next >> 4) << 16 | uint64_t(64) << 32 |
+         uint64_t(1) << 62;
+}
+
+__device__ inline void wgmma_fence() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+__device__ inline void wgmma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+// Until at most so many of the groups committed last are under way.
+template <int Groups>
+__device__ inline void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Groups) : "memory");
+}
+
+// Registers that a product reads or writes stay what they are up to here.
+template <int Count>
+__device__ inline void keep(float (&d)[Count]) {
+#pragma unroll
+  for (int i = 0; i < Count; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+__device__ inline float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// d[64, 64] = a[64, 16] b[64, 16]^T (+ d).
+__device__ inline void wgmma_64x64(float (&d)[32], uint64_t a, uint64_t b, int add) {
+  asm volatile(
+      "{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, "
+      "%8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, "
+      "%24, %25, %26, %27, %28, %29, %30, %31"
+      "}, %32, %33, add, 1, 1, 0, 0;\n}"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
+        "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
+        "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),
+        "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),
+        "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+      : "l"(a), "l"(b), "r"(add));
+}
+
+// d[64, 128] = a[64, 16] b[16, 128] (+ d), d from register `At` on.
+template <int At, int Count>
+__device__ inline void wgmma_64x128(float (&d)[Count], uint64_t a, uint64_t b, int add) {
+  static_assert(At + 64 <= Count);
+  asm volatile(
+      "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, "
+      "%8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, "
+      "%24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, "
+      "%40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, "
+      "%56, %57, %58, %59, %60, %61, %62, %63"
+      "}, %64, %65, add, 1, 1, 0, 1;\n}"
+      : "+f"(d[At + 0]), "+f"(d[At + 1]), "+f"(d[At + 2]), "+f"(d[At + 3]), "+f"(d[At + 4]),
+        "+f"(d[At + 5]), "+f"(d[At + 6]), "+f"(d[At + 7]), "+f"(d[At + 8]), "+f"(d[At + 9]),
+        "+f"(d[At + 10]), "+f"(d[At + 11]), "+f"(d[At + 12]), "+f"(d[At + 13]), "+f"(d[At + 14]),
+        "+f"(d[At + 15]), "+f"(d[At + 16]), "+f"(d[At + 17]), "+f"(d[At + 18]), "+f"(d[At + 19]),
+        "+f"(d[At + 20]), "+f"(d[At + 21]), "+f"(d[At + 22]), "+f"(d[At + 23]), "+f"(d[At + 24]),
+        "+f"(d[At + 25]), "+f"(d[At + 26]), "+f"(d[At + 27]), "+f"(d[At + 28]), "+f"(d[At + 29]),
+        "+f"(d[At + 30]), "+f"(d[At + 31]), "+f"(d[At + 32]), "+f"(d[At + 33]), "+f"(d[At + 34]),
+        "+f"(d[At + 35]), "+f"(d[At + 36]), "+f"(d[At + 37]), "+f"(d[At + 38]), "+f"(d[At + 39]),
+        "+f"(d[At + 40]), "+f"(d[At + 41]), "+f"(d[At + 42]), "+f"(d[At + 43]), "+f"(d[At + 44]),
+        "+f"(d[At + 45]), "+f"(d[At + 46]), "+f"(d[At + 47]), "+f"(d[At + 48]), "+f"(d[At + 49]),
+        "+f"(d[At + 50]), "+f"(d[At + 51]), "+f"(d[At + 52]), "+f"(d[At + 53]), "+f"(d[At + 54]),
+        "+f"(d[At + 55]), "+f"(d[At + 56]), "+f"(d[At + 57]), "+f"(d[At + 58]), "+f"(d[At + 59]),
+        "+f"(d[At + 60]), "+f"(d[At + 61]), "+f"(d[At + 62]), "+f"(d[At + 63])
+      : "l"(a), "l"(b), "r"(add));
+}
+
+}  // namespace

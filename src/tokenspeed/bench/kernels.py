@@ -1,0 +1,285 @@
+"""What `mla_decode` takes on this GPU, beside what loading its keys alone takes.
+
+Rule: everything is measured in one run, on random data. Each call of a CUDA graph has other queries
+and other pages than the last, together more than the L2 holds, so that keys come from memory; the
+median of nine replays counts, divided by the calls. Plans are made before: they cost a step once,
+not each layer. Before a backend is timed its result is compared with the reference, in float64,
+from memory that held NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from statistics import median
+from typing import Any, final
+
+import torch
+from attrs import asdict, field, frozen
+from rich.table import Table
+from torch import Tensor
+
+from tokenspeed.bench.machine import machine
+from tokenspeed.errors import ConfigError
+from tokenspeed.kernels import MlaPlan, mla_decode, mla_decode_plan, registry
+from tokenspeed.kernels.cuda.mla import load_only, unsupported
+from tokenspeed.kernels.mla import mla_problem
+
+__all__ = ["CELLS", "Cell", "Report", "measure"]
+
+Tell = Callable[[str, int, int], None]
+"""Called with (what is measured, done, total)."""
+
+PAGE, WIDTH, LATENT = 64, 576, 512
+SCALE = 192**-0.5
+COLD_BYTES = 300_000_000
+"""Of keys in rotation: several times the L2 of any GPU so far."""
+
+REPLAYS = 9
+GRAPH_US = 2000
+"""About what a graph takes; it holds 2 to 64 calls."""
+
+ERROR_MAX = 2e-3
+
+
+@final
+@frozen
+class Cell:
+    """One shape. lens: keys of each row; shared: all rows have the same pages."""
+
+    lens: tuple[int, ...]
+    q_len: int
+    heads: int
+    shared: bool = False
+
+    @property
+    def key_bytes(self) -> int:
+        """What must come from memory, in whole pages."""
+        pages = [-(-length // PAGE) for length in self.lens]
+        return (max(pages) if self.shared else sum(pages)) * PAGE * WIDTH * 2
+
+
+def _even(batch: int, q_len: int, heads: int, kibi: int) -> Cell:
+    return Cell((kibi * 1024,) * batch, q_len, heads)
+
+
+_RAGGED8 = (65536, 30011, 20480, 12001, 8192, 4097, 2048, 1023)
+_SHAPES = (
+    *((4, 1, 16, 64), (8, 1, 16, 64), (16, 1, 16, 64), (4, 4, 16, 64), (8, 4, 16, 64)),
+    *((16, 4, 16, 64), (1, 1, 16, 64), (1, 4, 16, 16), (16, 4, 16, 4), (64, 1, 16, 4)),
+    *((8, 4, 32, 64), (16, 2, 32, 16), (8, 1, 128, 16), (64, 1, 128, 4), (64, 2, 128, 16)),
+    *((1, 1, 128, 16), (8, 4, 64, 64)),
+)
+CELLS = {
+    **{f"b{b}_q{q}_h{h}_{kibi}K": _even(b, q, h, kibi) for b, q, h, kibi in _SHAPES},
+    "ragged8_q4_h16": Cell(_RAGGED8, 4, 16),
+    "ragged4_q4_h16": Cell((4641, 45118, 1730, 1696), 4, 16),
+    "shared8_q1_h16_64K": Cell((65536,) * 8, 1, 16, shared=True),
+    "shared8_q4_h16_64K": Cell((65536,) * 8, 4, 16, shared=True),
+}
+"""By name: sequences, query tokens, heads, KV length."""
+
+
+@final
+@frozen(kw_only=True)
+class Timing:
+    """One backend on one cell: microseconds a call, and the relative error in float64."""
+
+    us: float
+    error: float
+
+
+@final
+@frozen(kw_only=True)
+class Measured:
+    """One cell. load_us: the pages loaded by cuda_sm90, without arithmetic, where it runs."""
+
+    load_us: float | None
+    key_bytes: int
+    backends: dict[str, Timing]
+
+
+@final
+@frozen(kw_only=True)
+class Report:
+    """What a run found, with the ceilings of the same run."""
+
+    machine: str
+    copy_gb_s: float
+    matmul_tflop_s: float
+    cells: dict[str, Measured] = field(factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    def table(self) -> Table:
+        """A row a cell."""
+        names = sorted({name for cell in self.cells.values() for name in cell.backends})
+        title = (
+            f"mla_decode, bf16, us; copy {self.copy_gb_s:.0f} GB/s read and written, "
+            f"matmul {self.matmul_tflop_s:.0f} TFLOP/s; {self.machine}"
+        )
+        rows = Table("cell", "load only", *names, title=title, title_justify="left")
+        for name, cell in self.cells.items():
+            floor = "-" if cell.load_us is None else f"{cell.load_us:.1f}"
+            rows.add_row(name, floor, *(_shown(cell, backend) for backend in names))
+        return rows
+
+
+def _shown(cell: Measured, name: str) -> str:
+    if name not in cell.backends:
+        return "-"
+    timing = cell.backends[name]
+    ratio = "" if cell.load_us is None else f" ({timing.us / cell.load_us:.2f}x)"
+    wrong = "" if timing.error <= ERROR_MAX else f" WRONG {timing.error:.1e}"
+    return f"{timing.us:.1f}{ratio}{wrong}"
+
+
+Call = tuple[Tensor, Tensor, MlaPlan]
+
+
+def measure(names: Sequence[str], backends: Sequence[str], tell: Tell) -> Report:
+    """Time backends on cells, both by name; none of one means all.
+
+    Raises:
+        ConfigError: a name is unknown, or there is no CUDA device.
+    """
+    wanted = list(names or CELLS)
+    for name in wanted:
+        if name not in CELLS:
+            raise ConfigError("cell", name, f"one of {', '.join(CELLS)}")
+    runners = list(backends or (name for name in registry.names if name != "reference"))
+    for name in runners:
+        if name not in registry.names:
+            raise ConfigError("backend", name, f"one of {', '.join(registry.names)}")
+    if not torch.cuda.is_available():
+        raise ConfigError("device", "cpu", "a CUDA device: this measures GPU kernels")
+    report = Report(machine=machine(), copy_gb_s=_copy_gb_s(), matmul_tflop_s=_matmul_tflop_s())
+    pool = _pool(max(_sets(CELLS[name]) * CELLS[name].key_bytes for name in wanted))
+    for done, name in enumerate(wanted):
+        tell(name, done, len(wanted))
+        report.cells[name] = _measured(CELLS[name], pool, runners)
+    tell("done", len(wanted), len(wanted))
+    return report
+
+
+def _sets(cell: Cell) -> int:
+    return max(2, -(-COLD_BYTES // cell.key_bytes))
+
+
+def _pool(size: int) -> Tensor:
+    pages = -(-size // (PAGE * WIDTH * 2))
+    pool = torch.empty(pages, PAGE, WIDTH, dtype=torch.bfloat16, device="cuda")
+    for at in range(0, pages, 4096):
+        part = pool[at : at + 4096]
+        part.copy_(torch.randn(part.shape, device="cuda"))
+    return pool
+
+
+def _calls(cell: Cell, pool: Tensor) -> list[Call]:
+    columns = -(-max(cell.lens) // PAGE)
+    count = 1 if cell.shared else len(cell.lens)
+    lens = torch.tensor(cell.lens, dtype=torch.int32, device="cuda")
+    starts = torch.arange(len(cell.lens) + 1, dtype=torch.int32, device="cuda") * cell.q_len
+    order = torch.randperm(len(pool), device="cuda").to(torch.int32)
+    calls, at = [], 0
+    for _ in range(_sets(cell)):
+        table = torch.zeros(count, columns, dtype=torch.int32, device="cuda")
+        for row in range(count):
+            pages = -(-cell.lens[row] // PAGE)
+            table[row, :pages] = order[at : at + pages]
+            at += pages
+        if cell.shared:
+            table = table.expand(len(cell.lens), columns).contiguous()
+        plan = mla_decode_plan(
+            starts, lens, table, page_size=PAGE, heads=cell.heads, q_len_max=cell.q_len
+        )
+        tokens = cell.q_len * len(cell.lens)
+        q = torch.randn(tokens, cell.heads, WIDTH, device="cuda").to(torch.bfloat16)
+        calls.append((q, pool, plan))
+    return calls
+
+
+def _measured(cell: Cell, pool: Tensor, backends: Sequence[str]) -> Measured:
+    calls = _calls(cell, pool)
+    problem = mla_problem(calls[0][0], calls[0][2])
+    floor = None
+    if unsupported(problem) is None:
+        floor = _timed([partial(load_only, *call) for call in calls])
+    found: dict[str, Timing] = {}
+    for name in backends:
+        if registry.refusal(problem, name) is not None:
+            continue
+        with registry.using(mla_decode=name):
+            error = _error(cell, calls[-1])
+            us = _timed([partial(mla_decode, *call, SCALE) for call in calls])
+        found[name] = Timing(us=us, error=error)
+    return Measured(load_us=floor, key_bytes=cell.key_bytes, backends=found)
+
+
+def _error(cell: Cell, call: Call) -> float:
+    """||out - reference|| / ||reference|| in float64, the worst of three rows."""
+    q, pool, plan = call
+    # What is allocated next lies where these lay.
+    torch.full((*q.shape[:2], LATENT), float("nan"), dtype=q.dtype, device="cuda")
+    torch.full((300, 64, LATENT), float("nan"), device="cuda")
+    out, _ = mla_decode(q, pool, plan, SCALE)
+    worst = 0.0
+    for row in sorted({0, 1, len(cell.lens) - 1} & set(range(len(cell.lens)))):
+        mine = slice(row * cell.q_len, (row + 1) * cell.q_len)
+        pages = pool[plan.page_table[row, : -(-cell.lens[row] // PAGE)]].double()
+        alone = mla_decode_plan(
+            torch.tensor([0, cell.q_len], dtype=torch.int32, device="cuda"),
+            plan.kv_lens[row : row + 1],
+            torch.arange(len(pages), dtype=torch.int32, device="cuda")[None],
+            page_size=PAGE,
+            heads=cell.heads,
+            q_len_max=cell.q_len,
+        )
+        with registry.using(mla_decode="reference"):
+            wanted, _ = mla_decode(q[mine].double(), pages, alone, SCALE)
+        error = float((out[mine].double() - wanted).norm() / wanted.norm())
+        # NaN compares with nothing.
+        worst = error if not error <= worst else worst
+    return worst
+
+
+def _timed(calls: Sequence[Callable[[], object]]) -> float:
+    """Microseconds a call, cold: the median of replays of a graph that goes through all calls."""
+    stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+        once = _event_us(lambda: [call() for call in calls]) / len(calls)
+        rounds = max(1, round(min(64.0, max(2.0, GRAPH_US / once)) / len(calls)))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for call in list(calls) * rounds:
+                call()
+        graph.replay()
+        times = [_event_us(graph.replay) for _ in range(REPLAYS)]
+    return median(times) / (len(calls) * rounds)
+
+
+def _event_us(run: Callable[[], object]) -> float:
+    event: Any = torch.cuda.Event
+    begin, end = event(enable_timing=True), event(enable_timing=True)
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) * 1000
+
+
+def _copy_gb_s() -> float:
+    source = torch.randn(1 << 29, device="cuda")
+    target = torch.empty_like(source)
+    size = 2 * source.numel() * source.element_size()
+    return size / median(_event_us(lambda: target.copy_(source)) for _ in range(REPLAYS)) / 1000
+
+
+def _matmul_tflop_s() -> float:
+    a, b = (torch.randn(8192, 8192, device="cuda").to(torch.bfloat16) for _ in range(2))
+    a @ b
+    return 2 * 8192**3 / median(_event_us(lambda: a @ b) for _ in range(REPLAYS)) / 1e6

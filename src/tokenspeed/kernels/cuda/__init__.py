@@ -1,0 +1,13 @@
+"""Kernels in CUDA C++, one library each. Rule: each says exactly what it can run."""
+
+from tokenspeed.kernels.contract import Backend
+from tokenspeed.kernels.cuda.mla import mla_decode, unsupported
+
+__all__ = ["BACKEND"]
+
+BACKEND = Backend(
+    name="cuda_sm90",
+    priority=12,
+    functions={"mla_decode": mla_decode},
+    supports=unsupported,
+)

@@ -1,0 +1,142 @@
+"""Latent attention on Hopper: what cpp/cuda/mla_decode_sm90.cu takes, as tensors.
+
+Rule: the first layer of a step lets the device plan it, and the others reuse that; nothing here
+waits for the device or reads from it, so that all of it can be captured in a graph.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from tokenspeed.errors import ContractError, KernelError
+from tokenspeed.kernels.contract import MlaPlan, Problem
+from tokenspeed.kernels.cuda.build import library, missing
+
+__all__ = ["load_only", "mla_decode", "unsupported"]
+
+LIBRARY = "mla_decode_sm90"
+ROWS, PAGE, LATENT, ROPE = 64, 64, 512, 64
+BLOCKS_MAX = 144
+
+OVERHEAD = 2
+"""What a row costs beside its keys, in pages: its queries are loaded and its result is written."""
+
+SHARE_MIN = 4
+"""Fewest pages, with the overhead, for which one more block of the grid is worth its merging."""
+
+
+def unsupported(problem: Problem) -> str | None:
+    """Why this kernel cannot run a problem, or None."""
+    if problem.device != "cuda":
+        return f"runs on CUDA devices, not on {problem.device}"
+    if problem.capability != (9, 0):
+        return f"runs on capability 9.0, not on {'.'.join(map(str, problem.capability or ['?']))}"
+    if problem.dtype != "bfloat16":
+        return f"computes in bfloat16, not {problem.dtype}"
+    if problem.page_size != PAGE:
+        return f"takes pages of {PAGE} tokens, not {problem.page_size}"
+    if (problem.latent, problem.rope) != (LATENT, ROPE):
+        wanted = f"{LATENT} latent and {ROPE} rotary columns"
+        return f"takes {wanted}, not {problem.latent} and {problem.rope}"
+    return missing(LIBRARY)
+
+
+@cache
+def _functions() -> ctypes.CDLL:
+    found = library(LIBRARY)
+    pointer, number, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    found.mla_decode_sm90_blocks.argtypes = []
+    found.mla_decode_sm90_plan.argtypes = [*[pointer] * 4, *[number] * 6, pointer]
+    found.mla_decode_sm90.argtypes = [
+        *[pointer] * 10, *[long] * 3, *[number] * 7, ctypes.c_float, number, pointer,
+    ]  # fmt: skip
+    return found
+
+
+@frozen(eq=False)
+class _Planned:
+    """What the device planned, and the room for partial results. space: int32, see mla_plan.cuh."""
+
+    space: Tensor
+    part_out: Tensor
+    part_lse: Tensor
+    tiles: int
+    blocks: int
+
+
+def _planned(plan: MlaPlan) -> _Planned:
+    device = plan.kv_lens.device
+    rows, columns = plan.page_table.shape
+    tiles = -(-plan.q_len_max * plan.heads // ROWS)
+    blocks = _functions().mla_decode_sm90_blocks()
+    # As mla_plan.cuh cuts it.
+    ints = (rows + 1) + 2 * (BLOCKS_MAX + 1) + 2 * rows + rows * tiles
+    space = torch.empty(ints, dtype=torch.int32, device=device)
+    _check(
+        _functions().mla_decode_sm90_plan(
+            plan.query_start.data_ptr(), plan.kv_lens.data_ptr(), plan.page_table.data_ptr(),
+            space.data_ptr(), rows, columns, tiles, blocks, OVERHEAD, SHARE_MIN,
+            _stream(device),
+        )
+    )  # fmt: skip
+    part_lse = torch.empty(2 * blocks, ROWS, dtype=torch.float32, device=device)
+    part_out = torch.empty(2 * blocks, ROWS, LATENT, dtype=torch.float32, device=device)
+    return _Planned(space, part_out, part_lse, tiles, blocks)
+
+
+def _stream(device: torch.device) -> int:
+    return int(torch.cuda.current_stream(device).cuda_stream)
+
+
+def _check(error: int) -> None:
+    if error:
+        raise KernelError(f"{LIBRARY}: CUDA error {error}; driver_types.h names it")
+
+
+def mla_decode(q: Tensor, kv_pages: Tensor, plan: MlaPlan, scale: float) -> tuple[Tensor, Tensor]:
+    """See contract.py."""
+    return _run(q, kv_pages, plan, scale, only_load=False)
+
+
+def load_only(q: Tensor, kv_pages: Tensor, plan: MlaPlan) -> None:
+    """The loads of `mla_decode` and nothing else: its floor on this machine."""
+    _run(q, kv_pages, plan, 1.0, only_load=True)
+
+
+def _run(
+    q: Tensor, kv_pages: Tensor, plan: MlaPlan, scale: float, *, only_load: bool
+) -> tuple[Tensor, Tensor]:
+    tokens, heads, _ = q.shape
+    # One step from a row to the next, be it the next head or the next token.
+    if q.stride(2) != 1 or q.stride(0) != heads * q.stride(1) or not _aligned(q):
+        q = q.contiguous()
+    if kv_pages.stride(2) != 1 or not _aligned(kv_pages):
+        given = f"at {kv_pages.data_ptr()} with strides {kv_pages.stride()}"
+        wanted = "columns beside each other, and rows and pages 16 bytes aligned"
+        raise ContractError("mla_decode", "kv_pages", given, wanted)
+    out = torch.empty(tokens, heads, LATENT, dtype=q.dtype, device=q.device)
+    lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
+    if not tokens:
+        return out, lse
+    with torch.cuda.device(q.device):
+        on = plan.once(_planned)
+        rows, columns = plan.page_table.shape
+        _check(
+            _functions().mla_decode_sm90(
+                q.data_ptr(), kv_pages.data_ptr(), plan.query_start.data_ptr(),
+                plan.kv_lens.data_ptr(), plan.page_table.data_ptr(), on.space.data_ptr(),
+                out.data_ptr(), lse.data_ptr(), on.part_out.data_ptr(), on.part_lse.data_ptr(),
+                q.stride(1), kv_pages.stride(0), kv_pages.stride(1), tokens, kv_pages.shape[0],
+                rows, columns, heads, on.tiles, on.blocks, scale, only_load, _stream(q.device),
+            )
+        )  # fmt: skip
+    return out, lse
+
+
+def _aligned(x: Tensor) -> bool:
+    return x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:2])
