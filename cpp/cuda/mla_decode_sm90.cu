@@ -29,10 +29,9 @@ constexpr int kStages = 2;
 // are done with their first pieces, 0 and 1, before they are done with 2 and 3.
 constexpr int kPieces = 5;
 constexpr int kThreads = 512;
-// A maximum may lag behind by 2^2 before O is rescaled. The more it may, the less the heaviest
-// weight is like 1, which alone is not rounded: the error is 1.8e-3 at 0, 1.9e-3 at 2^2, 2.0e-3 at
-// 2^8.
-constexpr float kLazy = 2.0f;
+// A maximum may lag behind by 2 before O is rescaled. The more it may, the less the heaviest weight
+// is like 1, which alone is not rounded: the error is 1.85e-3 at 2^0, 1.9e-3 at 2^1, 2.1e-3 at 2^8.
+constexpr float kLazy = 1.0f;
 constexpr int kConsumers = 384;
 constexpr int kWarps = kConsumers / 32;  // that merge
 
@@ -86,11 +85,26 @@ __device__ void load_page(Shared& shared, const CUtensorMap* map, uint64_t polic
   }
 }
 
+__device__ void load_queries(Shared& shared, const CUtensorMap* map, int row) {
+  expect(&shared.q_full, kPage);
+  for (int box = 0; box < 9; ++box)
+    load_box(shared.q + box * kBox, map, &shared.q_full, evict_normal(), box * 64, row, 0);
+}
+
 __device__ void load(const Call& call, Shared& shared, const CUtensorMap* q_map,
                      const CUtensorMap* page_map) {
   const int lane = threadIdx.x % 32;
   // Pages that several tiles read should stay in L2 for the others.
   const uint64_t policy = call.plan.tiles == 1 ? evict_first() : evict_normal();
+  // What comes first needs no walking; the queries must not wait behind a second page.
+  const int* early = call.plan.early + blockIdx.x * 3;
+  const int pages[2] = {early[0], early[1]}, row = early[2];
+  if (lane == 0 && pages[0] >= 0) {
+    load_page(shared, page_map, policy, 0, pages[0]);
+    load_queries(shared, q_map, row);
+    if (pages[1] >= 0) load_page(shared, page_map, policy, 1, pages[1]);
+  }
+  const int ahead_of = (pages[0] >= 0) + (pages[1] >= 0);
   int turn = 0, tiles_loaded = 0, ids = 0;
   for (Walk walk(call.plan, call.heads, blockIdx.x); walk.next();) {
     const int* table = call.plan.page_table + int64_t(walk.row) * call.plan.columns;
@@ -99,14 +113,11 @@ __device__ void load(const Call& call, Shared& shared, const CUtensorMap* q_map,
       if (ahead == 0) ids = block + lane < walk.last ? __ldg(table + block + lane) : 0;
       const int page = __shfl_sync(~0u, ids, ahead);
       if (lane == 0) {
-        load_page(shared, page_map, policy, turn, page);
+        if (turn >= ahead_of) load_page(shared, page_map, policy, turn, page);
         // After the first page, which need not wait for the last tile's queries to be done with.
-        if (block == walk.first) {
+        if (block == walk.first && turn >= ahead_of) {
           wait(&shared.q_empty, (tiles_loaded & 1) ^ 1);
-          expect(&shared.q_full, kPage);
-          for (int box = 0; box < 9; ++box)
-            load_box(shared.q + box * kBox, q_map, &shared.q_full, evict_normal(), box * 64,
-                     walk.first_row, 0);
+          load_queries(shared, q_map, walk.first_row);
         }
       }
       __syncwarp();
@@ -172,9 +183,8 @@ __device__ void score(const Call& call, Shared& shared) {
         float sum = 0.0f;
 #pragma unroll
         for (int n = 0; n < 16; ++n) {
-          // Rounded before it is summed: what all weights of a row are wrong by cancels.
           float& p = s[n / 2 * 4 + i * 2 + n % 2];
-          p = __bfloat162float(__float2bfloat16_rn(exp2_fast(p * call.scale_log2 - base)));
+          p = exp2_fast(p * call.scale_log2 - base);
           sum += p;
         }
         total[i] = total[i] * fade + sum;
@@ -473,10 +483,11 @@ extern "C" int mla_decode_sm90_blocks(void) {
 
 extern "C" int mla_decode_sm90_plan(const int* query_start, const int* kv_lens,
                                     const int* page_table, int* space, int rows, int columns,
-                                    int tiles, int blocks, int overhead, int cost_min,
+                                    int heads, int tiles, int blocks, int overhead, int cost_min,
                                     void* stream) {
   const Plan plan(query_start, kv_lens, page_table, space, rows, columns, tiles, blocks);
-  make_plan<<<1, kPlanThreads, 0, static_cast<cudaStream_t>(stream)>>>(plan, overhead, cost_min);
+  make_plan<<<1, kPlanThreads, 0, static_cast<cudaStream_t>(stream)>>>(plan, heads, overhead,
+                                                                       cost_min);
   return int(cudaGetLastError());
 }
 

@@ -24,6 +24,7 @@ struct Plan {
   int* part_block;         // [kBlocksMax + 1]
   int* split_first;        // [rows], the first part that begins inside the row
   int* split_count;        // [rows], parts that have keys of the row
+  int* early;              // [kBlocksMax, 3], what a block loads first: two pages or -1, a row of q
   unsigned* arrived;       // [rows * tiles]
   int rows, columns, tiles;
   int lanes;  // blocks beside each other that take the same keys, for other tiles
@@ -39,7 +40,8 @@ struct Plan {
         part_block(part_row + kBlocksMax + 1),
         split_first(part_block + kBlocksMax + 1),
         split_count(split_first + rows_),
-        arrived(reinterpret_cast<unsigned*>(split_count + rows_)),
+        early(split_count + rows_),
+        arrived(reinterpret_cast<unsigned*>(early + 3 * kBlocksMax)),
         rows(rows_),
         columns(columns_),
         tiles(tiles_),
@@ -135,7 +137,8 @@ struct Split {
   }
 };
 
-__global__ void __launch_bounds__(kPlanThreads) make_plan(Plan plan, int overhead, int cost_min) {
+__global__ void __launch_bounds__(kPlanThreads)
+    make_plan(Plan plan, int heads, int overhead, int cost_min) {
   __shared__ int sums[32];
   __shared__ int before;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
@@ -189,6 +192,20 @@ __global__ void __launch_bounds__(kPlanThreads) make_plan(Plan plan, int overhea
   if (splits && !splits_too(thread - 1)) plan.split_first[row] = thread;
   __syncthreads();
   if (splits && !splits_too(thread + 1)) plan.split_count[row] = thread - plan.split_first[row] + 2;
+  __syncthreads();
+  if (thread < plan.blocks_used()) {
+    int* early = plan.early + 3 * thread;
+    early[0] = early[1] = -1;
+    for (Walk walk(plan, heads, thread); walk.next();) {
+      const int* table = plan.page_table + int64_t(walk.row) * plan.columns;
+      for (int i = 0; i < 2 && walk.first + i < walk.last; ++i) {
+        const int page = table[walk.first + i];
+        early[i] = page < 0 ? INT32_MAX : page;  // either does not exist
+      }
+      early[2] = walk.first_row;
+      if (walk.first < walk.last) break;
+    }
+  }
 }
 
 }  // namespace

@@ -51,7 +51,7 @@ def _functions() -> ctypes.CDLL:
     found = library(LIBRARY)
     pointer, number, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     found.mla_decode_sm90_blocks.argtypes = []
-    found.mla_decode_sm90_plan.argtypes = [*[pointer] * 4, *[number] * 6, pointer]
+    found.mla_decode_sm90_plan.argtypes = [*[pointer] * 4, *[number] * 7, pointer]
     found.mla_decode_sm90.argtypes = [
         *[pointer] * 10, *[long] * 3, *[number] * 7, ctypes.c_float, number, pointer,
     ]  # fmt: skip
@@ -75,12 +75,12 @@ def _planned(plan: MlaPlan) -> _Planned:
     tiles = -(-plan.q_len_max * plan.heads // ROWS)
     blocks = _functions().mla_decode_sm90_blocks()
     # As mla_plan.cuh cuts it.
-    ints = (rows + 1) + 2 * (BLOCKS_MAX + 1) + 2 * rows + rows * tiles
+    ints = (rows + 1) + 2 * (BLOCKS_MAX + 1) + 2 * rows + 3 * BLOCKS_MAX + rows * tiles
     space = torch.empty(ints, dtype=torch.int32, device=device)
     _check(
         _functions().mla_decode_sm90_plan(
             plan.query_start.data_ptr(), plan.kv_lens.data_ptr(), plan.page_table.data_ptr(),
-            space.data_ptr(), rows, columns, tiles, blocks, OVERHEAD, SHARE_MIN,
+            space.data_ptr(), rows, columns, plan.heads, tiles, blocks, OVERHEAD, SHARE_MIN,
             _stream(device),
         )
     )  # fmt: skip
