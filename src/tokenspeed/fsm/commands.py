@@ -31,7 +31,7 @@ from tokenspeed.fsm.kv_adapters import ADAPTERS
 from tokenspeed.fsm.kv_events import monitor as monitor_events
 from tokenspeed.fsm.manifest import Recorded, read_manifest, specs_directory, write_manifest
 from tokenspeed.fsm.model import load_model
-from tokenspeed.fsm.museum import guards, read_museum, try_exhibit, try_guard
+from tokenspeed.fsm.museum import Museum, guards, read_museum, try_exhibit, try_guard
 from tokenspeed.fsm.pictures import graph_dot, graph_svg, refuse_large, sequence_svg, sequence_text
 from tokenspeed.fsm.replay import play
 from tokenspeed.fsm.runtime import Replayed, refuse_others
@@ -380,17 +380,27 @@ def _visit_museum(how: Settings, as_json: bool) -> int:
         last = sentences(report.trace)[-1:] or ("nothing was violated",)
         _screen.print(f"  {escape(last[0])}\n", highlight=False, soft_wrap=True)
         rows.append({"id": exhibit.id, "found": found, **_json(report)})
-    for guard in guards(specs / "Lifecycle.tla"):
-        with _watch(guard.name) as progress:
-            killed = try_guard(specs, museum, "Lifecycle.tla", guard, how, progress)
-        reason = museum.survivors.get(guard.name)
-        missed += killed is None and reason is None
-        said = f"breaks {killed.violated}" if killed else reason or "[red]is not missed[/]"
-        _screen.print(f"without {guard.name.replace('[', chr(92) + '[')}: {said}", highlight=False)
-        rows.append({"guard": guard.name, "violated": killed and killed.violated, "reason": reason})
+    guarded = _delete_guards(specs, museum, how)
+    missed += sum(row["violated"] is None and row["reason"] is None for row in guarded)
     if as_json:
-        click.echo(json.dumps(rows, indent=2))
+        click.echo(json.dumps(rows + guarded, indent=2))
     return 1 if missed else 0
+
+
+def _delete_guards(specs: Path, museum: Museum, how: Settings) -> list[dict[str, object]]:
+    """Who misses each guard, or why nobody does."""
+    rows: list[dict[str, object]] = []
+    for name, judged in museum.guards.items():
+        for guard in guards(specs / name):
+            with _watch(guard.name) as progress:
+                killed = try_guard(specs, museum, name, guard, how, progress)
+            reason = judged.survivors.get(guard.name)
+            said = f"breaks {killed.violated}" if killed else reason or "[red]is not missed[/]"
+            text = f"without {escape(guard.name)}: {said}"
+            _screen.print(text, highlight=False, soft_wrap=True)
+            violated = killed and killed.violated
+            rows.append({"spec": name, "guard": guard.name, "violated": violated, "reason": reason})
+    return rows
 
 
 def _path_of(report: Report) -> str:

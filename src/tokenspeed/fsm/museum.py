@@ -1,7 +1,7 @@
 """The bug museum: known bugs put back into the specification, each to be found by its property.
 
 Rule: an exhibit is an edit of the spec; it counts as found only if the property that its row names
-is violated. Guards are deleted one by one besides, and who survives that must have a reason.
+is violated. Guards are deleted one by one besides, and one that nobody misses must have a reason.
 """
 
 from __future__ import annotations
@@ -21,8 +21,18 @@ from tokenspeed.errors import ConfigError
 from tokenspeed.fsm.check import ENDED_EARLY, Report, Settings, check
 from tokenspeed.fsm.model import load_module
 from tokenspeed.fsm.syntax import Definition, Expr
+from tokenspeed.fsm.temporal import is_temporal
 
-__all__ = ["Exhibit", "Guard", "Museum", "guards", "read_museum", "try_exhibit", "try_guard"]
+__all__ = [
+    "Exhibit",
+    "Guard",
+    "Judged",
+    "Museum",
+    "guards",
+    "read_museum",
+    "try_exhibit",
+    "try_guard",
+]
 
 Progress = Callable[[dict[str, int]], None]
 
@@ -53,16 +63,24 @@ class Exhibit:
 
 
 @frozen
-class Museum:
-    """All exhibits, and the guards that may be deleted unnoticed, with the reason for each.
+class Judged:
+    """A specification whose guards are deleted one by one.
 
     Attributes:
-        guard_models: (module, configuration) that each deletion of a guard is tried against.
+        models: (module, configuration) that each deletion is tried against, in this order.
+        survivors: the guards that may be deleted unnoticed, with the reason for each.
     """
 
-    exhibits: tuple[Exhibit, ...]
-    guard_models: tuple[tuple[str, str], ...]
+    models: tuple[tuple[str, str], ...]
     survivors: Mapping[str, str] = field(factory=dict)
+
+
+@frozen
+class Museum:
+    """All exhibits, and the specifications whose guards are deleted, by file."""
+
+    exhibits: tuple[Exhibit, ...]
+    guards: Mapping[str, Judged]
 
 
 @frozen
@@ -72,13 +90,12 @@ class Guard:
     Attributes:
         action: where it stands.
         text: as written, on one line.
-        start, end: where in the file it lies, the bullet included.
+        lies: where in the file, in bytes.
     """
 
     action: str
     text: str
-    start: int
-    end: int
+    lies: slice
 
     @property
     def name(self) -> str:
@@ -120,27 +137,20 @@ def try_exhibit(specs: Path, exhibit: Exhibit, settings: Settings, progress: Pro
 
 
 def guards(spec: Path) -> list[Guard]:
-    """Every bulleted conjunct of an action of this file that speaks only of the state before."""
+    """Every conjunct of an action of this file that speaks only of the state before."""
     module = load_module(spec)
     definitions = {d.name: d for d in module.definitions}
-    lines = spec.read_text(encoding="utf-8").splitlines(keepends=True)
-    starts = [0]
-    for line in lines:
-        starts.append(starts[-1] + len(line))
+    source = spec.read_bytes()
     out = []
     for definition in module.definitions:
-        if not _assigns(definition.body, definitions) or definition.name in ("Next", "Init"):
+        body = definition.body
+        if not _assigns(body, definitions) or is_temporal(body, definitions):
             continue
-        for conjunct in _conjuncts(definition.body):
-            if _assigns(conjunct, definitions) or conjunct.op in ("always", "forall"):
-                continue
-            if conjunct.span.path != spec:
-                continue
-            at = conjunct.span.line - 1
-            whole = lines[at].strip()
-            if whole.startswith("/\\") and conjunct.span.column > 1:
-                text = " ".join(whole.split())
-                out.append(Guard(definition.name, text, starts[at], starts[at + 1]))
+        for conjunct in _conjuncts(body):
+            if conjunct.span.path == spec and not _assigns(conjunct, definitions):
+                lies = conjunct.span.lies
+                text = " ".join(source[lies].decode().split())
+                out.append(Guard(definition.name, text, lies))
     return out
 
 
@@ -158,14 +168,15 @@ def _conjuncts(expr: Expr) -> Iterator[Expr]:
 def try_guard(
     specs: Path, museum: Museum, spec: str, guard: Guard, settings: Settings, progress: Progress
 ) -> Report | None:
-    """Delete a guard and check the museum's models until one fails; None if all still hold.
+    """Let a guard say yes and check the models of its spec until one fails; None if all hold.
 
     Raises:
         ConfigError: a check did not come to its end, which says nothing of the guard.
     """
-    text = (specs / spec).read_text(encoding="utf-8")
-    with _changed(specs, spec, text[: guard.start] + text[guard.end :]) as copy:
-        for module, config in museum.guard_models:
+    source = (specs / spec).read_bytes()
+    text = source[: guard.lies.start] + b"TRUE" + source[guard.lies.stop :]
+    with _changed(specs, spec, text.decode()) as copy:
+        for module, config in museum.guards[spec].models:
             report = check(copy / module, copy / config, settings, progress)
             if report.result == "error" and report.violated in ENDED_EARLY:
                 raise ConfigError(

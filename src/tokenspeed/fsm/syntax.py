@@ -23,11 +23,12 @@ __all__ = ["Bound", "Definition", "Expr", "Instance", "Module", "Span", "parse_m
 
 @frozen
 class Span:
-    """Where a construct starts: file, line and column from 1."""
+    """Where a construct starts: file, line and column from 1; and where it lies, in bytes."""
 
     path: Path
     line: int
     column: int
+    lies: slice = field(default=slice(0, 0), eq=False, repr=False)
 
     def error(self, message: str) -> SpecError:
         """The refusal of the construct here."""
@@ -176,7 +177,8 @@ class _Reader:
         self._path = path
 
     def span(self, node: Node) -> Span:
-        return Span(self._path, node.start_point[0] + 1, node.start_point[1] + 1)
+        row, column = node.start_point
+        return Span(self._path, row + 1, column + 1, slice(node.start_byte, node.end_byte))
 
     def refuse(self, node: Node, instead: str = "it is outside the subset of fsm/") -> SpecError:
         words = _text(node).split("\n")[0][:60]

@@ -11,6 +11,7 @@ Rule: a formula is reduced only where the reduction is exact; any other is refus
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import final
 
 from attrs import define, frozen
@@ -19,7 +20,7 @@ from tokenspeed.fsm.core import Elaborator, Node, Scope
 from tokenspeed.fsm.syntax import Bound, Definition, Expr
 from tokenspeed.fsm.values import ordered, show
 
-__all__ = ["Debt", "Fairness", "Properties", "Temporal"]
+__all__ = ["Debt", "Fairness", "Properties", "Temporal", "is_temporal"]
 
 
 @frozen(eq=False)
@@ -81,7 +82,7 @@ class Temporal:
                 for part in expr.exprs():
                     self._property(name, part, scope, out)
                 return
-            case "forall" if _temporal(expr.expr(-1), self._definitions):
+            case "forall" if is_temporal(expr.expr(-1), self._definitions):
                 for inner in self._instances(expr, scope):
                     self._property(name, expr.expr(-1), inner, out)
                 return
@@ -99,7 +100,7 @@ class Temporal:
                 first, second = (self._state(e, scope) for e in expr.exprs())
                 out.debts.append(self._leads_to(name, first, second))
                 return
-        if _temporal(expr, self._definitions):
+        if is_temporal(expr, self._definitions):
             raise expr.span.error(
                 f"{expr.op} of temporal formulas as a property; expected [], <>, ~>, [][A]_v, "
                 "conjunctions and \\A of them"
@@ -135,7 +136,7 @@ class Temporal:
         out.debts.append(debt)
 
     def _state(self, expr: Expr, scope: Scope) -> Node:
-        if _temporal(expr, self._definitions):
+        if is_temporal(expr, self._definitions):
             raise expr.span.error(
                 f"{expr.op}: temporal operators nested like this are not supported; "
                 "expected a predicate of states"
@@ -194,7 +195,7 @@ class Temporal:
 
     def _is_temporal_operator(self, expr: Expr) -> bool:
         definition = self._definitions.get(str(expr.args[0]))
-        return definition is not None and _temporal(definition.body, self._definitions)
+        return definition is not None and is_temporal(definition.body, self._definitions)
 
     def _opened(self, expr: Expr, scope: Scope) -> tuple[Expr, Scope]:
         definition = self._definitions[str(expr.args[0])]
@@ -212,13 +213,14 @@ def _described(expr: Expr, scope: Scope) -> str:
     return f"{kind}({name}{'(' + ', '.join(map(show, values)) + ')' if values else ''})"
 
 
-def _temporal(expr: Expr, definitions: dict[str, Definition]) -> bool:
+def is_temporal(expr: Expr, definitions: Mapping[str, Definition]) -> bool:
+    """Does it speak of behaviours, itself or through an operator?"""
     if expr.op in ("always", "eventually", "leads_to", "weak_fairness", "strong_fairness"):
         return True
     if expr.op in ("name", "call") and expr.args[0] in definitions:
-        return _temporal(definitions[str(expr.args[0])].body, definitions)
+        return is_temporal(definitions[str(expr.args[0])].body, definitions)
     parts = [a.body if isinstance(a, Definition) else a for a in expr.args]
-    return any(_temporal(part, definitions) for part in parts if isinstance(part, Expr))
+    return any(is_temporal(part, definitions) for part in parts if isinstance(part, Expr))
 
 
 def _true(like: Node) -> Node:
