@@ -244,3 +244,18 @@ def test_equal_calls_give_equal_plans() -> None:
         return [[*p.slots.tolist(), -1, *p.token_ids.tolist()] for p in w.plans]
 
     assert run() == run()
+
+
+@pytest.mark.parametrize("token", [2**32 + 5, 2**31, -(2**32) + 5, 2**62])
+def test_a_token_beyond_32_bits_is_refused_and_not_cut(token: int) -> None:
+    scheduler = Scheduler(pages=8, slots=1, step_tokens=16, context_max=32)
+    for prompt in (np.array([1, token], np.int64), [1, token]):
+        with pytest.raises(ValueError, match="prompt: got a token id beyond 32 bits"):
+            scheduler.submit(1, prompt, 1)  # type: ignore[arg-type]
+    assert scheduler.idle()
+    scheduler.submit(1, np.array([1, 2**31 - 1], np.int64), 1)  # type: ignore[arg-type]
+    plan = scheduler.plan()
+    assert plan is not None
+    assert plan.token_ids.tolist() == [1, 2**31 - 1]
+    with pytest.raises(ValueError, match="commit: got a token beyond 32 bits"):
+        scheduler.commit(plan.step, np.array([token]), np.zeros(1, np.bool_))  # type: ignore[arg-type]

@@ -6,9 +6,12 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstddef>
+#include <cstdint>
 #include <new>
 #include <span>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -117,11 +120,15 @@ class Input {
   bool load(py::handle source) {
     if (usable(source)) {
       array_ = py::reinterpret_borrow<py::array>(source);
+    } else if constexpr (std::is_same_v<Element, std::int32_t>) {
+      return narrow(source);
     } else {
-      array_ = py::array_t<Element, py::array::c_style | py::array::forcecast>::ensure(source);
+      array_ = py::array_t<Element, kPlain>::ensure(source);
     }
     return static_cast<bool>(array_);
   }
+  // False if a number was cut to its lower bits.
+  bool whole() const noexcept { return whole_; }
 
  private:
   static bool usable(py::handle source) {
@@ -134,6 +141,18 @@ class Input {
            (type.byteorder() == '=' || type.byteorder() == '|') &&
            (array.flags() & kFlags) == kFlags;
   }
+  static constexpr int kPlain = py::array::c_style | py::array::forcecast;
+
+  bool narrow(py::handle source) {
+    const auto wide = py::array_t<std::int64_t, kPlain>::ensure(source);
+    if (!wide) return false;
+    const auto cut = py::array_t<Element, kPlain>::ensure(wide);
+    if (!cut) return false;
+    whole_ = std::equal(wide.data(), wide.data() + wide.size(), cut.data());
+    array_ = cut;
+    return true;
+  }
+  bool whole_ = true;
   // Of no type until `load`, and made without asking numpy for an empty one.
   py::array array_ = py::reinterpret_steal<py::array>(py::handle());
 };

@@ -74,6 +74,9 @@ using Flags = arrays::Input<bool>;
 void submit(Native& self, std::int64_t number, const Ints& prompt, std::int32_t max_tokens,
             const std::string& salt, const std::string& session, Microseconds keep_us,
             bool supersedes, std::int32_t priority) {
+  if (!prompt.whole()) {
+    throw py::value_error("prompt: got a token id beyond 32 bits; expected 0 to 2147483647");
+  }
   const auto tokens = prompt.span();
   const Turn turn{session, keep_us, supersedes};
   const Refusal refusal = self.run([&](Scheduler& scheduler) {
@@ -85,6 +88,9 @@ void submit(Native& self, std::int64_t number, const Ints& prompt, std::int32_t 
 
 py::object commit(Native& self, std::int64_t step, const Ints& token_ids, const Flags& stop,
                   std::int64_t duration_us, const std::optional<Flags>& awaits_tool) {
+  if (!token_ids.whole()) {
+    throw py::value_error("commit: got a token beyond 32 bits; expected 0 to 2147483647");
+  }
   const auto tokens = token_ids.span();
   const auto flags = stop.span<std::uint8_t>();
   std::span<const std::uint8_t> awaits;
