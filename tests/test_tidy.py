@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # --- The tables -----------------------------------------------------------------------------------
 
-LEAVES = {"config", "errors", "plan", "request", "stats"}
+LEAVES = {"bounds", "config", "errors", "plan", "request", "stats"}
 
 # room -> the rooms it may import, beside itself. `leaves` are the modules above.
 MAY_IMPORT = {

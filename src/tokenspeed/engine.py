@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import secrets
 import threading
 import time
 from collections import Counter, deque
@@ -31,6 +30,7 @@ from numpy.typing import NDArray
 
 from tokenspeed import models
 from tokenspeed._core import QueueFull
+from tokenspeed.bounds import Bounds
 from tokenspeed.config import DEFAULT_MODEL, EngineConfig
 from tokenspeed.errors import ConfigError, EngineStopped, OverloadedError, RequestError, StepError
 from tokenspeed.fsm.kv_log import make_kv_log
@@ -95,6 +95,7 @@ class Engine:
             model.config.context_max,
             self.pages * config.page_size,
         )
+        self._bounds = Bounds(self.vocab_size, self.context_max)
         self._scheduler = make_scheduler(
             config.trace_lifecycle,
             config.record_scheduler,
@@ -189,7 +190,7 @@ class Engine:
             OverloadedError: `slots + waiting_max` requests are open already.
             EngineStopped: the engine drains, has closed, or has failed.
         """
-        request = self._resolve(request)
+        request = self._bounds.settle(request)
         with self._wake:
             if self._failure is not None or self._closing or self._draining:
                 raise EngineStopped(self.health().reason)
@@ -256,37 +257,6 @@ class Engine:
     def _request(self, prompt: Prompt, params: SamplingParams | None) -> Request:
         ids = self.tokenizer.encode(prompt, special=True) if isinstance(prompt, str) else prompt
         return Request(prompt_ids=tuple(ids), params=params or SamplingParams())
-
-    def _resolve(self, request: Request) -> Request:
-        """Check what only the model knows, and settle seed and length."""
-        prompt, params = request.prompt_ids, request.params
-        if not prompt:
-            raise RequestError("prompt", "prompt: got no tokens; expected at least one")
-        last = self.vocab_size - 1
-        bad = next((t for t in prompt if not 0 <= t <= last), None)
-        if bad is not None:
-            raise RequestError(
-                "prompt", f"prompt: got token id {bad}; expected 0 to {self.vocab_size - 1}"
-            )
-        for name, ids in (
-            ("logit_bias", params.logit_bias),
-            ("stop_token_ids", params.stop_token_ids),
-        ):
-            if any(not 0 <= t < self.vocab_size for t in ids):
-                raise RequestError(
-                    name, f"{name}: token ids must lie in 0 to {self.vocab_size - 1}"
-                )
-        room = self.context_max - len(prompt)
-        if room < 1 or (params.max_tokens or 1) > room:
-            raise RequestError(
-                "max_tokens" if room >= 1 else "prompt",
-                f"the prompt has {len(prompt)} tokens and max_tokens is {params.max_tokens}; "
-                f"together they may be at most {self.context_max}: shorten one of them",
-                code="context_length_exceeded",
-            )
-        seed = secrets.randbits(62) if params.seed is None else params.seed
-        settled = attrs.evolve(params, seed=seed, max_tokens=params.max_tokens or room)
-        return attrs.evolve(request, params=settled)
 
     def _abort(self, number: int) -> None:
         with self._wake:
@@ -511,7 +481,7 @@ class Engine:
             return
         self._prompt_tokens += len(request.prompt_ids)
         max_tokens = params.max_tokens
-        assert max_tokens is not None, "settled by _resolve"
+        assert max_tokens is not None, "settled by Bounds"
         prompt = np.asarray(request.prompt_ids, np.int32)
         if request.session is not None and request.session.supersedes:
             self._supersede(request.session.name, number)
