@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import attrs
 import numpy as np
 import pytest
 from attrs import fields
@@ -16,6 +18,7 @@ from tokenspeed._core import Scheduler
 from tokenspeed.cli import cli
 from tokenspeed.config import EngineConfig
 from tokenspeed.errors import ConfigError
+from tokenspeed.models import host_pages
 
 STUB = Path(__file__).resolve().parents[1] / "src/tokenspeed/_core.pyi"
 GOOD = {
@@ -55,6 +58,7 @@ ENGINE_BOUNDS = {
 ENGINE_NUMBERS = {
     "itl_budget_ms": (0.1, 60_000.0, "milliseconds"),
     "tps_floor": (0.02, 10_000.0, "tokens/s"),
+    "host_memory_gb": (1e-6, 1e6, "gigabytes"),
 }
 
 FAR = (-(10**30), -(2**63), -(2**31) - 1, -(2**31), 2**31 - 1, 2**31, 2**32 + 5, 2**63, 10**30)
@@ -200,3 +204,20 @@ def test_the_commands_refuse_the_same_before_they_load_anything(command: list[st
         done = CliRunner().invoke(cli, [*command, *flags])
         assert isinstance(done.exception, ConfigError), flags
         assert str(done.exception).startswith(words)
+
+
+def test_host_memory_is_as_many_pages_as_fit() -> None:
+    model: Any = SimpleNamespace(kv=SimpleNamespace(token_bytes=1000))
+    asked = EngineConfig(page_size=16, host_memory_gb=0.001)
+    assert host_pages(model, asked) == 1_000_000 // 16_000
+    assert host_pages(model, EngineConfig(host_pages=7)) == 7
+    for memory_gb in (1e-5, 1e6):
+        with pytest.raises(ConfigError, match=r"_gb: got .* 1\.6e-05 to 268\.435: .* 16,000"):
+            host_pages(model, attrs.evolve(asked, host_memory_gb=memory_gb))
+
+
+def test_host_memory_is_said_once_and_wants_a_prefix_cache() -> None:
+    with pytest.raises(ConfigError, match="host_memory_gb: got 2; expected none beside host_pages"):
+        EngineConfig(host_memory_gb=2, host_pages=5)
+    with pytest.raises(ConfigError, match=r"host_memory_gb: got 2; .* without the prefix cache"):
+        EngineConfig(host_memory_gb=2, prefix_cache=False)

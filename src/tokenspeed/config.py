@@ -24,6 +24,8 @@ DTYPES = ("float32", "bfloat16")
 TOKENS_MAX = 2**31 - 1
 """In a pool: positions are counted in 32 bits."""
 
+HOST_PAGES_MAX = 1 << 24
+
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _Validator = Callable[[Any, Any, Any], None]
 
@@ -88,6 +90,7 @@ class EngineConfig:
         context_max: prompt and output tokens of a request; None takes the model's own.
         overlap: steps launched beyond the one whose result is awaited (0 or 1).
         host_pages: pages of host memory for cached pages that the device evicts; 0: none.
+        host_memory_gb: the same as memory, of 10^9 bytes; instead of host_pages.
         prefix_cache: share the KV of equal prompt prefixes.
         session_pages_max: cached pages that sessions may ask to be kept; None: half of the pool.
         itl_budget_ms: while requests decode, a step takes no more prefill than is expected to fit
@@ -109,7 +112,8 @@ class EngineConfig:
     prefill_chunk: int = field(default=512, validator=_integer(1, 1 << 20))
     context_max: int | None = field(default=None, validator=_integer(2, 1 << 24, optional=True))
     overlap: int = field(default=0, validator=_integer(0, 1))
-    host_pages: int = field(default=0, validator=_integer(0, 1 << 24))
+    host_pages: int = field(default=0, validator=_integer(0, HOST_PAGES_MAX))
+    host_memory_gb: float | None = field(default=None, validator=_number(1e-6, 1e6, "gigabytes"))
     prefix_cache: bool = True
     session_pages_max: int | None = field(
         default=None, validator=_integer(0, 1 << 24, optional=True)
@@ -124,12 +128,17 @@ class EngineConfig:
     record_scheduler: str | None = None
 
     def __attrs_post_init__(self) -> None:
-        if self.host_pages and not self.prefix_cache:
+        if self.host_memory_gb is not None and self.host_pages:
             raise ConfigError(
-                "host_pages",
-                self.host_pages,
-                "0 without the prefix cache: only cached pages are kept there",
+                "host_memory_gb", self.host_memory_gb, "none beside host_pages, which says the same"
             )
+        for name, none in (("host_pages", 0), ("host_memory_gb", None)):
+            if getattr(self, name) != none and not self.prefix_cache:
+                raise ConfigError(
+                    name,
+                    getattr(self, name),
+                    f"{none} without the prefix cache: only cached pages are kept there",
+                )
         if self.prefill_chunk < self.slots:
             raise ConfigError(
                 "prefill_chunk",

@@ -96,6 +96,7 @@ class Engine:
             self.pages * config.page_size,
         )
         self._bounds = Bounds(self.vocab_size, self.context_max)
+        host_pages = models.host_pages(model, config)
         self._scheduler = make_scheduler(
             config.trace_lifecycle,
             config.record_scheduler,
@@ -109,7 +110,7 @@ class Engine:
             prefix_cache=config.prefix_cache,
             itl_budget_us=config.itl_budget_us,
             session_pages_max=config.kept_pages_max(self.pages),
-            host_pages=config.host_pages,
+            host_pages=host_pages,
         )
         self._kv_log = make_kv_log(config.kv_events, self._scheduler, time.time())
         self._executor = Executor(
@@ -120,7 +121,7 @@ class Engine:
             context_max=self.context_max,
             overlap=config.overlap,
             eos_ids=tokenizer.eos_ids,
-            host_pages=config.host_pages,
+            host_pages=host_pages,
         )
         self._sequences: dict[int, LiveSequence] = {}
         self._launched: deque[tuple[StepPlan, Numbers, Pending]] = deque()

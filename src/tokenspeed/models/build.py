@@ -15,7 +15,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from tokenspeed.config import EngineConfig
+from tokenspeed.config import HOST_PAGES_MAX, EngineConfig
 from tokenspeed.errors import CheckpointError, ConfigError
 from tokenspeed.models import llama
 from tokenspeed.models.checkpoint import Checkpoint
@@ -27,7 +27,7 @@ from tokenspeed.spmd.mesh import Mesh
 from tokenspeed.spmd.params import Constant, Parameter, Path, Tree, allocate, leaves, shard_slice
 from tokenspeed.spmd.placement import REPLICATED
 
-__all__ = ["Model", "build", "compile_config", "default_pages"]
+__all__ = ["Model", "build", "compile_config", "default_pages", "host_pages"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _IGNORED = ("rotary_emb.inv_freq",)
@@ -108,6 +108,26 @@ def default_pages(model: Model, config: EngineConfig) -> int:
     page_bytes = model.kv.token_bytes * config.page_size
     fitting = int(_free_bytes(model.kv.device) * _MEMORY_SHARE) // page_bytes
     return max(1, min(-(-tokens // config.page_size), fitting))
+
+
+def host_pages(model: Model, config: EngineConfig) -> int:
+    """Pages of the host tier: as many as are asked for, or as fit into the memory for them.
+
+    Raises:
+        ConfigError: the memory has no room for a page, or for more than can be numbered.
+    """
+    if config.host_memory_gb is None:
+        return config.host_pages
+    page_bytes = model.kv.token_bytes * config.page_size
+    pages = int(config.host_memory_gb * 1e9) // page_bytes
+    if not 1 <= pages <= HOST_PAGES_MAX:
+        raise ConfigError(
+            "host_memory_gb",
+            config.host_memory_gb,
+            f"{page_bytes / 1e9:g} to {HOST_PAGES_MAX * page_bytes / 1e9:g}: a page of this model "
+            f"takes {page_bytes:,} bytes, and there may be 1 to {HOST_PAGES_MAX:,}",
+        )
+    return pages
 
 
 def _free_bytes(device: torch.device) -> int:
