@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from models_here import needs_reference, needs_smollm2, reference
 from tokenspeed.config import EngineConfig
 from tokenspeed.engine import Engine
 from tokenspeed.errors import ConfigError, EngineStopped, OverloadedError, RequestError, StepError
-from tokenspeed.request import Completion, Request, SamplingParams, Session
+from tokenspeed.request import Completion, Request, SamplingParams, Session, session_key
 
 pytestmark = needs_smollm2
 
@@ -235,6 +237,26 @@ def test_a_superseding_turn_ends_the_one_that_still_runs(engine: Engine) -> None
     assert engine.end_session("typing")
     assert not engine.end_session("typing")
     assert pages_back(engine)
+
+
+def test_owners_do_not_touch_each_others_sessions(engine: Engine) -> None:
+    long = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+    mine = Session(name="chat", supersedes=True, owner="a")
+    theirs = Session(name="chat", supersedes=True, owner="b")
+    first = engine.submit(Request(prompt_ids=(1, 2, 3), params=long, session=mine))
+    second = engine.submit(Request(prompt_ids=(1, 2, 3), params=GREEDY, session=theirs))
+    assert list(second)[-1].finish_reason in ("length", "stop")
+    assert list(first)[-1].finish_reason == "length", "it was not superseded"
+    assert not engine.end_session("chat")
+    assert engine.end_session("chat", "a")
+    assert not engine.end_session("chat", "a")
+    assert engine.end_session("chat", "b")
+    assert pages_back(engine)
+
+
+@given(*[st.text(max_size=4)] * 4)
+def test_two_sessions_have_one_key_only_if_they_are_one(a: str, b: str, c: str, d: str) -> None:
+    assert (session_key(a, b) == session_key(c, d)) == ((a, b) == (c, d))
 
 
 @pytest.mark.parametrize(

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -20,38 +17,13 @@ import openai
 import pytest
 
 from models_here import needs_smollm2
+from serving import CHAT, MESSAGES, TEXT, everything_back, served
 from tokenspeed.config import EngineConfig, ServeConfig
 from tokenspeed.engine import Engine
 from tokenspeed.errors import ConfigError
-from tokenspeed.serve import create_app, server, serving
+from tokenspeed.serve import create_app, server
 
 pytestmark = needs_smollm2
-
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-
-
-@contextmanager
-def served(engine: Engine, **settings: Any) -> Iterator[str]:
-    """The engine behind a server on a free port of this machine."""
-    loop = asyncio.new_event_loop()
-    ready: asyncio.Future[str] = loop.create_future()
-    stop = asyncio.Event()
-
-    async def main() -> None:
-        async with serving(engine, ServeConfig(port=0, **settings)) as url:
-            ready.set_result(url)
-            await stop.wait()
-
-    thread = threading.Thread(target=loop.run_until_complete, args=(main(),))
-    thread.start()
-    while not ready.done():
-        time.sleep(0.01)
-    try:
-        yield ready.result()
-    finally:
-        loop.call_soon_threadsafe(stop.set)
-        thread.join()
-        loop.close()
 
 
 @pytest.fixture(scope="module")
@@ -71,21 +43,6 @@ def url(engine: Engine) -> Iterator[str]:
 def client(url: str) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
         yield client
-
-
-def everything_back(engine: Engine, within_s: float = 20.0) -> bool:
-    """Has every page come back? Waits for launched steps."""
-    deadline_s = time.monotonic() + within_s
-    while time.monotonic() < deadline_s:
-        stats = engine.stats()
-        idle = stats.requests_running == stats.requests_waiting == 0
-        if idle and stats.pages_free + stats.pages_cached == stats.pages_total:
-            return True
-        time.sleep(0.02)
-    return False
-
-
-MESSAGES: Any = [{"role": "user", "content": "What is gravity? Answer in two sentences."}]
 
 
 # --- the official client --------------------------------------------------------------------------
@@ -492,39 +449,6 @@ def test_a_client_that_leaves_frees_its_slot_at_once(url: str, engine: Engine) -
 
 
 # --- health, metrics, the end ---------------------------------------------------------------------
-
-
-def test_a_session_is_kept_superseded_and_ended(url: str, engine: Engine) -> None:
-    engine.clear_cache()
-    ids = engine.tokenizer.encode("A session has turns. " * 12, special=True)
-    body = {"model": engine.model_name, "prompt": ids, "max_tokens": 2, "session_id": "a/b"}
-    before = engine.stats()
-    assert httpx.post(url + TEXT, json={**body, "session_ttl_s": 60}).status_code == 200
-    assert everything_back(engine)
-    after = engine.stats()
-    assert after.sessions == before.sessions + 1
-    assert after.pages_kept >= len(ids) // engine.config.page_size
-    again = httpx.post(url + TEXT, json={**body, "session_supersede": True, "n": 2}).json()
-    assert len(again["choices"]) == 2, "choices of one turn do not supersede each other"
-    assert again["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
-    assert everything_back(engine)
-    assert engine.stats().pages_kept == 0, "this turn did not ask for it"
-    ended = httpx.delete(url + "/v1/sessions/a/b")
-    assert ended.json() == {"id": "a/b", "object": "session", "deleted": True}
-    assert engine.stats().sessions == before.sessions
-    unknown = httpx.delete(url + "/v1/sessions/a/b")
-    assert unknown.status_code == 404
-    assert unknown.json()["error"]["param"] == "session_id"
-    assert httpx.post(url + "/v1/sessions/a").status_code == 405
-
-
-@pytest.mark.parametrize("field", ["session_ttl_s", "session_supersede"])
-def test_a_hint_without_a_session_is_refused(url: str, engine: Engine, field: str) -> None:
-    value = 5 if field == "session_ttl_s" else True
-    body = {"model": engine.model_name, "messages": MESSAGES, field: value}
-    answer = httpx.post(url + CHAT, json=body)
-    assert answer.status_code == 400
-    assert answer.json()["error"]["param"] == field
 
 
 def test_health_and_metrics_tell_the_truth(url: str, client: openai.OpenAI, engine: Engine) -> None:

@@ -43,6 +43,7 @@ from tokenspeed.request import (
     Request,
     SamplingParams,
     TokenLogprob,
+    session_key,
 )
 from tokenspeed.sequence import LiveSequence
 from tokenspeed.spmd import Executor, Mesh, Pending
@@ -272,13 +273,14 @@ class Engine:
         """
         return Cleared(*self._ask(self._scheduler.clear_cache).result())
 
-    def end_session(self, name: str) -> bool:
+    def end_session(self, name: str, owner: str = "") -> bool:
         """No next turn of a session will come: what it has cached goes first. False: not known.
 
         Raises:
             EngineStopped: the engine has closed, or has failed.
         """
-        return self._ask(lambda: self._scheduler.end_session(name)).result()
+        key = session_key(owner, name)
+        return self._ask(lambda: self._scheduler.end_session(key)).result()
 
     def _ask(self, question: Callable[[], T]) -> Future[T]:
         """Have the engine's thread call something between two steps."""
@@ -485,17 +487,17 @@ class Engine:
         assert max_tokens is not None, "settled by Bounds"
         prompt = np.asarray(request.prompt_ids, np.int32)
         if request.session is not None and request.session.supersedes:
-            self._supersede(request.session.name, number)
+            self._supersede(request.session.key, number)
         try:
             self._scheduler.submit(number, prompt, max_tokens, request.salt, *sequence.hints)
         except (ValueError, QueueFull) as error:  # what the door let through by mistake
             log.exception("request %d was refused by the scheduler", number)
             self._end(sequence, "error", error=str(error))
 
-    def _supersede(self, session: str, number: int) -> None:
+    def _supersede(self, session_key: str, number: int) -> None:
         for other in list(self._sequences.values()):
             of = other.request.session
-            if of is not None and of.name == session and other.number != number:
+            if of is not None and of.key == session_key and other.number != number:
                 self._cancel(other.number)
 
     def _cancel(self, number: int) -> None:

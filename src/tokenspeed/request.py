@@ -25,6 +25,7 @@ __all__ = [
     "Session",
     "TokenLogprob",
     "Usage",
+    "session_key",
     "shown",
 ]
 
@@ -150,12 +151,19 @@ def _name(_instance: Any, attribute: Any, value: Any) -> None:
         )
 
 
+def session_key(owner: str, name: str) -> str:
+    """What the scheduler knows a session by: the owner's length tells where the name begins."""
+    return f"{len(owner)}:{owner}{name}"
+
+
 @frozen(kw_only=True)
 class Session:
     """The session that a request is a turn of. It decides what leaves the cache first, no more.
 
     Attributes:
         name: the same in all of its turns.
+        owner: whose session it is: those of different owners have nothing to do with each other,
+            whatever their names.
         ttl_s: once the turn has ended, its cached pages go after everybody else's for so long, if
             the engine's `session_pages_max` leaves room for all of them. 0: by what is learned.
         supersedes: the turn before is of no use any more: it is aborted if it still waits or runs,
@@ -165,6 +173,12 @@ class Session:
     name: str = field(validator=_name)
     ttl_s: float = field(default=0.0, validator=_number(0.0, SESSION_TTL_MAX_S))
     supersedes: bool = False
+    owner: str = ""
+
+    @property
+    def key(self) -> str:
+        """Of no other session."""
+        return session_key(self.owner, self.name)
 
 
 @frozen(kw_only=True)

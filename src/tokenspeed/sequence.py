@@ -39,11 +39,11 @@ class LiveSequence:
 
     @property
     def hints(self) -> tuple[str, int, bool, int]:
-        """Its session's name, microseconds to keep, whether it supersedes; its priority."""
+        """Its session's key, microseconds to keep, whether it supersedes; its priority."""
         session, priority = self.request.session, self.request.priority
         if session is None:
             return ("", 0, False, priority)
-        return (session.name, round(session.ttl_s * 1e6), session.supersedes, priority)
+        return (session.key, round(session.ttl_s * 1e6), session.supersedes, priority)
 
     def delta(self, text: str, tokens: int) -> Delta:
         """A piece of text with the tokens behind it."""

@@ -22,7 +22,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from tokenspeed.config import ServeConfig
 from tokenspeed.engine import Engine
 from tokenspeed.errors import ConfigError
-from tokenspeed.serve.http import ClientGone, HttpError, as_http, error_body, json_response
+from tokenspeed.serve.http import (
+    KEY_NUMBER,
+    ClientGone,
+    HttpError,
+    as_http,
+    error_body,
+    json_response,
+)
 from tokenspeed.serve.metrics import Metrics
 from tokenspeed.serve.openai import OpenAI
 
@@ -118,17 +125,20 @@ class _Auth:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         open_path = scope["type"] == "lifespan" or scope.get("path") in OPEN_PATHS
-        if open_path or self._accepts(Headers(scope=scope)):
+        key = None if open_path else self._accepted(Headers(scope=scope))
+        if open_path or key is not None:
+            scope[KEY_NUMBER] = key
             await self._app(scope, receive, send)
         else:
             message = "a valid key is required: Authorization: Bearer KEY, or x-api-key: KEY"
             error = HttpError(401, message, headers={"www-authenticate": "Bearer"})
             await _answer(error)(scope, receive, send)
 
-    def _accepts(self, headers: Headers) -> bool:
+    def _accepted(self, headers: Headers) -> int | None:
+        """Which key it carries, by its place in the file."""
         scheme, _, token = headers.get("authorization", "").partition(" ")
         given = token if scheme.lower() == "bearer" else headers.get("x-api-key", "")
         candidate = given.strip().encode("latin-1")  # as ASGI decoded it: the bytes that came
         # Every key is compared, so that time does not tell which one was close.
         matches = [hmac.compare_digest(candidate, key) for key in self._keys]
-        return any(matches)
+        return next((at for at, match in enumerate(matches) if match), None)

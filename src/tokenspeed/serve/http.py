@@ -19,11 +19,13 @@ from tokenspeed.config import ServeConfig
 from tokenspeed.errors import EngineStopped, OverloadedError, RequestError, StepError
 
 __all__ = [
+    "KEY_NUMBER",
     "ClientGone",
     "HttpError",
     "as_http",
     "error_body",
     "json_response",
+    "owner",
     "read_body",
     "while_here",
 ]
@@ -31,6 +33,9 @@ __all__ = [
 log = logging.getLogger("tokenspeed.serve")
 
 T = TypeVar("T")
+
+KEY_NUMBER = "tokenspeed.key_number"
+"""In a request's scope: which of the accepted keys it carries. The key itself goes no further."""
 
 
 class HttpError(Exception):
@@ -93,6 +98,11 @@ def error_body(error: HttpError) -> dict[str, Any]:
 def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """A value as JSON."""
     return Response(msgspec.json.encode(value), status, headers, "application/json")
+
+
+def owner(request: Request, cache_salt: str) -> str:
+    """Whose sessions a request speaks of: those of its key, under its cache salt."""
+    return f"{request.scope.get(KEY_NUMBER, '')} {cache_salt}"
 
 
 async def read_body(request: Request, config: ServeConfig) -> bytes:

@@ -25,11 +25,12 @@ from tokenspeed import request as engine_request
 from tokenspeed.config import ServeConfig
 from tokenspeed.engine import Engine
 from tokenspeed.errors import RequestError
-from tokenspeed.request import Delta, SamplingParams, TokenLogprob, Usage
+from tokenspeed.request import Delta, SamplingParams, Session, TokenLogprob, Usage
 from tokenspeed.serve.http import (
     HttpError,
     error_body,
     json_response,
+    owner,
     read_body,
     while_here,
 )
@@ -274,9 +275,11 @@ class OpenAI:
         return await self._respond(request, asked, _Text(self._engine), prompts, params)
 
     async def end_session(self, request: Request) -> Response:
-        """DELETE /v1/sessions/{id}: no next turn will come."""
+        """DELETE /v1/sessions/{id}: no next turn will come. Of the key's sessions alone, and of
+        those under `?cache_salt=`."""
         name = request.path_params["session"]
-        if not await asyncio.to_thread(self._engine.end_session, name):
+        whose = owner(request, request.query_params.get("cache_salt", ""))
+        if not await asyncio.to_thread(self._engine.end_session, name, whose):
             raise HttpError(
                 404, f"session_id: no session {name[:128]!r} is known here", param="session_id"
             )
@@ -305,7 +308,8 @@ class OpenAI:
         prompts: list[list[int]],
         params: SamplingParams,
     ) -> Response:
-        answer = self._submit(asked, shape, prompts, params)
+        session = asked.session(owner(request, asked.cache_salt or ""))
+        answer = self._submit(asked, session, shape, prompts, params)
         if asked.stream:
             events = self._events(answer, usage=asked.include_usage)
             return _EventStream(events, answer, self._config.write_timeout_s)
@@ -317,6 +321,7 @@ class OpenAI:
     def _submit(
         self,
         asked: ChatRequest | CompletionRequest,
+        session: Session | None,
         shape: _Shape,
         prompts: list[list[int]],
         params: SamplingParams,
@@ -324,7 +329,6 @@ class OpenAI:
         """All sequences, or none: the first refusal takes the others back."""
         streams: list[Stream] = []
         field = "messages" if isinstance(asked, ChatRequest) else "prompt"
-        session = asked.session()
         try:
             for prompt in prompts:
                 for choice in range(asked.choices):

@@ -92,7 +92,7 @@ class _Common:
         """Whether a stream ends with its usage."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
-    def session(self) -> Session | None:
+    def session(self, owner: str = "") -> Session | None:
         """The session that this is a turn of. Raises RequestError."""
         if self.session_id is None:
             for name in ("session_ttl_s", "session_supersede"):
@@ -104,6 +104,7 @@ class _Common:
                 name=self.session_id,
                 ttl_s=self.session_ttl_s or 0.0,
                 supersedes=bool(self.session_supersede),
+                owner=owner,
             )
         except RequestError as error:  # under the names of the protocol
             field = {"name": "session_id", "ttl_s": "session_ttl_s"}[str(error.field)]
