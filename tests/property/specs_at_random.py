@@ -25,6 +25,8 @@ Twice(x) == x + x
 Cut(e) == IF Len(e) > 2 THEN SubSeq(e, 1, 2) ELSE e
 Init == /\ case \in 0..%(last)d /\ step = 0 /\ n = 1 /\ s = {0, 2} /\ q = <<2>>
         /\ f = [a \in A |-> IF a = "u" THEN 1 ELSE 3] /\ r = [x |-> 1, y |-> FALSE]
+Fair == Init /\ [][Next]_<<case, step, n, s, f, q, r>> /\ WF_<<step>>(Next)
+Ends == \A i \in 0..%(last)d : (case = i /\ step = 0) ~> (case = i /\ step = 2)
 Begin(i) == case = i /\ step < 2 /\ step' = step + 1 /\ UNCHANGED case
 Wait(i) == Begin(i) /\ step = 0 /\ UNCHANGED <<n, s, f, q, r>>
 """

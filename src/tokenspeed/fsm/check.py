@@ -14,16 +14,15 @@ from typing import Any, Literal
 import attrs
 from attrs import field, frozen
 
-from tokenspeed.errors import SpecError
 from tokenspeed.fsm import compiled
-from tokenspeed.fsm.emit_model import read_model
-from tokenspeed.fsm.evaluate import Label, State
+from tokenspeed.fsm.emit_model import CompiledModel, read_model
+from tokenspeed.fsm.interpret import Outcome, Reached, Result, Search
+from tokenspeed.fsm.liveness import live
 from tokenspeed.fsm.model import Model, load_model
 from tokenspeed.fsm.steps import Step
 
 __all__ = ["ENDED_EARLY", "Report", "Settings", "check", "explore", "simulate", "state_graph"]
 
-Result = Literal["ok", "invariant", "deadlock", "liveness", "error"]
 Progress = Callable[[dict[str, int]], None]
 
 ENDED_EARLY = (
@@ -114,9 +113,14 @@ def check(
     ):
         return _interpreted(model, settings)
     core = read_model(model)
-    notes = ("liveness was checked of the behaviours that keep to the CONSTRAINT, no others",)
-    bounded = core.properties.debts and (core.constraints or core.step_constraints)
-    return _report(compiled.run(core, _options(settings), progress), notes if bounded else ())
+    return _report(compiled.run(core, _options(settings), progress), _bounded(core))
+
+
+def _bounded(core: CompiledModel) -> tuple[str, ...]:
+    """What a reader should know of liveness under a CONSTRAINT."""
+    if core.properties.debts and (core.constraints or core.step_constraints):
+        return ("liveness was checked of the behaviours that keep to the CONSTRAINT, no others",)
+    return ()
 
 
 def simulate(
@@ -178,107 +182,29 @@ def _options(settings: Settings) -> dict[str, object]:
 
 
 def _interpreted(model: Model, settings: Settings) -> Report:
-    """The same by the interpreter: invariants and deadlock, for small models."""
-    config = model.config
-    wants = {"SYMMETRY": config.symmetry, "PROPERTY": config.properties}
-    wants |= {"CONSTRAINT": config.constraints or config.action_constraints}
-    for keyword, asked in wants.items():
-        if asked:
-            remedy = (
-                "install g++ or clang++, or set CXX"
-                if compiled.compiler() is None
-                else "leave out --engine interpreter"
-            )
-            why = f"{keyword} wants the compiled checker: {remedy}"
-            raise SpecError(config.path, 1, 1, why)
-    read_model(model)  # refuses what has no type
-    report, _ = explore(model, settings.states_max)
-    if settings.engine == "auto":
-        report = attrs.evolve(report, notes=("no C++ compiler was found: interpreted, slowly",))
-    return report
-
-
-def explore(
-    model: Model, states_max: int | None = None
-) -> tuple[Report, dict[State, tuple[State, Label] | None]]:
-    """Search breadth first; also returns each state with how it was first reached."""
+    """The same by the interpreter, for small models."""
     begin = time.process_time()
-    config, evaluator = model.config, model.evaluator
-    invariants = [(name, evaluator.predicate(name)) for name in config.invariants]
-    successors = evaluator.successors(config.next)
-    reached: dict[State, tuple[State, Label] | None] = {}
-    generated, depth, at = 0, 0, None
-    actions = dict.fromkeys(evaluator.action_names(evaluator.definition(config.next).body), 0)
-
-    def report(result: Result, at: State | None = None, why: str | None = None) -> Report:
-        trace = () if at is None else _trace(reached, at, evaluator.variables)
-        seconds = time.process_time() - begin
-        return Report(
-            result, generated, len(reached), depth, seconds, dict(actions), why, trace,
-            engine="interpreter",
-        )  # fmt: skip
-
-    def broken(state: State) -> str | None:
-        return next((name for name, holds in invariants if not holds(state)), None)
-
-    def start() -> Report | None:
-        nonlocal generated
-        found = None
-        for state in evaluator.starts(config.init):
-            generated += 1
-            if found is None and state not in reached:
-                why = broken(state)
-                reached[state] = None
-                found = report("invariant", state, why) if why else None
-        return attrs.evolve(found, generated=generated) if found else None
-
-    def search() -> Report:
-        nonlocal generated, depth, at
-        frontier = list(reached)
-        while frontier:
-            depth += 1
-            following: list[State] = []
-            for at in frontier:
-                before = generated
-                for label, after in successors(at):
-                    generated += 1
-                    actions[label[0]] += 1
-                    if after in reached:
-                        continue
-                    why = broken(after)
-                    if why is None and states_max is not None and len(reached) >= states_max:
-                        return report("error", at, "the limit of states was reached")
-                    reached[after] = (at, label)
-                    following.append(after)
-                    if why:
-                        return report("invariant", after, why)
-                if config.check_deadlock and generated == before:
-                    return report("deadlock", at, "deadlock")
-            frontier = following
-        return report("ok")
-
-    try:
-        return start() or search(), reached
-    except SpecError as error:  # something has no value
-        why = str(error)
-    except KeyboardInterrupt:
-        why = "interrupted"
-    except MemoryError:
-        why = "out of memory"
-    return report("error", at, why), reached  # what was found so far stands
+    core = read_model(model)
+    search = Search(core, settings.states_max)
+    outcome = search.run()
+    if outcome.result == "ok" and core.properties.debts:
+        outcome = live(core, search)
+    notes = _bounded(core)
+    if settings.engine == "auto":
+        notes = ("no C++ compiler was found: interpreted, slowly", *notes)
+    return attrs.evolve(_found(search, outcome, begin), notes=notes)
 
 
-def _trace(
-    reached: dict[State, tuple[State, Label] | None], state: State, variables: tuple[str, ...]
-) -> tuple[Step, ...]:
-    steps: list[Step] = []
-    at: State | None = state
-    while at is not None:
-        origin = reached[at]
-        values = dict(zip(variables, at, strict=True))
-        if origin is None:
-            steps.append(Step("", (), values))
-            break
-        at, (name, args) = origin
-        steps.append(Step(name, args, values))
-    return tuple(reversed(steps))
+def explore(model: Model, states_max: int | None = None) -> tuple[Report, Reached]:
+    """Search breadth first, liveness aside; also returns each state with how it was reached."""
+    begin = time.process_time()
+    search = Search(read_model(model), states_max)
+    return _found(search, search.run(), begin), search.reached
+
+
+def _found(search: Search, outcome: Outcome, begin: float) -> Report:
+    seconds = time.process_time() - begin
+    return Report(
+        outcome.result, search.generated, len(search.reached), search.depth, seconds,
+        search.actions, outcome.violated, outcome.trace, outcome.loop, engine="interpreter",
+    )  # fmt: skip

@@ -6,16 +6,16 @@ Rule: an expression is a `Code`, an action `Steps`; both close over nothing but 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import final
 
-from tokenspeed.fsm.syntax import Expr
+from tokenspeed.fsm.syntax import Expr, Span
 from tokenspeed.fsm.values import Function, Space, Unlisted, Value, elements, ordered, show
 
 __all__ = [
-    "UNSET", "Code", "Env", "Label", "Lazy", "Names", "Operator", "State", "Steps", "changed",
-    "choices", "equal", "in_sequence", "kept", "listed", "listing", "located", "may_fail", "place",
-    "same", "variable",
+    "UNSET", "Code", "Env", "Label", "LabelledSteps", "Lazy", "Names", "Operator", "State", "Steps",
+    "changed", "choices", "chosen", "chosen_steps", "equal", "in_sequence", "kept", "listed",
+    "listing", "located", "may_fail", "place", "same", "variable",
 ]  # fmt: skip
 
 State = tuple[Value, ...]
@@ -23,6 +23,7 @@ Env = tuple[Value, ...]
 Code = Callable[[State, State, Env], Value]
 Steps = Callable[[State, State, Env], Iterator[State]]
 Label = tuple[str, tuple[Value, ...]]
+LabelledSteps = Callable[[State, State, Env], Iterator[tuple[Label, State]]]
 Names = tuple[str, ...]
 
 
@@ -86,6 +87,28 @@ def choices(sets: list[Code], s: State, t: State, env: Env) -> Iterator[Env]:
         return ((*env, v) for v in ordered(sets[0](s, t, env)))
     every = [ordered(code(s, t, env)) for code in sets]
     return ((*env, *combination) for combination in itertools.product(*every))
+
+
+def chosen(expr: Expr, sets: list[Code], body: Code, single: Collection[Span]) -> Code:
+    """CHOOSE: the first that qualifies; the only one, if the place is among `single`."""
+
+    def run(s: State, t: State, env: Env) -> Value:
+        qualified = (bound for bound in choices(sets, s, t, env) if body(s, t, bound))
+        found = next(qualified, None)
+        if found is None:
+            raise expr.span.error("CHOOSE: no element qualifies")
+        if single and expr.span in single and next(qualified, None) is not None:
+            raise expr.span.error("CHOOSE: several qualify, so SYMMETRY is unsound")
+        return found[-1]
+
+    return run
+
+
+def chosen_steps(sets: list[Code], steps: LabelledSteps) -> LabelledSteps:
+    """The steps for each choice of members."""
+    return lambda s, t, env: (
+        step for bound in choices(sets, s, t, env) for step in steps(s, t, bound)
+    )
 
 
 def equal(expr: Expr, a: Value, b: Value) -> bool:

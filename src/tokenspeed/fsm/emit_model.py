@@ -49,7 +49,8 @@ class CompiledModel:
     variables: tuple[Type, ...]
     initial: Node
     actions: tuple[Labelled, ...]
-    properties: Properties
+    asked: Properties[Expr]
+    properties: Properties[Node]
     fairness: tuple[tuple[Fairness, Node], ...]
     constraints: tuple[Node, ...]
     step_constraints: tuple[Node, ...]
@@ -79,11 +80,11 @@ class _Reader:
         following = self._model.evaluator.definition(config.next)
         initial = core.initial(init.body)
         actions = tuple(self._labelled(following.body, {}, ()))
-        properties = self._temporal.properties(config.properties)
-        named = [(n, core.expr(self._defined(n), {})) for n in config.invariants]
-        properties.invariants[:0] = named
+        asked = self._temporal.properties(config.properties)
+        asked.invariants[:0] = [(n, self._defined(n)) for n in config.invariants]
+        properties = asked.read(lambda expr: core.expr(expr, {}))
         fairness = [
-            (fair, core.expr(fair.action, fair.scope))
+            (fair, core.expr(fair.action, {}))
             for part in config.fairness
             for fair in self._temporal.fairness(part)
         ]
@@ -92,13 +93,13 @@ class _Reader:
         constraints = tuple(core.expr(self._defined(n), {}) for n in config.constraints)
         steps = tuple(core.expr(self._defined(n), {}) for n in config.action_constraints)
         variables = tuple(Type.unknown() for _ in self._model.evaluator.variables)
-        asked = Span(config.path, 1, 1)
-        symmetric = declared(config.symmetry, core, self._definitions, asked)
+        place = Span(config.path, 1, 1)
+        symmetric = declared(config.symmetry, core, self._definitions, place)
         if symmetric and properties.debts:
-            raise asked.error("SYMMETRY with a liveness property is unsound; leave one out")
+            raise place.error("SYMMETRY with a liveness property is unsound; leave one out")
         made = CompiledModel(
-            self._model, variables, initial, actions, properties, tuple(fairness), constraints,
-            steps, symmetric,
+            self._model, variables, initial, actions, asked, properties, tuple(fairness),
+            constraints, steps, symmetric,
         )  # fmt: skip
         _refuse_primes(made)
         self._type(made)

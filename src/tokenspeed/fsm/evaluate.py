@@ -18,6 +18,7 @@ from tokenspeed.fsm.closures import (
     Code,
     Env,
     Label,
+    LabelledSteps,
     Lazy,
     Names,
     Operator,
@@ -25,6 +26,8 @@ from tokenspeed.fsm.closures import (
     Steps,
     changed,
     choices,
+    chosen,
+    chosen_steps,
     equal,
     in_sequence,
     kept,
@@ -36,7 +39,7 @@ from tokenspeed.fsm.closures import (
     same,
     variable,
 )
-from tokenspeed.fsm.syntax import Bound, Definition, Expr, Module
+from tokenspeed.fsm.syntax import Bound, Definition, Expr, Module, Span
 from tokenspeed.fsm.values import (
     BOOLEANS,
     BUILTIN,
@@ -69,6 +72,9 @@ class Evaluator:
     Args:
         module: as parsed; what it EXTENDS must be Naturals, Sequences or FiniteSets.
         constants: a value for each CONSTANT.
+
+    Attributes:
+        single: where a CHOOSE must have one element that qualifies (see SYMMETRY).
     """
 
     def __init__(self, module: Module, constants: Mapping[str, Value]) -> None:
@@ -79,6 +85,7 @@ class Evaluator:
         self._index = {name: i for i, name in enumerate(self.variables)}
         self._bodies: dict[str, Code] = {}
         self._steps: dict[tuple[str, bool], Steps] = {}
+        self.single: set[Span] = set()
         self._start: State = (UNSET,) * len(self.variables)
 
     @property
@@ -147,7 +154,7 @@ class Evaluator:
         start = self._start
 
         def run(state: State) -> Iterator[tuple[Label, State]]:
-            for label, after in found(state, start, ()):
+            for label, after in (step for each in found for step in each(state, start, ())):
                 if UNSET in after:
                     missing = self.variables[after.index(UNSET)]
                     raise self.definition(label[0]).span.error(
@@ -169,18 +176,13 @@ class Evaluator:
         parts = expr.exprs() if expr.op == "or" else expr.exprs()[-1:]
         return tuple(dict.fromkeys(n for part in parts for n in self.action_names(part)))
 
-    def _labelled(
-        self, expr: Expr, names: Names
-    ) -> Callable[[State, State, Env], Iterator[tuple[Label, State]]]:
+    def _labelled(self, expr: Expr, names: Names) -> list[LabelledSteps]:
+        """The named actions of a disjunction, in their order; each with the choices around it."""
         if expr.op == "or":
-            branches = [self._labelled(arg, names) for arg in expr.exprs()]
-            return lambda s, t, env: (item for branch in branches for item in branch(s, t, env))
+            return [each for arg in expr.exprs() for each in self._labelled(arg, names)]
         if expr.op == "exists":
             inner, sets = self._bind(expr, names)
-            body = self._labelled(expr.expr(-1), inner)
-            return lambda s, t, env: (
-                item for bound in choices(sets, s, t, env) for item in body(s, t, bound)
-            )
+            return [chosen_steps(sets, each) for each in self._labelled(expr.expr(-1), inner)]
         if expr.op in ("name", "call"):
             name = str(expr.args[0])
             if expr.op == "name" and name in self._definitions:
@@ -189,9 +191,11 @@ class Evaluator:
                     return self._labelled(inner_body, ())
             args = [self._code(arg, names) for arg in expr.exprs()]
             steps = self._action(expr, names)
-            return lambda s, t, env: (
-                ((name, tuple(arg(s, t, env) for arg in args)), after) for after in steps(s, t, env)
-            )
+            return [
+                lambda s, t, env: (
+                    ((name, tuple(arg(s, t, env) for arg in args)), a) for a in steps(s, t, env)
+                )
+            ]
         raise expr.span.error(
             "Next is a disjunction of named actions, under \\E if they have arguments"
         )
@@ -422,7 +426,7 @@ class Evaluator:
         value = expr.args[0]
         return lambda s, t, env: value
 
-    _nat = _bool = _string = _literal
+    _nat = _bool = _string = _value = _literal
 
     def _and(self, expr: Expr, names: Names) -> Code:
         codes = self._codes(expr, names)
@@ -540,14 +544,7 @@ class Evaluator:
     def _choose(self, expr: Expr, names: Names) -> Code:
         inner, sets = self._bind(expr, names)
         body = self._code(expr.expr(-1), inner)
-
-        def run(s: State, t: State, env: Env) -> Value:
-            for bound in choices(sets, s, t, env):
-                if body(s, t, bound):
-                    return bound[-1]
-            raise expr.span.error("CHOOSE: no element qualifies")
-
-        return run
+        return chosen(expr, sets, body, self.single)
 
     def _filter(self, expr: Expr, names: Names) -> Code:
         inner, sets = self._bind(expr, names)

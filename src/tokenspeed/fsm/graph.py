@@ -13,7 +13,9 @@ from pathlib import Path
 from attrs import frozen
 
 from tokenspeed.fsm import compiled
-from tokenspeed.fsm.check import Report, Settings, explore, state_graph
+from tokenspeed.fsm.check import Report, Settings, state_graph
+from tokenspeed.fsm.emit_model import read_model
+from tokenspeed.fsm.interpret import Search
 from tokenspeed.fsm.model import Model, load_model
 from tokenspeed.fsm.steps import Step, called
 from tokenspeed.fsm.values import Value
@@ -96,15 +98,16 @@ def compiled_steps(
 
 
 def _interpreted(model: Model, settings: Settings) -> tuple[list[State], Steps]:
-    _, reached = explore(model, settings.states_max)
-    numbers = {state: at for at, state in enumerate(reached)}
-    successors = model.evaluator.successors(model.config.next)
+    search = Search(read_model(model), settings.states_max)
+    search.run()
+    numbers = {state: at for at, state in enumerate(search.reached)}
     names = model.evaluator.variables
-    states: list[State] = [dict(zip(names, state, strict=True)) for state in reached]
+    states: list[State] = [dict(zip(names, state, strict=True)) for state in numbers]
     steps = [
-        (at, Step(action, args, dict(states[numbers[after]])), numbers[after])
+        (at, Step(action, args, dict(states[to])), to)
         for state, at in numbers.items()
-        for (action, args), after in successors(state)
-        if after in numbers
+        for (action, args), after in search.successors(state)
+        if (to := numbers.get(search.canonical(after))) is not None
+        and search.step_inside(state, after)
     ]
     return states, steps

@@ -7,15 +7,16 @@ where it is made (emit_expr.py).
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping
-from itertools import pairwise
+from itertools import pairwise, permutations, product
 
 from tokenspeed.fsm.core import Elaborator, Node, walk
 from tokenspeed.fsm.syntax import Definition, Expr, Span
 from tokenspeed.fsm.types import Type, unify
-from tokenspeed.fsm.values import Function, Value, function, show
+from tokenspeed.fsm.values import Function, Value, function, order_key, show
 
-__all__ = ["declared", "join", "mentions", "refuse_distinction"]
+__all__ = ["canonical", "declared", "join", "mentions", "refuse_distinction"]
 
 Groups = tuple[frozenset[str], ...]
 
@@ -72,7 +73,7 @@ def refuse_distinction(roots: Iterable[Node], groups: Groups) -> None:
         if node.op != "const":
             continue
         for a, b in swaps:
-            if _swapped(node.args[0], a, b) != node.args[0]:
+            if _renamed(node.args[0], {a: b, b: a}) != node.args[0]:
                 raise node.span.error(
                     f"SYMMETRY is unsound: this is {_short(node.args[0])}, which tells {a} from "
                     f"{b}; treat all interchangeable names alike, or leave SYMMETRY out"
@@ -84,18 +85,46 @@ def _short(value: Value) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _swapped(value: Value, a: str, b: str) -> Value:
+def _renamed(value: Value, to: Mapping[str, str]) -> Value:
     match value:
         case str():
-            return {a: b, b: a}.get(value, value)
+            return to.get(value, value)
         case frozenset():
-            return frozenset(_swapped(item, a, b) for item in value)
+            return frozenset(_renamed(item, to) for item in value)
         case tuple():
-            return tuple(_swapped(item, a, b) for item in value)
+            return tuple(_renamed(item, to) for item in value)
         case Function():
             pairs = value.items.items()
-            return function({_swapped(k, a, b): _swapped(v, a, b) for k, v in pairs})
+            return function({_renamed(k, to): _renamed(v, to) for k, v in pairs})
     return value
+
+
+def canonical(
+    groups: Groups, kinds: Iterable[Type], place: Span
+) -> Callable[[tuple[Value, ...]], tuple[Value, ...]]:
+    """Which state stands for a state: of all that differ by a renaming, the first in their order.
+
+    Args:
+        kinds: of the variables.
+        place: where SYMMETRY is asked for.
+
+    Raises:
+        SpecError: a field is spelled as a name, and would be renamed with it.
+    """
+    if not groups:
+        return lambda state: state
+    names = frozenset().union(*groups)
+    fields: set[str] = set()
+    for kind in kinds:
+        _each(kind, lambda at: fields.update(at.fields if at.kind == "record" else ()))
+    if names & fields:
+        raise place.error(
+            f"{', '.join(sorted(names & fields))}: a name that SYMMETRY makes interchangeable, and "
+            "a field of a record; choose another name"
+        )
+    orders = [[dict(zip(g, p, strict=True)) for p in permutations(g)] for g in map(sorted, groups)]
+    renamings = [dict(ChainMap(*each)) for each in product(*orders)]
+    return lambda state: min((_renamed(state, to) for to in renamings), key=order_key)
 
 
 def join(groups: Groups, roots: Iterable[Node], span: Span) -> None:

@@ -1,6 +1,7 @@
 """Temporal formulas as what a checker can check: invariants, steps, debts and fairness.
 
-Rule: a formula is reduced only where the reduction is exact; any other is refused by name.
+Rule: a formula is reduced only where the reduction is exact; any other is refused by name. What is
+left are expressions of states and of steps, closed: the names around them are put in by LET.
 
     P, Init                 holds initially
     []P                     an invariant
@@ -11,48 +12,66 @@ Rule: a formula is reduced only where the reduction is exact; any other is refus
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import final
+from collections.abc import Callable, Mapping
+from typing import Generic, TypeVar, final
 
 from attrs import define, frozen
 
-from tokenspeed.fsm.core import Elaborator, Node, Scope
+from tokenspeed.fsm.core import Elaborator
 from tokenspeed.fsm.syntax import Bound, Definition, Expr
 from tokenspeed.fsm.values import ordered, show
 
 __all__ = ["Debt", "Fairness", "Properties", "Temporal", "is_temporal"]
 
+Said = TypeVar("Said")
+Read = TypeVar("Read")
+
 
 @frozen(eq=False)
-class Debt:
+class Debt(Generic[Said]):
     """Refuted by a fair behaviour that starts, owes, and meets `visited` for ever."""
 
     name: str
-    starts: Node
-    owing: Node
-    visited: Node
+    starts: Said
+    owing: Said
+    visited: Said
     from_start: bool = False
 
 
 @frozen(eq=False)
 class Fairness:
-    """WF or SF of an action, with the values of the names around it."""
+    """WF or SF of an action."""
 
     name: str
     action: Expr
-    scope: Scope
     subscript: tuple[int, ...]
     strong: bool
 
 
 @define
-class Properties:
-    """What a configuration asks for, sorted by how it is checked."""
+class Properties(Generic[Said]):
+    """What a configuration asks for, sorted by how it is checked; expressions, or nodes of them."""
 
-    initially: list[tuple[str, Node]]
-    invariants: list[tuple[str, Node]]
-    steps: list[tuple[str, Node]]
-    debts: list[Debt]
+    initially: list[tuple[str, Said]]
+    invariants: list[tuple[str, Said]]
+    steps: list[tuple[str, Said]]
+    debts: list[Debt[Said]]
+
+    def read(self, read: Callable[[Said], Read]) -> Properties[Read]:
+        """The same, each expression read."""
+        return Properties(
+            [(name, read(each)) for name, each in self.initially],
+            [(name, read(each)) for name, each in self.invariants],
+            [(name, read(each)) for name, each in self.steps],
+            [
+                Debt(d.name, read(d.starts), read(d.owing), read(d.visited), d.from_start)
+                for d in self.debts
+            ],
+        )
+
+
+Scope = Mapping[str, Expr]
+"""The names around a formula, and what they stand for: closed expressions."""
 
 
 @final
@@ -65,18 +84,18 @@ class Temporal:
 
     # --- properties -----------------------------------------------------------------------------
 
-    def properties(self, names: tuple[str, ...]) -> Properties:
+    def properties(self, names: tuple[str, ...]) -> Properties[Expr]:
         """Reduce the named formulas.
 
         Raises:
             SpecError: one is not defined, or has a form that is not supported.
         """
-        out = Properties([], [], [], [])
+        out: Properties[Expr] = Properties([], [], [], [])
         for name in names:
             self._property(name, self._definitions[name].body, {}, out)
         return out
 
-    def _property(self, name: str, expr: Expr, scope: Scope, out: Properties) -> None:
+    def _property(self, name: str, expr: Expr, scope: Scope, out: Properties[Expr]) -> None:
         match expr.op:
             case "and":
                 for part in expr.exprs():
@@ -105,13 +124,13 @@ class Temporal:
                 f"{expr.op} of temporal formulas as a property; expected [], <>, ~>, [][A]_v, "
                 "conjunctions and \\A of them"
             )
-        out.initially.append((name, self._core.expr(expr, scope)))
+        out.initially.append((name, _closed(expr, scope)))
 
-    def _always(self, name: str, inner: Expr, scope: Scope, out: Properties) -> None:
+    def _always(self, name: str, inner: Expr, scope: Scope, out: Properties[Expr]) -> None:
         if inner.op == "box_action":
-            step = self._core.expr(inner.expr(0), scope)
-            same = Node("unchanged", self._core.variables(inner.expr(1)), inner.span)
-            out.steps.append((name, Node("or", (step, same), inner.span)))
+            same = Expr("unchanged", (inner.expr(1),), inner.span)
+            step = Expr("or", (inner.expr(0), same), inner.span)
+            out.steps.append((name, _closed(step, scope)))
         elif inner.op == "eventually":
             body = inner.expr(0)
             if body.op == "always":  # []<>[]Q is <>[]Q
@@ -126,7 +145,7 @@ class Temporal:
         else:
             out.invariants.append((name, self._state(inner, scope)))
 
-    def _eventually(self, name: str, inner: Expr, scope: Scope, out: Properties) -> None:
+    def _eventually(self, name: str, inner: Expr, scope: Scope, out: Properties[Expr]) -> None:
         if inner.op == "always":
             goal = self._state(inner.expr(0), scope)
             out.debts.append(Debt(name, _true(goal), _true(goal), _not(goal)))
@@ -135,16 +154,16 @@ class Temporal:
         debt = Debt(name, _true(goal), _not(goal), _true(goal), from_start=True)
         out.debts.append(debt)
 
-    def _state(self, expr: Expr, scope: Scope) -> Node:
+    def _state(self, expr: Expr, scope: Scope) -> Expr:
         if is_temporal(expr, self._definitions):
             raise expr.span.error(
                 f"{expr.op}: temporal operators nested like this are not supported; "
                 "expected a predicate of states"
             )
-        return self._core.expr(expr, scope)
+        return _closed(expr, scope)
 
     @staticmethod
-    def _leads_to(name: str, first: Node, goal: Node) -> Debt:
+    def _leads_to(name: str, first: Expr, goal: Expr) -> Debt[Expr]:
         return Debt(name, first, _not(goal), _true(goal))
 
     # --- fairness -------------------------------------------------------------------------------
@@ -166,7 +185,7 @@ class Temporal:
                 subscript = self._core.variables(expr.expr(0))
                 name = _described(expr, scope)
                 strong = expr.op == "strong_fairness"
-                return [Fairness(name, expr.expr(1), scope, subscript, strong)]
+                return [Fairness(name, _closed(expr.expr(1), scope), subscript, strong)]
             case "name" | "call" if expr.args[0] in self._definitions:
                 body, around = self._opened(expr, scope)
                 return self.fairness(body, around)
@@ -182,12 +201,12 @@ class Temporal:
         for bound in expr.args:
             if not isinstance(bound, Bound):
                 continue
-            domain = self._core.fold(bound.domain, scope)
+            domain = self._core.fold(_closed(bound.domain, scope), {})
             if domain is None:
                 raise bound.domain.span.error("\\A around a temporal formula: its set is constant")
             for name in bound.names:
                 scopes = [
-                    {**each, name: Node("const", (value,), expr.span)}
+                    {**each, name: Expr("value", (value,), expr.span)}
                     for each in scopes
                     for value in ordered(domain.args[0])
                 ]
@@ -199,8 +218,18 @@ class Temporal:
 
     def _opened(self, expr: Expr, scope: Scope) -> tuple[Expr, Scope]:
         definition = self._definitions[str(expr.args[0])]
-        args = [self._core.expr(arg, scope) for arg in expr.exprs()]
+        args = [_closed(arg, scope) for arg in expr.exprs()]
         return definition.body, dict(zip(definition.params, args, strict=True))
+
+
+def _closed(expr: Expr, scope: Scope) -> Expr:
+    """The expression with what the names around it stand for."""
+    if expr.op == "name" and expr.args[0] in scope:
+        return scope[str(expr.args[0])]
+    if not scope:
+        return expr
+    names = (Definition(name, (), value, value.span) for name, value in scope.items())
+    return Expr("let", (*names, expr), expr.span)
 
 
 def _described(expr: Expr, scope: Scope) -> str:
@@ -209,7 +238,7 @@ def _described(expr: Expr, scope: Scope) -> str:
     while action.op in ("and", "exists"):
         action = action.expr(0) if action.op == "and" else action.expr(-1)
     name = str(action.args[0]) if action.op in ("name", "call") else action.op
-    values = [n.args[0] for n in scope.values() if isinstance(n, Node) and n.op == "const"]
+    values = [each.args[0] for each in scope.values() if each.op == "value"]
     return f"{kind}({name}{'(' + ', '.join(map(show, values)) + ')' if values else ''})"
 
 
@@ -223,9 +252,9 @@ def is_temporal(expr: Expr, definitions: Mapping[str, Definition]) -> bool:
     return any(is_temporal(part, definitions) for part in parts if isinstance(part, Expr))
 
 
-def _true(like: Node) -> Node:
-    return Node("const", (True,), like.span)
+def _true(like: Expr) -> Expr:
+    return Expr("bool", (True,), like.span)
 
 
-def _not(node: Node) -> Node:
-    return Node("not", (node,), node.span)
+def _not(expr: Expr) -> Expr:
+    return Expr("not", (expr,), expr.span)
