@@ -53,6 +53,7 @@ ENGINE_BOUNDS = {
     "threads": (1, 1024),
     "session_pages_max": (0, 1 << 24),
     "host_pages": (0, 1 << 24),
+    "draft_tokens": (1, 64),
 }
 
 ENGINE_NUMBERS = {

@@ -62,6 +62,10 @@ def _engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--overlap", type=int, help="steps launched ahead, 0 or 1"),
         click.option("--host-pages", type=int, help="KV pages of host memory behind the cache"),
         click.option("--host-memory-gb", type=float, help="the same as memory, in 10^9 bytes"),
+        click.option("--speculate", type=click.Choice(["ngram"]), help="verify guessed tokens"),
+        click.option(
+            "--draft-tokens", type=int, help="guesses of a request in a step  [default: 4]"
+        ),
         click.option("--prefix-cache/--no-prefix-cache", help="share KV of equal prefixes"),
         click.option("--itl-budget-ms", type=float, help="most time between two tokens of a user"),
         click.option("--tps-floor", type=float, help="the same as tokens/s that a user keeps"),

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import attrs
 from attrs import field, frozen
 
 from tokenspeed.errors import ConfigError
@@ -91,6 +92,9 @@ class EngineConfig:
         overlap: steps launched beyond the one whose result is awaited (0 or 1).
         host_pages: pages of host memory for cached pages that the device evicts; 0: none.
         host_memory_gb: the same as memory, of 10^9 bytes; instead of host_pages.
+        speculate: "ngram" guesses what a request says from its own context, and verifies several
+            tokens in a step; the output is the same. None: a step has a token of each.
+        draft_tokens: guesses of a request in a step, at most; None: 4, if there are any.
         prefix_cache: share the KV of equal prompt prefixes.
         session_pages_max: cached pages that sessions may ask to be kept; None: half of the pool.
         itl_budget_ms: while requests decode, a step takes no more prefill than is expected to fit
@@ -114,6 +118,10 @@ class EngineConfig:
     overlap: int = field(default=0, validator=_integer(0, 1))
     host_pages: int = field(default=0, validator=_integer(0, HOST_PAGES_MAX))
     host_memory_gb: float | None = field(default=None, validator=_number(1e-6, 1e6, "gigabytes"))
+    speculate: str | None = field(
+        default=None, validator=attrs.validators.optional(_choice("ngram"))
+    )
+    draft_tokens: int | None = field(default=None, validator=_integer(1, 64, optional=True))
     prefix_cache: bool = True
     session_pages_max: int | None = field(
         default=None, validator=_integer(0, 1 << 24, optional=True)
@@ -139,6 +147,8 @@ class EngineConfig:
                     getattr(self, name),
                     f"{none} without the prefix cache: only cached pages are kept there",
                 )
+        if self.draft_tokens is not None and self.speculate is None:
+            raise ConfigError("draft_tokens", self.draft_tokens, "none without speculate")
         if self.prefill_chunk < self.slots:
             raise ConfigError(
                 "prefill_chunk",
@@ -167,6 +177,11 @@ class EngineConfig:
                 "context_max", self.context_max,
                 f"at most pages x page_size ({tokens}); a request must fit into the pool",
             )  # fmt: skip
+
+    @property
+    def drafts_max(self) -> int:
+        """Guesses of a request in a step, at most; 0: there are none."""
+        return 0 if self.speculate is None else self.draft_tokens or 4
 
     def kept_pages_max(self, pages: int) -> int:
         """Cached pages that sessions may have kept, in a pool of so many."""

@@ -42,14 +42,13 @@ from tokenspeed.request import (
     FinishReason,
     Request,
     SamplingParams,
-    TokenLogprob,
     session_key,
 )
 from tokenspeed.sequence import LiveSequence
 from tokenspeed.spmd import Executor, Mesh, Pending
 from tokenspeed.stats import Cleared, Health, Stats
-from tokenspeed.stream import Stream, completion, deliver, join, running_loop
-from tokenspeed.text import ChatEncoder, Detokenizer, Tokenizer
+from tokenspeed.stream import Prompt, Stream, completion, deliver, join, running_loop, several
+from tokenspeed.text import ChatEncoder, Tokenizer
 
 __all__ = ["Engine", "Progress"]
 
@@ -59,7 +58,6 @@ Progress = Callable[[str, int, int], None]
 """Called with (phase, done, total) while an engine starts; bytes for weights, steps for warm-up."""
 
 T = TypeVar("T")
-Prompt = str | Sequence[int]
 Numbers = NDArray[np.int64]
 
 STEP_STUCK_S = 120.0
@@ -112,6 +110,7 @@ class Engine:
             itl_budget_us=config.itl_budget_us,
             session_pages_max=config.kept_pages_max(self.pages),
             host_pages=host_pages,
+            draft_tokens=config.drafts_max,
         )
         self._kv_log = make_kv_log(config.kv_events, self._scheduler, time.time())
         self._executor = Executor(
@@ -225,7 +224,7 @@ class Engine:
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None
     ) -> list[Completion]:
         """Generate for each prompt, batched together, in their order. Raises StepError."""
-        streams = [self.submit(self._request(p, params)) for p in _prompts(prompts)]
+        streams = [self.submit(self._request(p, params)) for p in several(prompts)]
         try:
             return [completion(join(list(stream))) for stream in streams]
         finally:
@@ -236,7 +235,7 @@ class Engine:
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None
     ) -> list[Completion]:
         """`generate` for an event loop."""
-        streams = [self.submit(self._request(p, params)) for p in _prompts(prompts)]
+        streams = [self.submit(self._request(p, params)) for p in several(prompts)]
         try:
             return [completion(join([delta async for delta in stream])) for stream in streams]
         finally:
@@ -449,15 +448,11 @@ class Engine:
             result = pending.result()
         except StepError as error:
             log.error("step %d failed: %s", plan.step, error)
-            result = StepResult(
-                step=plan.step,
-                token_ids=np.zeros(plan.rows, np.int32),
-                failed=dict.fromkeys(range(plan.rows), str(error)),
-            )
+            result = StepResult.failing(plan, str(error))
         now_s, started_s = time.monotonic(), self._step_started_s
         took_us = 0 if result.failed or started_s is None else round(1e6 * (now_s - started_s))
         self._step_started_s = now_s  # the next one is under way, or about to be planned
-        stop = np.zeros(plan.rows, np.bool_)
+        stop, run_start = np.zeros(plan.rows, np.bool_), plan.run_start.tolist()
         for row, number in enumerate(numbers.tolist()):
             sequence = self._sequences.get(number)
             if sequence is None:
@@ -466,18 +461,16 @@ class Engine:
                 self._scheduler.abort(number)
                 self._end(sequence, "error", error=result.failed[row])
             elif plan.sampled[row]:
-                stop[row] = self._accept(sequence, row, result)
+                run = range(run_start[row], run_start[row + 1])
+                stop[row] = self._accept_run(sequence, run, result)
         self._scheduler.commit(plan.step, result.token_ids, stop, took_us)
+        if self.config.drafts_max:
+            self._propose(numbers)
 
     def _start(self, number: int, request: Request, stream: Stream) -> None:
         params = request.params
-        ends = () if params.ignore_eos else self.tokenizer.eos_ids
-        sequence = LiveSequence(
-            number=number,
-            request=request,
-            stream=stream,
-            detokenizer=Detokenizer(self.tokenizer, params.stop),
-            stop_ids=frozenset((*ends, *params.stop_token_ids)),
+        sequence = LiveSequence.start(
+            number, request, stream, self.tokenizer, guessed=self.config.drafts_max > 0
         )
         self._sequences[number] = sequence
         if self._closing:
@@ -506,16 +499,29 @@ class Engine:
             self._scheduler.abort(number)
             self._end(sequence, "abort")
 
-    def _accept(self, sequence: LiveSequence, row: int, result: StepResult) -> bool:
+    def _propose(self, numbers: Numbers) -> None:
+        """Guess what comes next for those who were in a step."""
+        for number in numbers.tolist():
+            sequence = self._sequences.get(number)
+            draft = sequence.guess(self.config.drafts_max) if sequence is not None else ()
+            if draft:
+                self._scheduler.propose(number, np.array(draft, np.int32))
+
+    def _accept_run(self, sequence: LiveSequence, run: range, result: StepResult) -> bool:
+        """Take the tokens of a run; true if the sequence stops there: what follows is dropped."""
+        for at in run:
+            if result.token_ids[at] < 0:
+                break
+            if self._accept(sequence, at, result):
+                result.token_ids[at + 1 : run.stop] = -1
+                return True
+        return False
+
+    def _accept(self, sequence: LiveSequence, at: int, result: StepResult) -> bool:
         """Take a sampled token into the sequence; true if it ends there."""
-        token = int(result.token_ids[row])
-        sequence.output_ids.append(token)
+        token = int(result.token_ids[at])
         self._generation_tokens += 1
-        sequence.withheld_ids.append(token)
-        if row in result.logprobs:
-            chosen, ids, values = result.logprobs[row]
-            top = tuple(zip(ids, values, strict=True))
-            sequence.withheld_logprobs.append(TokenLogprob(token, chosen, top))
+        sequence.take(token, result.logprobs.get(at))
         if token in sequence.stop_ids:
             self._end(sequence, "stop")
             return True
@@ -560,12 +566,3 @@ class Engine:
             except RuntimeError:  # the loop is closed: nobody is left to read
                 for stream, _ in batch:
                     stream.abort()
-
-
-def _prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt, or several, as several."""
-    if isinstance(prompts, str):
-        return [prompts]
-    if prompts and isinstance(prompts[0], int):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]

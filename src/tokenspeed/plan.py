@@ -85,6 +85,11 @@ class StepPlan:
         return len(self.slots)
 
     @property
+    def run_start(self) -> Ints:
+        """int32[rows + 1]; row i has the results [run_start[i], run_start[i + 1]) of the step."""
+        return np.concatenate(([0], np.cumsum(self.drafts + 1))).astype(np.int32)
+
+    @property
     def tokens(self) -> int:
         """Input tokens in the step."""
         return len(self.token_ids)
@@ -100,9 +105,11 @@ class StepResult:
 
     Attributes:
         step: the plan's number.
-        token_ids: int32[rows]; the sampled token, or -1 for a row that was not sampled.
-        logprobs: row -> (log-probability of the token, its top ids, their log-probabilities), for
-            sampled rows that asked for them.
+        token_ids: int32[rows + drafts]; of a row with n drafts a run of n + 1: the drafts that are
+            what is sampled, the token sampled after them, and -1 from there on. -1 for a row that
+            was not sampled.
+        logprobs: index in token_ids -> (log-probability of the token, its top ids, their
+            log-probabilities), for sampled rows that asked for them.
         failed: row -> reason, for rows whose logits were not finite; the other rows are good.
     """
 
@@ -110,3 +117,9 @@ class StepResult:
     token_ids: Ints
     logprobs: Mapping[int, tuple[float, tuple[int, ...], tuple[float, ...]]] = field(factory=dict)
     failed: Mapping[int, str] = field(factory=dict)
+
+    @classmethod
+    def failing(cls, plan: StepPlan, why: str) -> StepResult:
+        """Of a step that raised: every row has failed."""
+        none = np.zeros(plan.rows + int(plan.drafts.sum()), np.int32)
+        return cls(step=plan.step, token_ids=none, failed=dict.fromkeys(range(plan.rows), why))

@@ -33,6 +33,8 @@ class Stats:
     host_loads: int
     host_copies_failed: int
     preemptions: int
+    drafts: int
+    drafts_accepted: int
     prompt_tokens: int
     generation_tokens: int
     steps: int

@@ -14,7 +14,10 @@ from typing import Self, final
 from tokenspeed.errors import StepError
 from tokenspeed.request import Completion, Delta
 
-__all__ = ["Stream", "completion", "deliver", "join", "running_loop"]
+__all__ = ["Prompt", "Stream", "completion", "deliver", "join", "running_loop", "several"]
+
+Prompt = str | Sequence[int]
+"""Text, or token ids."""
 
 
 def join(deltas: Sequence[Delta]) -> Delta:
@@ -133,3 +136,12 @@ def deliver(batch: Sequence[tuple[Stream, Delta]]) -> None:
     """Put each delta into its stream: one call an event loop a step."""
     for stream, delta in batch:
         stream.put(delta)
+
+
+def several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt, or several, as several."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if prompts and isinstance(prompts[0], int):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]

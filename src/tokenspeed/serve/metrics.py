@@ -53,6 +53,8 @@ class _EngineCollector(Collector):
             "kv_host_loads": (stats.host_loads, "pages copied back"),
             "kv_host_copies_failed": (stats.host_copies_failed, "copies that failed, either way"),
             "num_preemptions": (stats.preemptions, "requests that gave their pages up"),
+            "spec_decode_num_draft_tokens": (stats.drafts, "tokens guessed"),
+            "spec_decode_num_accepted_tokens": (stats.drafts_accepted, "of them, tokens right"),
             "prompt_tokens": (stats.prompt_tokens, "prompt tokens taken"),
             "generation_tokens": (stats.generation_tokens, "tokens generated"),
             "engine_steps": (stats.steps, "steps launched"),

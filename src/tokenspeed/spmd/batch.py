@@ -30,7 +30,8 @@ class Batch:
         token_ids: int64[tokens].
         positions: int64[tokens]; of each token in its sequence.
         locations: int64[tokens]; page * page_size + offset where its KV is written.
-        sampled_rows: int64[sampled]; indices of the tokens whose logits are wanted.
+        sampled_rows: int64[sampled + drafts]; indices of the tokens whose logits are wanted: of a
+            sampled row the last one, and before it those that its drafts follow.
         attention: the kernel's plan of the step.
     """
 
@@ -82,7 +83,7 @@ class Slots:
             token_ids=token_ids,
             positions=self._to_device(positions),
             locations=self._to_device(locations),
-            sampled_rows=self._to_device(starts[1:][plan.sampled].astype(np.int64) - 1),
+            sampled_rows=self._to_device(_wanted(plan)),
             attention=AttentionPlan(
                 query_start=self._to_device(starts),
                 context_lens=self._to_device(contexts),
@@ -97,3 +98,11 @@ class Slots:
 
     def _to_device(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(self._device)
+
+
+def _wanted(plan: StepPlan) -> NDArray[np.int64]:
+    """Indices of the tokens whose logits are wanted, in row order."""
+    counts = plan.drafts[plan.sampled] + 1
+    ends = plan.query_start[1:][plan.sampled].astype(np.int64)
+    before = np.cumsum(counts) - counts  # the wanted ones of the rows before
+    return np.repeat(ends - counts - before, counts) + np.arange(counts.sum())

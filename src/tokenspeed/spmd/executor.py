@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol, final
+from typing import Any, Protocol, final
 
 import attrs
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from tokenspeed.errors import StepError
 from tokenspeed.plan import StepPlan, StepResult
@@ -23,9 +24,12 @@ from tokenspeed.spmd.compile import Program
 from tokenspeed.spmd.host import Ended, HostKV
 from tokenspeed.spmd.kv import KV, KVSpec
 from tokenspeed.spmd.params import Tree
-from tokenspeed.spmd.sampling import SamplerState, sample
+from tokenspeed.spmd.sampling import Logprobs, SamplerState, sample
 
 __all__ = ["CompiledModel", "Executor", "Pending"]
+
+
+Rows = NDArray[Any]
 
 
 class ModelShape(Protocol):
@@ -130,6 +134,7 @@ class Executor:
             token_ids=plan.token_ids.copy(),
             context_lens=plan.context_lens.copy(),
             sampled=plan.sampled.copy(),
+            drafts=plan.drafts.copy(),
             page_delta=plan.page_delta.copy(),
         )
         if self._worker is not None:
@@ -174,17 +179,51 @@ class Executor:
 
     def _compute(self, plan: StepPlan) -> StepResult:
         logits, self._kv = self._step(self._params, self._slots.batch(plan), self._kv)
-        token_ids = np.full(plan.rows, -1, np.int32)
         rows = np.flatnonzero(plan.sampled)
+        run_start = plan.run_start
+        token_ids = np.full(run_start[-1], -1, np.int32)
         if not len(rows):
             return StepResult(step=plan.step, token_ids=token_ids)
+        counts = plan.drafts[rows] + 1
         finite = torch.isfinite(logits.sum(dim=-1, dtype=torch.float32)).cpu().numpy()
-        failed = {int(row): "the logits were not finite" for row in rows[~finite]}
+        spoilt = np.repeat(rows, counts)[~finite]
+        failed = {int(row): "the logits were not finite" for row in spoilt}
         if failed:
             logits = torch.where(torch.from_numpy(finite).to(self._device)[:, None], logits, 0)
-        slots = plan.slots[rows].astype(np.int64)
-        sampled = sample(self._sampler, logits, slots)
-        self._slots.remember(torch.from_numpy(slots).to(self._device), sampled.token_ids)
-        token_ids[rows] = sampled.token_ids.cpu().numpy()
-        logprobs = {int(rows[i]): entry for i, entry in sampled.logprobs.items()}
+        logprobs = self._sample(plan, logits, rows, run_start[rows], token_ids)
         return StepResult(step=plan.step, token_ids=token_ids, logprobs=logprobs, failed=failed)
+
+    def _sample(
+        self, plan: StepPlan, logits: torch.Tensor, rows: Rows, results: Rows, token_ids: Rows
+    ) -> dict[int, Logprobs]:
+        """Fill in a run for each sampled row, one token of all of them after the other.
+
+        A row goes on as long as what it drew is what was guessed, so that each token is drawn from
+        the state, and with the number, that it has without drafts. The distribution is the one that
+        follows the guesses: so a run is what would have been sampled token by token.
+
+        Args:
+            rows: that are sampled.
+            results: of each, where its run begins in token_ids.
+            token_ids: int32[rows + drafts], which is written.
+        """
+        logprobs: dict[int, Logprobs] = {}
+        drafts = plan.drafts[rows]
+        at = np.cumsum(drafts + 1) - (drafts + 1)  # of each row, the logits of its next token
+        feeds = plan.query_start[1:][rows] - drafts  # and where its next draft is fed
+        for drawn in range(int(drafts.max()) + 1):
+            where = torch.from_numpy(at.astype(np.int64)).to(self._device)
+            slots = plan.slots[rows].astype(np.int64)
+            every = len(rows) == len(logits)
+            sampled = sample(self._sampler, logits if every else logits[where], slots)
+            self._slots.remember(torch.from_numpy(slots).to(self._device), sampled.token_ids)
+            token_ids[results] = chosen = sampled.token_ids.cpu().numpy()
+            logprobs |= {int(results[i]): entry for i, entry in sampled.logprobs.items()}
+            more = np.flatnonzero(drafts > drawn)
+            more = more[plan.token_ids[feeds[more]] == chosen[more]]
+            if not len(more):
+                break
+            rows, drafts, results, at, feeds = (
+                rows[more], drafts[more], results[more] + 1, at[more] + 1, feeds[more] + 1,
+            )  # fmt: skip
+        return logprobs
