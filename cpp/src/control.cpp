@@ -380,7 +380,7 @@ bool Control::preempt(RequestIndex index) {
       Record& record = records_[index];
       sessions_.wait(record.session, give_back(record, std::move(out.pages), std::move(out.slot)));
       record.pages = record.planned = record.done = record.published = 0;
-      record.draft.clear();
+      record.offered = false;
       queued_.emplace(record.rank, index);
       recount(index);
       return true;

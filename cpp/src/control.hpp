@@ -68,6 +68,7 @@ struct alignas(64) Record {
   lifecycle::State state = lifecycle::State::New;
   bool in_plan = false;   // the step being assembled has work for it
   bool lacks = false;     // as `Lacks` says; counted
+  bool offered = false;   // there is a draft
   bool guessing = false;  // a row with drafts is planned or launched: none comes behind it
   std::uint32_t incarnation = 0;
   std::int32_t place = 0;      // in the container of its state

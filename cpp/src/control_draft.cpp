@@ -27,6 +27,7 @@ std::int32_t Control::propose(RequestIndex index, std::span<const Token> draft) 
   const auto most = static_cast<std::size_t>(config_.drafts_max);
   draft = draft.first(std::min(draft.size(), most));
   record.draft.assign(draft.begin(), draft.end());
+  record.offered = !draft.empty();
   return static_cast<std::int32_t>(draft.size());
 }
 
@@ -55,7 +56,7 @@ bool Control::speculate(RequestIndex index, std::int32_t drafts) {
     if constexpr (lifecycle::can(Action::Schedule, S)) {
       Record& record = records_[index];
       const std::int32_t room = record.pages * config_.page_size - record.planned;
-      const auto proposed = static_cast<std::int32_t>(record.draft.size());
+      const auto proposed = static_cast<std::int32_t>(record.offered ? record.draft.size() : 0);
       if (!may_guess(index)) return false;
       if (drafts < 1 || drafts > std::min({guesses(index), room - 1, proposed})) return false;
       auto verdict = lifecycle::permit_Schedule(*this, handle<S>(index));
@@ -129,7 +130,7 @@ std::int32_t Control::accept(Record& record, std::span<const Token> run) {
     record.tokens.push_back(run[taken]);
     record.last = run[taken++];
   } while (taken < run.size() && run[taken] >= 0);
-  record.draft.clear();
+  record.offered = false;  // without a look at the draft: it lies far from here
   return static_cast<std::int32_t>(taken);
 }
 

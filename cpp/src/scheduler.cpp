@@ -242,8 +242,10 @@ void Scheduler::write_row(Plan& plan) const {
   } else {
     plan.token_ids.push_back(-1);  // the one that a step in flight samples
   }
-  const auto draft = record.draft.begin();
-  plan.token_ids.insert(plan.token_ids.end(), draft, draft + row.drafts);
+  if (row.drafts > 0) {
+    const auto draft = record.draft.begin();
+    plan.token_ids.insert(plan.token_ids.end(), draft, draft + row.drafts);
+  }
   plan.query_start.push_back(static_cast<std::int32_t>(plan.token_ids.size()));
 }
 

@@ -14,7 +14,7 @@ std::int32_t Scheduler::propose(std::int64_t number, std::span<const Token> draf
 // Drafts that a request could have in the plan being made.
 std::int32_t Scheduler::draftable(RequestIndex index) const noexcept {
   const Record& record = control_.record(index);
-  if (record.draft.empty() || record.pins > 0) return 0;
+  if (!record.offered || record.pins > 0) return 0;
   return std::min(static_cast<std::int32_t>(record.draft.size()), control_.guesses(index));
 }
 
@@ -22,7 +22,7 @@ std::int32_t Scheduler::draftable(RequestIndex index) const noexcept {
 // theirs. While its last row is in flight it waits: the drafts would come too late behind another.
 void Scheduler::decode(RequestIndex index, Plan& plan) {
   const Record& record = control_.record(index);
-  if (record.draft.empty()) {
+  if (!record.offered) {
     schedule(index, 1, plan);
   } else if (record.pins == 0) {
     acquire(index, 1, plan);
