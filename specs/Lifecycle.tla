@@ -177,7 +177,7 @@ Abort(r) ==
   /\ UNCHANGED <<age, tab, known, planned, done, page, content, plan, inflight>>
 
 GiveBack(r) ==   \* shared pages lose a reference, exclusive pages become free
-  LET freed == {p \in Range(tab[r]) : page[p].kind = "Exclusive"} IN
+  LET freed == {p \in Page : p \in Range(tab[r]) /\ page[p].kind = "Exclusive"} IN
   /\ page'    = [p \in Page |->
                    IF p \in freed THEN FreePage
                    ELSE IF p \in Range(tab[r]) THEN [page[p] EXCEPT !.ref = @ - 1]
@@ -271,7 +271,7 @@ Complete ==      \* results of draining requests are dropped
 (* The prefix cache                                                         *)
 
 Cached(k)      == \E q \in Page : page[q].kind = "Shared" /\ page[q].key = k
-Unpublished(r) == {i \in DOMAIN tab[r] : page[tab[r][i]].kind = "Exclusive"}
+Unpublished(r) == {i \in DOMAIN tab[r] : \E p \in Page : tab[r][i] = p /\ page[p].kind = "Exclusive"}
 FirstOwn(r)    == CHOOSE i \in Unpublished(r) : \A j \in Unpublished(r) : i <= j
 
 Publish(r) ==    \* page by page, after the KV is computed, and once a key

@@ -19,7 +19,7 @@ namespace tokenspeed::lifecycle {
 
 inline constexpr std::string_view kSpec = "specs/Lifecycle.tla";
 inline constexpr std::string_view kSpecHash =
-    "90d908e806d27b07c31cb85aecc0e6d73499f853ea7db7acb1842e0e3f6ecbc4";
+    "26ab8f68eb7683c2e7500ac4e48bb5d9f3a508b6035e7f4a67cae58eb1ab6155";
 inline constexpr std::string_view kSpecVersion = "2.0.1";
 
 enum class State : std::uint8_t {

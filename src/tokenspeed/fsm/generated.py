@@ -11,7 +11,7 @@ __all__ = [
 ]  # fmt: skip
 
 SPEC = "specs/Lifecycle.tla"
-SPEC_HASH = "90d908e806d27b07c31cb85aecc0e6d73499f853ea7db7acb1842e0e3f6ecbc4"
+SPEC_HASH = "26ab8f68eb7683c2e7500ac4e48bb5d9f3a508b6035e7f4a67cae58eb1ab6155"
 SPEC_VERSION = "2.0.1"
 
 STATES = (
