@@ -6,7 +6,7 @@
      4  order and limits of a step     here; decode under prefill: test_probes.py
      5  slots                          here
      6  prefix cache                   here
-     7  sliding windows                come with the feature, specs/features/Window.tla
+     7  sliding windows                tests/test_window.py, specs/Window.tla
      8  state snapshots (Mamba)        come with a cache group for them
      9  reserved rows                  come with speculation, specs/features/Speculation.tla
     10  preemption                     here; thrashing: test_probes.py

@@ -23,13 +23,13 @@ from tokenspeed.fsm.trace import read_trace, validate
 SPECS = Path(__file__).resolve().parents[1] / "specs"
 
 
-def schedule(seed: int, actions: int = 40, **more: int) -> World:
+def schedule(seed: int, actions: int = 40, window: int = 0) -> World:
     """Run one to its end.
 
     Args:
         seed: which.
         actions: until nothing new comes.
-        more: settings of the scheduler beside those that are drawn.
+        window: tokens that one sees; then requests may be longer than the pool. 0: all.
     """
     chance = random.Random(seed)
     page_size, slots = chance.randint(1, 4), chance.randint(1, 4)
@@ -38,8 +38,8 @@ def schedule(seed: int, actions: int = 40, **more: int) -> World:
         page_size=page_size, slots=slots, pages=chance.randint(4, 16),
         step_tokens=max(page_size, slots) + chance.randint(0, 8), overlap=chance.randint(0, 2),
         session_pages_max=chance.randint(0, 8), prefix_cache=prefix_cache,
-        host_pages=chance.choice([0, 1, 3, 8, 40]) if prefix_cache else 0,
-        draft_tokens=chance.choice([0, 0, 1, 4]), **more,
+        host_pages=chance.choice([0, 1, 3, 8, 40]) if prefix_cache and not window else 0,
+        draft_tokens=chance.choice([0, 0, 1, 4]) * (not window), window=window,
     )  # fmt: skip
     world.late = chance.random() < 0.5
     for _ in range(actions):
@@ -49,7 +49,9 @@ def schedule(seed: int, actions: int = 40, **more: int) -> World:
 
 
 def submit(world: World, chance: random.Random) -> None:
-    room = world.config["pages"] * world.config["page_size"]
+    pages, page_size, window = (world.config[name] for name in ("pages", "page_size", "window"))
+    holds_a_window = window and (window - 2) // page_size + 2 <= pages
+    room = 60 if holds_a_window else pages * page_size
     max_tokens = chance.randint(1, min(16, room))
     prompt = [chance.randint(0, 1)] * chance.randint(1, 24) + [chance.randint(0, 3)]
     world.submit(
@@ -149,6 +151,29 @@ def run(seeds: Iterable[int], judged_every: int, folder: Path) -> Counter[str]:
 def test_random_schedules_end_with_every_page_back(tmp_path: Path) -> None:
     seen = run(range(200), 10, tmp_path)
     assert min(seen.values()) >= 5, "the schedules no longer lead everywhere"
+
+
+@pytest.mark.parametrize("window", [2, 3, 5, 8])
+def test_random_schedules_with_a_window_end_with_every_page_back(
+    tmp_path: Path, window: int
+) -> None:
+    seen = Counter[str]()
+    for seed in range(60):
+        world = schedule(seed, window=window)
+        stats = world.scheduler.stats()
+        steps = world.scheduler.trace() if seed % 15 else []
+        if not steps:
+            header, read = read_trace(world.write_trace(tmp_path / "trace"))
+            assert validate(SPECS, header, read) is None, f"schedule({seed}, window={window})"
+            steps = [(step.action, 0, 0, 0, "") for step in read]
+        seen.update(action for action, *_ in steps)
+        pool = world.config["pages"] * world.config["page_size"]
+        seen["beyond the pool"] += sum(
+            len(client.prompt) + len(client.output) - 1 > pool for client in world.clients.values()
+        )
+        seen["hits"] += stats.prefix_hits
+    wanted = ("Slide", "Evict", "Publish", "hits", "beyond the pool")
+    assert min(seen[name] for name in wanted) > 20, seen
 
 
 @pytest.mark.parametrize("seed", [375, 1362, 1787])

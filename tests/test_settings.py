@@ -24,7 +24,7 @@ STUB = Path(__file__).resolve().parents[1] / "src/tokenspeed/_core.pyi"
 GOOD = {
     "page_size": 4, "pages": 32, "slots": 4, "waiting_max": 4, "step_tokens": 16,
     "context_max": 100, "overlap": 0, "itl_budget_us": 0, "session_pages_max": 0,
-    "host_pages": 0, "draft_tokens": 0,
+    "host_pages": 0, "draft_tokens": 0, "window": 0,
 }  # fmt: skip
 
 BOUNDS = {
@@ -39,6 +39,7 @@ BOUNDS = {
     "session_pages_max": (0, 1 << 24),
     "host_pages": (0, 1 << 24),
     "draft_tokens": (0, 1 << 10),
+    "window": (0, 1 << 24),
 }
 """Of the scheduler: from what to what each setting may be."""
 

@@ -28,13 +28,21 @@ std::string Control::invalid(const ControlConfig& config) {
       return std::string(field) + ": got " + std::to_string(value) + "; expected at least 0";
     }
   }
+  for (const auto& [field, value] :
+       {std::pair{"host_pages", config.host_pages}, std::pair{"drafts_max", config.drafts_max}}) {
+    if (value > 0 && config.group.window > 0) {
+      return std::string(field) + ": got " + std::to_string(value) +
+             "; expected 0 with a window: no specification has both";
+    }
+  }
   return {};
 }
 
 Control::Control(const ControlConfig& config)
     : config_(config),
       pool_(config.pages),
-      index_(config.page_size, config.pages, config.kept_max, config.host_pages),
+      index_(config.page_size, config.pages, config.kept_max, config.host_pages,
+             config.group.window),
       sessions_(index_.retention(), kSessionsMax),
       host_(index_, pool_, config.host_pages),
       launched_(config.in_flight_max, config.slots) {
@@ -75,6 +83,7 @@ TailId Control::drain(PageTable& pages, const Record& record) {
 
 TailId Control::give_back(Record& record, PageTable&& pages, Slot&& slot) {
   const TailId tail = drain(pages, record);
+  if (config_.group.window > 0 && record.root >= 0) index_.go(record.cursor);
   if (record.root >= 0) index_.leave(std::exchange(record.root, -1));
   free_slots_.push_back(slot.index());
   return tail;
@@ -169,7 +178,7 @@ bool Control::Lacks(RequestId id) const noexcept {
 
 bool Control::Fits(RequestId id) const noexcept {
   // The last token is never fed back, so it needs no KV.
-  return pages_for(records_[id.index].length_max - 1, config_.page_size) <= config_.pages;
+  return pages_needed(records_[id.index].length_max - 1) <= config_.pages;
 }
 
 bool Control::LastRunning(RequestId id) const noexcept {
@@ -187,7 +196,11 @@ bool Control::Pinned(RequestId id) const noexcept {
 std::int32_t Control::owed(const Record& record) const noexcept {
   const bool live = record.state == State::Prefilling || record.state == State::Decoding;
   if (!live || record.known() <= record.planned) return 0;
-  return std::max(0, pages_for(record.known(), config_.page_size) - record.pages);
+  const std::int32_t whole =
+      std::max(0, pages_for(record.known(), config_.page_size) - record.pages);
+  if (config_.group.window == 0) return whole;
+  const std::int32_t held = record.pages - record.slid;
+  return std::clamp(pages_at_once(record.known()) - held, 0, whole);
 }
 
 // After whatever a request's lacking, or what it is promised, depends on has changed.
@@ -298,6 +311,8 @@ PageTable Control::match(RequestIndex index) {
   const PrefixIndex::Found found = cached(index);
   record.root = index_.enter(record.salt);
   record.cursor = found.pages > 0 ? found.at : record.root;
+  record.slid = found.behind;
+  if (config_.group.window > 0) index_.stay(record.cursor);
   record.revisits = index_.hold(found, pages, record.session ? record.session->id : 0);
   if (record.session) sessions_.took(*record.session, record.supersedes);
   return pages;
@@ -379,7 +394,7 @@ bool Control::preempt(RequestIndex index) {
       put(std::move(out.request));
       Record& record = records_[index];
       sessions_.wait(record.session, give_back(record, std::move(out.pages), std::move(out.slot)));
-      record.pages = record.planned = record.done = record.published = 0;
+      record.pages = record.planned = record.done = record.published = record.slid = 0;
       record.offered = false;
       queued_.emplace(record.rank, index);
       recount(index);

@@ -25,6 +25,12 @@
 
 namespace tokenspeed {
 
+// What layers that cache alike see of a sequence. All groups would take their pages from one pool;
+// there is one group so far.
+struct CacheGroup {
+  std::int32_t window = 0;  // tokens that one sees, itself included; 0: all before it
+};
+
 // The constants of the spec.
 struct ControlConfig {
   std::int32_t page_size = 16;
@@ -36,6 +42,7 @@ struct ControlConfig {
   std::int32_t kept_max = 0;       // pages that are kept by the wish of a session
   std::int32_t host_pages = 0;     // of the second home of cached pages; 0: there is none
   std::int32_t drafts_max = 0;     // guesses of one request in one step, at most
+  CacheGroup group{};
 };
 
 // What a request says of the session that it is a turn of.
@@ -72,12 +79,13 @@ struct alignas(64) Record {
   bool guessing = false;  // a row with drafts is planned or launched: none comes behind it
   std::uint32_t incarnation = 0;
   std::int32_t place = 0;      // in the container of its state
-  std::int32_t pages = 0;      // in its table
+  std::int32_t pages = 0;      // in its table, holes included
+  std::int32_t slid = 0;       // holes, all in front
   std::int32_t planned = 0;    // positions that a step has been planned for
   std::int32_t done = 0;       // positions whose KV is there
   std::int32_t pins = 0;       // planned and launched steps that touch its pages
   std::int32_t promised = 0;   // pages that it has yet to take for known tokens; summed up
-  std::int32_t published = 0;  // leading pages that are in the prefix index
+  std::int32_t published = 0;  // leading pages that are in the prefix index, or were, or are holes
   Token last = -1;             // of `tokens`: whose end lies far from here
   std::int64_t arrival = 0;
   Rank rank;
@@ -245,6 +253,9 @@ class Control final {
   bool complete(std::span<const Token> token_ids, std::span<const std::uint8_t> stop,
                 std::vector<Outcome>& out);
   bool publish(RequestIndex index);
+  // Gives back the first page that it holds, if that lies behind the window of every token to come
+  // and of every step in flight: of specs/Window.tla.
+  bool slide(RequestIndex index);
   bool preempt(RequestIndex index);
   bool abort(RequestIndex index);
   bool release(RequestIndex index);
@@ -300,6 +311,10 @@ class Control final {
   const PrefixIndex::Found& cached(RequestIndex index);
   PrefixIndex::Found look(RequestIndex index) const;
   bool deepen(PrefixIndex::Held& held, RequestIndex index) const;
+  // Pages without which so many tokens cannot be computed, however slowly.
+  std::int32_t pages_needed(std::int32_t tokens) const noexcept;
+  // Pages of so many tokens that are held at once while they are computed: with a window, fewer.
+  std::int32_t pages_at_once(std::int32_t tokens) const noexcept;
   // Positions that could be computed now: known tokens, or the one that a launched step samples.
   std::int32_t wanted(RequestIndex index) const noexcept;
   // Drafts of any use to a request, if there were pages.
@@ -388,6 +403,9 @@ class Control final {
   void recount(RequestIndex index) noexcept;
   std::int32_t owed(const Record& record) const noexcept;
   std::size_t matchable(const Record& record) const noexcept;
+  std::int32_t pages_within(std::int32_t tokens) const noexcept;
+  void pass(Record& record);
+  static std::size_t index_of(std::int32_t at) noexcept { return static_cast<std::size_t>(at); }
   PageTable match(RequestIndex index);
   Outcome complete(const Row& row, std::span<const Token> run, bool stop);
   bool wrong_runs(const Ticket& ticket, std::span<const Token> token_ids) const noexcept;

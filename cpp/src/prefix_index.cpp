@@ -1,14 +1,15 @@
 #include "prefix_index.hpp"
 
-#include <algorithm>
 #include <bit>
 #include <cassert>
 #include <cstring>
 
 namespace tokenspeed {
 
-PrefixIndex::PrefixIndex(std::int32_t page_size, PageId pages, PageId kept_max, HostPage host_pages)
+PrefixIndex::PrefixIndex(std::int32_t page_size, PageId pages, PageId kept_max, HostPage host_pages,
+                         std::int32_t window)
     : page_size_(page_size),
+      window_(window),
       pages_(pages),
       retention_(pages, kept_max),
       page_tokens_(std::make_unique_for_overwrite<Token[]>(index(page_size) *
@@ -48,7 +49,7 @@ PrefixIndex::Cursor PrefixIndex::find_root(std::string_view salt) const {
 // A salt that nothing is cached under, and nobody uses, costs nothing.
 void PrefixIndex::drop_root_if_unused(NodeId root) {
   const Node& node = nodes_[index(root)];
-  if (!is_root(root) || node.children > 0 || node.hosted > 0 || node.references > 0) return;
+  if (!is_root(root) || node.below > 0 || node.stays > 0 || node.references > 0) return;
   const auto salt = salts_.find(root);
   roots_.erase(salt->second);
   salts_.erase(salt);
@@ -60,6 +61,7 @@ void PrefixIndex::drop_root_if_unused(NodeId root) {
 
 PrefixIndex::Found PrefixIndex::look(std::string_view salt, std::span<const Token> wanted,
                                      std::size_t most) const {
+  if (window_ > 0) return look_through(salt, wanted, most);
   Found out;
   const auto size = index(page_size_);
   Cursor at = find_root(salt);
@@ -100,7 +102,8 @@ bool PrefixIndex::deepen(Held& held, std::string_view salt, std::span<const Toke
 bool PrefixIndex::hold(const Found& found, PageTable& table, std::uint64_t session) {
   path_.clear();
   NodeId above = found.at;
-  for (std::int32_t page = 0; page < found.pages; ++page) {
+  for (std::int32_t page = 0; page < found.behind; ++page) table.append(Hole{});
+  for (std::int32_t page = found.behind; page < found.pages; ++page) {
     path_.push_back(above);
     above = nodes_[index(above)].parent;
   }
@@ -141,6 +144,11 @@ SharedPage PrefixIndex::publish(Cursor& at, std::span<const Token> content, Vaca
   const NodeId child = vacancy.there_ >= 0 ? vacancy.there_ : make(at, vacancy.key_);
   Node& node = nodes_[index(child)];
   ++nodes_[index(at)].children;
+  if (node.memory >= 0) spare_memories_.push_back(std::exchange(node.memory, -1));
+  if (window_ > 0) {
+    stay(child);
+    --nodes_[index(at)].stays;
+  }
   node.page = page.id_.release();
   node.references = 1;
   std::ranges::copy(content, row(node.page));
@@ -158,6 +166,7 @@ void PrefixIndex::release(SharedPage&& page, TailId tail) {
   ++unheld_;
   ++version_;
   node.used = ++uses_;
+  if (window_ > 0) return let_go(id, retention_.open(0, false));
   node.tail = tail;
   retention_.grow(tail, id);
 }
@@ -186,6 +195,10 @@ bool PrefixIndex::evict(PageId page, PagePool& pool) {
   if (page < 0 || index(page) >= nodes_by_page_.size()) return false;
   const NodeId id = nodes_by_page_[index(page)];
   if (id < 0 || !can_go(nodes_[index(id)])) return false;
+  if (window_ > 0) {
+    evict_anywhere(id, pool);
+    return true;
+  }
   Node& node = nodes_[index(id)];
   nodes_by_page_[index(page)] = -1;
   pool.give_back(ExclusivePage(std::exchange(node.page, -1)));
@@ -238,8 +251,86 @@ bool PrefixIndex::tails_right() const {
 
 std::span<const Token> PrefixIndex::tokens(NodeId id) const noexcept {
   const Node& node = nodes_[index(id)];
+  if (node.memory >= 0) {
+    return {memories_.data() + index(node.memory) * index(page_size_), index(page_size_)};
+  }
   const PageId at = node.page >= 0 ? node.page : pages_ + node.host;
   return {page_tokens_.get() + index(at) * index(page_size_), index(page_size_)};
+}
+
+// --- with a window
+// -----------------------------------------------------------------------------------
+
+// A walk down all nodes there are; a run of pages on the device that is as long as the window ends
+// in a place to go on from.
+PrefixIndex::Found PrefixIndex::look_through(std::string_view salt, std::span<const Token> wanted,
+                                             std::size_t most) const {
+  Found out;
+  const auto size = index(page_size_);
+  std::int32_t run = 0;
+  Cursor at = find_root(salt);
+  for (std::int32_t pages = 1; at >= 0 && index(pages) <= most; ++pages) {
+    const auto content = wanted.subspan((index(pages) - 1) * size, size);
+    at = find(at, hash(at, content), content);
+    if (at < 0) break;
+    run = nodes_[index(at)].page >= 0 ? run + 1 : 0;
+    const std::int32_t behind = pages_behind(pages * page_size_);
+    if (run >= pages - behind) out = {behind, pages, 0, at};
+  }
+  at = out.at;
+  for (std::int32_t page = out.behind; page < out.pages; ++page, at = nodes_[index(at)].parent) {
+    out.held += nodes_[index(at)].references > 0 ? 1 : 0;
+  }
+  return out;
+}
+
+void PrefixIndex::go(Cursor at) {
+  --nodes_[index(at)].stays;
+  forget_if_nowhere(at);
+}
+
+PrefixIndex::Cursor PrefixIndex::pass(Cursor at, std::span<const Token> content) {
+  const std::uint64_t key = hash(at, content);
+  Cursor next = find(at, key, content);
+  if (next < 0) {
+    next = make(at, key);
+    remember(next, content);
+  }
+  stay(next);
+  --nodes_[index(at)].stays;
+  return next;
+}
+
+void PrefixIndex::remember(NodeId id, std::span<const Token> content) {
+  const auto size = index(page_size_);
+  if (spare_memories_.empty()) {
+    spare_memories_.push_back(static_cast<std::int32_t>(memories_.size() / size));
+    memories_.resize(memories_.size() + size);
+  }
+  const std::int32_t memory = spare_memories_.back();
+  spare_memories_.pop_back();
+  std::ranges::copy(content, memories_.begin() + memory * page_size_);
+  nodes_[index(id)].memory = memory;
+}
+
+// Pages go one by one, in the order in which they were given back: each is a tail.
+void PrefixIndex::let_go(NodeId id, TailId tail) {
+  nodes_[index(id)].tail = tail;
+  retention_.grow(tail, id);
+  retention_.place(tail, kind::kStranger);
+  settle(id);
+}
+
+void PrefixIndex::evict_anywhere(NodeId id, PagePool& pool) {
+  Node& node = nodes_[index(id)];
+  if (node.below > 0 || node.stays > 0) remember(id, tokens(id));
+  nodes_by_page_[index(node.page)] = -1;
+  pool.give_back(ExclusivePage(std::exchange(node.page, -1)));
+  --unheld_;
+  ++version_;
+  --nodes_[index(node.parent)].children;
+  retention_.cut(std::exchange(node.tail, -1), -1);
+  forget_if_nowhere(id);
 }
 
 // --- the second home
@@ -358,18 +449,27 @@ void PrefixIndex::unchain(NodeId id) noexcept {
   *link = node.next;
 }
 
-// Neither on the device nor on the host: nothing hangs from it, as what does is where it is.
+// Neither on the device nor on the host, and nothing hangs from it: without a window, what does is
+// where it is. Then what it hung from may be as useless.
 void PrefixIndex::forget_if_nowhere(NodeId id) {
-  Node& node = nodes_[index(id)];
-  if (node.page >= 0 || node.host >= 0) return;
-  unchain(id);
-  node = Node{};
-  spare_.push_back(id);
+  while (!is_root(id)) {
+    Node& node = nodes_[index(id)];
+    if (node.page >= 0 || node.host >= 0 || node.below > 0 || node.stays > 0) return;
+    unchain(id);
+    if (node.memory >= 0) spare_memories_.push_back(node.memory);
+    const NodeId above = node.parent;
+    node = Node{};
+    spare_.push_back(id);
+    --nodes_[index(above)].below;
+    id = above;
+  }
+  if (window_ > 0) drop_root_if_unused(id);
 }
 
 NodeId PrefixIndex::make(NodeId parent, std::uint64_t key) {
   const NodeId id = make();
   Node& node = nodes_[index(id)];
+  ++nodes_[index(parent)].below;
   node.parent = parent;
   node.hash = key;
   node.born = ++births_;

@@ -2,9 +2,11 @@
 // comparing its page's tokens, hashes only narrow the search; a salt is a root of its own; a page
 // enters when its KV is computed and leaves when nobody holds it and no longer prefix depends on
 // it. A node's KV is on the device, on the host, or on both; those on the device are a tree from
-// the roots down, and so are those on the host.
+// the roots down, and so are those on the host. With a window, those on the device may have gaps:
+// a node below which something is left, or somebody goes on, is remembered by its tokens alone.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -29,8 +31,10 @@ class PrefixIndex final {
   using Cursor = NodeId;
 
   // All memory that as many pages need is reserved here; what is not used is not touched.
-  // At most `kept_max` pages are kept by wish.
-  PrefixIndex(std::int32_t page_size, PageId pages, PageId kept_max, HostPage host_pages);
+  // At most `kept_max` pages are kept by wish. `window`: tokens that one sees, itself included; 0:
+  // all before it. A window and host pages exclude each other.
+  PrefixIndex(std::int32_t page_size, PageId pages, PageId kept_max, HostPage host_pages,
+              std::int32_t window = 0);
   PrefixIndex(const PrefixIndex&) = delete;
   PrefixIndex& operator=(const PrefixIndex&) = delete;
 
@@ -39,9 +43,16 @@ class PrefixIndex final {
   Cursor enter(std::string_view salt);
   void leave(Cursor root);
 
+  // Of the first positions, as many as have been computed, the pages that no later token sees.
+  std::int32_t pages_behind(std::int32_t computed) const noexcept {
+    return window_ == 0 ? 0 : std::max(0, computed + 1 - window_) / page_size_;
+  }
+
   // Leading pages of some tokens, of at most `most`, that are on the device, and how many of them
-  // somebody holds: who holds a page holds all above it. Nothing is held by looking.
+  // somebody holds: who holds a page holds all above it. With a window: so many that those which
+  // the token after them sees, all but the first `behind`, are there. Nothing is held by looking.
   struct Found {
+    std::int32_t behind = 0;
     std::int32_t pages = 0;
     std::int32_t held = 0;
     Cursor at = -1;  // the last page found
@@ -59,6 +70,12 @@ class PrefixIndex final {
   // if its page was evicted, so that only looking anew can tell.
   bool deepen(Held& held, std::string_view salt, std::span<const Token> tokens,
               std::size_t most) const;
+
+  // With a window: somebody goes on from here, or no longer does; until then it is remembered.
+  void stay(Cursor at) noexcept { ++nodes_[index(at)].stays; }
+  void go(Cursor at);
+  // The same for one page further down, which he has not published: somebody else has, or not.
+  Cursor pass(Cursor at, std::span<const Token> tokens);
 
   // References to the pages that a look just found; a look that is older than `version` is void.
   // True if a session (0: none) comes back with it to a branch that it had left.
@@ -139,6 +156,9 @@ class PrefixIndex final {
     std::int32_t references = 0;  // requests; of a root, those that may publish below it
     std::int32_t children = 0;    // on the device
     std::int32_t hosted = 0;      // children on the host
+    std::int32_t below = 0;       // children wherever they are
+    std::int32_t stays = 0;       // of those who go on from here
+    std::int32_t memory = -1;     // of its tokens, where neither device nor host has them
     std::int32_t pins = 0;        // copies of it, and of what is right below it
     bool pinned_leaf = false;     // counted as one
     NodeId next = -1;             // with the same bucket
@@ -152,6 +172,10 @@ class PrefixIndex final {
   Cursor find_root(std::string_view salt) const;
   Token* row(PageId page) noexcept { return page_tokens_.get() + index(page) * index(page_size_); }
   std::span<const Token> tokens(NodeId node) const noexcept;
+  Found look_through(std::string_view salt, std::span<const Token> tokens, std::size_t most) const;
+  void remember(NodeId node, std::span<const Token> tokens);
+  void evict_anywhere(NodeId node, PagePool& pool);
+  void let_go(NodeId node, TailId tail);
   std::uint64_t hash(NodeId parent, std::span<const Token> tokens) const noexcept;
   NodeId find(NodeId parent, std::uint64_t key, std::span<const Token> wanted) const noexcept;
   NodeId make();
@@ -160,12 +184,13 @@ class PrefixIndex final {
   void forget_if_nowhere(NodeId id);
   void drop_root_if_unused(NodeId root);
   bool leaf(const Node& node) const noexcept {
-    return node.references == 0 && node.children == 0 && node.page >= 0;
+    return node.references == 0 && node.page >= 0 && (node.children == 0 || window_ > 0);
   }
   bool can_go(const Node& node) const noexcept { return leaf(node) && node.pins == 0; }
   void settle(NodeId id);
 
   std::int32_t page_size_;
+  std::int32_t window_;
   PageId pages_;
   PageId unheld_ = 0;
   PageId pinned_leaves_ = 0;  // evictable but for a copy that touches them
@@ -176,6 +201,8 @@ class PrefixIndex final {
   std::uint64_t births_ = 0;
   std::vector<Node> nodes_;
   std::unique_ptr<Token[]> page_tokens_;  // of device pages, then of host pages
+  std::vector<Token> memories_;           // of nodes that are remembered, a page each
+  std::vector<std::int32_t> spare_memories_;
   std::vector<NodeId> nodes_by_page_;
   std::vector<NodeId> spare_;
   std::vector<NodeId> buckets_;  // by hash: the first of a chain; as many as a power of two

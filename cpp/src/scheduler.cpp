@@ -14,7 +14,8 @@ using lifecycle::State;
 ControlConfig Scheduler::constants(const SchedulerConfig& config) {
   return {config.page_size,         config.pages,       config.slots,
           config.step_tokens,       config.overlap + 1, config.prefix_cache,
-          config.session_pages_max, config.host_pages,  config.draft_tokens};
+          config.session_pages_max, config.host_pages,  config.draft_tokens,
+          CacheGroup{config.window}};
 }
 
 std::string Setting::refuse(const std::string& given) const {
@@ -42,6 +43,12 @@ std::string Scheduler::invalid(const SchedulerConfig& config) {
   if (config.host_pages > 0 && !config.prefix_cache) {
     return expected("host_pages", config.host_pages,
                     "0 without the prefix cache: only cached pages are kept there");
+  }
+  for (const auto& [field, value] : {std::pair{"host_pages", config.host_pages},
+                                     std::pair{"draft_tokens", config.draft_tokens}}) {
+    if (value > 0 && config.window > 0) {
+      return expected(field, value, "0 with a window: no specification has both");
+    }
   }
   constexpr std::int32_t kTokensMax = std::numeric_limits<std::int32_t>::max();
   if (config.pages > kTokensMax / config.page_size) {
@@ -134,7 +141,7 @@ Refusal Scheduler::submit(std::int64_t number, std::span<const Token> prompt,
   if (std::ssize(control_.queue()) >= config_.waiting_max) return {"", "the queue is full", true};
   const std::int64_t patience = kArrivals * (std::int64_t{priority} + kPriorityMax);
   if (!control_.submit(number, prompt, static_cast<std::int32_t>(length), salt, turn, patience)) {
-    const auto pages = pages_for(static_cast<std::int32_t>(length) - 1, config_.page_size);
+    const auto pages = control_.pages_needed(static_cast<std::int32_t>(length) - 1);
     return {"max_tokens", "needs " + std::to_string(pages) + " pages, the pool has " +
                               std::to_string(config_.pages)};
   }
@@ -316,13 +323,13 @@ std::int64_t Scheduler::spare_pages() const noexcept {
 
 // How many of these a request takes if `held` of its leading pages are held by others already.
 std::int64_t Scheduler::lacks(RequestIndex index, std::int32_t held) const noexcept {
-  return pages_for(control_.record(index).known(), config_.page_size) - held;
+  return control_.pages_at_once(control_.record(index).known()) - held;
 }
 
 // Does what was found when it did not fit still show that it does not? Costs nothing while no page
 // becomes held; then it looks at one page more.
 bool Scheduler::still_held_back(RequestIndex index, HeldBack& known) const {
-  if (known.arrival != control_.record(index).arrival) return false;
+  if (known.arrival != control_.record(index).arrival || config_.window > 0) return false;
   if (known.gained != control_.index().gained()) {
     known.gained = control_.index().gained();
     if (!control_.deepen(known.held, index)) known.arrival = -1;
@@ -352,7 +359,7 @@ bool Scheduler::admit(RequestIndex index, Plan& plan) {
   if (control_.host().total() > 0 && !page_beside(control_.cached(index).at)) return false;
   if (!control_.admit(index)) return false;
   const std::int32_t slot = control_.slot(index);
-  for (std::int32_t at = 0; at < record.pages; ++at) {
+  for (std::int32_t at = record.slid; at < record.pages; ++at) {
     const PageId page = control_.table(index)->id(static_cast<std::size_t>(at));
     plan.page_delta.insert(plan.page_delta.end(), {slot, at, page});
   }
@@ -432,6 +439,8 @@ CommittedPointer Scheduler::commit(std::int64_t step, std::span<const Token> tok
     }
     if (!awaits_tool.empty() && awaits_tool[row]) control_.awaits_tool(index);
     publish(index);
+    while (control_.slide(index)) {
+    }
     if (control_.release(index)) out->released.push_back(number);
   }
   return out;

@@ -31,6 +31,7 @@ struct SchedulerConfig {
   std::int32_t session_pages_max = 0;  // pages kept by the wish of sessions, at most
   std::int32_t host_pages = 0;         // a second home for cached pages; 0: there is none
   std::int32_t draft_tokens = 0;       // guesses of a request in a step, at most
+  std::int32_t window = 0;             // tokens that one sees, itself included; 0: all before it
 };
 
 // A number of the configuration: its name, where it is, and from what to what it may be. Within
@@ -51,6 +52,7 @@ inline constexpr Setting kSettings[] = {
     {"step_tokens", &SchedulerConfig::step_tokens, 1, 1 << 24},
     {"context_max", &SchedulerConfig::context_max, 2, 1 << 24},
     {"host_pages", &SchedulerConfig::host_pages, 0, 1 << 24},
+    {"window", &SchedulerConfig::window, 0, 1 << 24},
     {"overlap", &SchedulerConfig::overlap, 0, 64},
     {"itl_budget_us", &SchedulerConfig::itl_budget_us, 0, 60'000'000},
     {"draft_tokens", &SchedulerConfig::draft_tokens, 0, 1 << 10},

@@ -143,6 +143,7 @@ class Scheduler:
         session_pages_max: int = 0,
         host_pages: int = 0,
         draft_tokens: int = 0,
+        window: int = 0,
     ) -> None: ...
     def submit(
         self,

@@ -112,10 +112,13 @@ class PagePool final {
   std::vector<PageId> places_;  // of each page in free_, or -1
 };
 
+// In a table: a page that was given back, as no window reaches it any more.
+struct Hole {};
+
 // The pages of one request, by position: what the lifecycle calls its Pages.
 class PageTable final {
  public:
-  using Entry = std::variant<ExclusivePage, SharedPage>;
+  using Entry = std::variant<ExclusivePage, SharedPage, Hole>;
 
   PageTable() = default;
   PageTable(PageTable&&) noexcept = default;
@@ -130,10 +133,14 @@ class PageTable final {
   void reserve(std::size_t pages) { entries_.reserve(pages); }
   void append(ExclusivePage&& page) { entries_.emplace_back(std::move(page)); }
   void append(SharedPage&& page) { entries_.emplace_back(std::move(page)); }
+  void append(Hole hole) { entries_.emplace_back(hole); }
   const Entry& operator[](std::size_t index) const noexcept { return entries_[index]; }
 
+  // -1: a hole.
   PageId id(std::size_t index) const noexcept {
-    return std::visit([](const auto& page) { return page.id(); }, entries_[index]);
+    if (const auto* own = std::get_if<ExclusivePage>(&entries_[index])) return own->id();
+    const auto* shared = std::get_if<SharedPage>(&entries_[index]);
+    return shared ? shared->id() : -1;
   }
   bool exclusive(std::size_t index) const noexcept {
     return std::holds_alternative<ExclusivePage>(entries_[index]);
@@ -143,6 +150,12 @@ class PageTable final {
   void replace(std::size_t index, F&& successor) {
     Entry next = successor(std::get<ExclusivePage>(std::move(entries_[index])));
     entries_[index] = std::move(next);
+  }
+  // Take an entry out, and leave a hole.
+  Entry leave_hole(std::size_t index) noexcept {
+    Entry left = std::move(entries_[index]);
+    entries_[index] = Hole{};
+    return left;
   }
   Entry pop() noexcept {
     Entry last = std::move(entries_.back());

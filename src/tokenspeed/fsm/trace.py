@@ -45,6 +45,7 @@ class TraceHeader:
         overlap: steps launched beyond the one that is awaited.
         host_pages: of the second home of cached pages; with any, the spec is HostTier.
         draft_tokens: guesses of a request in a step, at most; with any, the spec is Draft.
+        window: tokens that one sees, itself included; with one, the spec is Window. 0: all.
     """
 
     pages: int
@@ -54,6 +55,7 @@ class TraceHeader:
     overlap: int
     host_pages: int = 0
     draft_tokens: int = 0
+    window: int = 0
     spec: str = SPEC
     spec_version: str = SPEC_VERSION
     spec_hash: str = SPEC_HASH
@@ -145,7 +147,7 @@ class _TracedScheduler(Scheduler):
         header = TraceHeader(
             settings["pages"], settings["page_size"], settings["slots"], settings["step_tokens"],
             settings.get("overlap", 0), settings.get("host_pages", 0),
-            settings.get("draft_tokens", 0),
+            settings.get("draft_tokens", 0), settings.get("window", 0),
         )  # fmt: skip
         try:
             self._trace: TraceWriter | None = TraceWriter(Path(path), header)
@@ -297,10 +299,15 @@ class _Judge:
         constants["Drafts"] = header.draft_tokens
         layers = 3 if header.draft_tokens else 2 if header.host_pages else 1
         module, self._layers = LAYERS[layers - 1][0], [name for _, name in LAYERS[:layers]]
+        init = f"{self._layers[-1]}Init"
+        self._instead = header.window > 0  # Window has other guards, the rest adds to Lifecycle's
+        if header.window:
+            module, self._layers, init = "Window", ["", "Sliding"], "Init"
+            constants |= {"Window": header.window, "Hole": "Hole"}
         spec = specs / f"{module}.tla"
         self._evaluator = Evaluator(load_module(spec), constants)
         self._span = Span(spec, 1, 1)
-        (self._state,) = self._evaluator.initial(f"{self._layers[-1]}Init")
+        (self._state,) = self._evaluator.initial(init)
 
     def take(self, step: TraceStep) -> str:
         """Follow a step; why it cannot be, or nothing."""
@@ -363,10 +370,11 @@ class _Judge:
     def _refusal(self, action: str, args: list[Value]) -> str:
         """The first guard of an action that does not hold."""
         definitions = self._evaluator.definitions
-        if action not in definitions:
+        if not {*self._names(action)} & definitions.keys():
             return f"the spec has no action {action}"
-        for name in self._names(action):
-            if name in definitions and (why := self._failing(definitions[name], args)):
+        names = [name for name in self._names(action) if name in definitions]
+        for name in names[-1:] if self._instead else names:
+            if why := self._failing(definitions[name], args):
                 return why
         return "its conjuncts exclude each other"
 

@@ -27,7 +27,15 @@ from tokenspeed.spmd.mesh import Mesh
 from tokenspeed.spmd.params import Constant, Parameter, Path, Tree, allocate, leaves, shard_slice
 from tokenspeed.spmd.placement import REPLICATED
 
-__all__ = ["Model", "build", "compile_config", "default_pages", "host_pages"]
+__all__ = [
+    "Model",
+    "build",
+    "cache_window",
+    "compile_config",
+    "context_max",
+    "default_pages",
+    "host_pages",
+]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _IGNORED = ("rotary_emb.inv_freq",)
@@ -128,6 +136,33 @@ def host_pages(model: Model, config: EngineConfig) -> int:
             f"takes {page_bytes:,} bytes, and there may be 1 to {HOST_PAGES_MAX:,}",
         )
     return pages
+
+
+def cache_window(model: Model, config: EngineConfig) -> int:
+    """Tokens behind which no layer sees anything, so that pages go back; 0: some layer sees all.
+
+    Raises:
+        ConfigError: the engine has no form of a setting for such a model.
+    """
+    window = model.config.slides
+    if window is None:
+        return 0
+    gone = f"pages that slide out of the model's window of {window} tokens are not followed there"
+    for name, none in (("host_pages", 0), ("host_memory_gb", None), ("speculate", None)):
+        if getattr(config, name) != none:
+            raise ConfigError(name, getattr(config, name), f"{none}: {gone}")
+    if config.kv_events is not None:
+        raise ConfigError("kv_events", config.kv_events, f"no file: {gone}")
+    return window
+
+
+def context_max(model: Model, config: EngineConfig, pages: int) -> int:
+    """Tokens of the longest request: what the model was made for, and what the pool can hold.
+
+    Where all layers slide, the pool need not hold more than a window at once.
+    """
+    most = min(config.context_max or model.config.context_max, model.config.context_max)
+    return most if model.config.slides else min(most, pages * config.page_size)
 
 
 def _free_bytes(device: torch.device) -> int:

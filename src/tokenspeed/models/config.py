@@ -97,6 +97,12 @@ class ModelConfig:
         """How many tokens a query of the layer sees, its own included; None: all before it."""
         return self.windows[layer] if self.windows else None
 
+    @property
+    def slides(self) -> int | None:
+        """Tokens that the layer which sees most sees, if each has a window."""
+        spans = [window for window in self.windows if window is not None]
+        return max(spans) if spans and len(spans) == self.layers else None
+
     @classmethod
     def checked(cls, path: Path, **values: Any) -> Self:
         """Make one from what a file said.

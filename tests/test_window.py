@@ -1,0 +1,175 @@
+"""Sliding windows end to end: pages go back as the window moves on, and no token changes for it."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import attrs
+import numpy as np
+import pytest
+
+import tiny
+from tokenspeed import models
+from tokenspeed._core import Scheduler
+from tokenspeed.config import EngineConfig
+from tokenspeed.errors import ConfigError
+from tokenspeed.plan import PLANNED, Joined, StepPlan
+from tokenspeed.request import SamplingParams
+from tokenspeed.spmd import Executor, Mesh
+
+WINDOW, PAGE_SIZE, OUTPUT = 12, 4, 40
+PROMPTS = [list(range(3, 40)), [*range(3, 40), 50, 51], list(range(60, 80))]
+GREEDY = SamplingParams(temperature=0, max_tokens=OUTPUT, ignore_eos=True, seed=1)
+FITTING = (WINDOW - 2) // PAGE_SIZE + 2
+"""Pages that a window may lie in."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> models.Model:
+    folder = tiny.write(
+        tmp_path_factory.mktemp("mistral"), model_type="mistral", sliding_window=WINDOW
+    )
+    return models.build(models.open_checkpoint(folder), Mesh.single())
+
+
+def generate(
+    model: models.Model, *, pages: int, window: int, overlap: int = 0, slots: int = 3
+) -> tuple[list[list[int]], Scheduler]:
+    """Greedy ids of PROMPTS, twice over: the second time with what is cached of the first."""
+    sizes = {"slots": slots, "pages": pages, "page_size": PAGE_SIZE, "context_max": 128}
+    scheduler = Scheduler(**sizes, step_tokens=16, overlap=overlap, window=window)
+    executor = Executor(model, **sizes, overlap=overlap)
+    prompts = [*PROMPTS, *PROMPTS]
+    output: list[list[int]] = [[] for _ in prompts]
+    launched = deque()
+    for number, prompt in enumerate(prompts):
+        scheduler.submit(number, np.array(prompt, np.int32), OUTPUT)
+    while not scheduler.idle():
+        while (plan := scheduler.plan()) is not None:
+            joined = tuple(
+                Joined(slot=slot, params=GREEDY, prompt_ids=tuple(prompts[number]))
+                for slot, number in plan.joined.tolist()
+            )
+            step = StepPlan(**{name: getattr(plan, name) for name in PLANNED}, joined=joined)
+            launched.append((plan.step, plan.numbers.copy(), executor.launch(step)))
+        number, rows, pending = launched.popleft()
+        result = pending.result()
+        done = scheduler.commit(number, result.token_ids, np.zeros(len(rows), np.bool_))
+        for row, request in enumerate(rows.tolist()):
+            if done.accepted[row]:
+                output[request].append(int(result.token_ids[row]))
+    executor.close()
+    assert scheduler.check() == []
+    return output, scheduler
+
+
+@pytest.fixture(scope="module")
+def expected(model: models.Model) -> list[list[int]]:
+    """With room for everything, and no page given back early."""
+    output, _ = generate(model, pages=200, window=0)
+    assert output[:3] == output[3:]
+    assert len({tuple(ids) for ids in output}) == 3, "all alike would hide errors"
+    return output
+
+
+@pytest.mark.parametrize("overlap", [0, 1])
+@pytest.mark.parametrize("pages", [FITTING, FITTING + 2, 14, 200])
+def test_ids_do_not_depend_on_the_pages_there_are(
+    model: models.Model, expected: list[list[int]], pages: int, overlap: int
+) -> None:
+    """Each request has more tokens than the three smaller pools can hold."""
+    assert max(map(len, PROMPTS)) + OUTPUT > 14 * PAGE_SIZE
+    output, scheduler = generate(model, pages=pages, window=WINDOW, overlap=overlap)
+    assert output == expected
+    stats = scheduler.stats()
+    assert stats.pages_free + stats.pages_cached == pages
+    assert stats.prefix_hits > 0 or pages < 200
+
+
+def held_most(window: int) -> int:
+    """The most pages that one request holds while it computes 400 tokens, one a step at the end."""
+    scheduler = Scheduler(
+        page_size=PAGE_SIZE, pages=200, slots=1, step_tokens=8, context_max=500, window=window
+    )
+    scheduler.submit(0, np.arange(300, dtype=np.int32), 100)
+    most = 0
+    while (plan := scheduler.plan()) is not None:
+        stats = scheduler.stats()
+        most = max(most, stats.pages_total - stats.pages_free - stats.pages_cached)
+        rows = len(plan.slots)
+        scheduler.commit(plan.step, np.ones(rows, np.int32), np.zeros(rows, np.bool_))
+    return most
+
+
+def test_a_request_holds_a_window_and_a_step_however_long_it_is() -> None:
+    assert held_most(0) == 100
+    assert held_most(WINDOW) <= (WINDOW + 8 - 2) // PAGE_SIZE + 2
+
+
+def run(scheduler: Scheduler, number: int, prompt: np.ndarray, output: int) -> int:
+    """A request to its end; how many of its prompt's tokens were found in the cache."""
+    before = scheduler.stats().prefix_hits
+    scheduler.submit(number, prompt, output)
+    while (plan := scheduler.plan()) is not None:
+        rows = len(plan.slots)
+        scheduler.commit(plan.step, np.full(rows, 7, np.int32), np.zeros(rows, np.bool_))
+    return scheduler.stats().prefix_hits - before
+
+
+def test_a_next_turn_finds_the_last_window_though_the_pages_before_are_gone() -> None:
+    pages = 8
+    scheduler = Scheduler(
+        page_size=PAGE_SIZE, pages=pages, slots=1, step_tokens=8, context_max=500, window=WINDOW
+    )
+    prompt = np.arange(1, 101, dtype=np.int32)
+    assert run(scheduler, 0, prompt, 9) == 0
+    assert scheduler.stats().evictions > 0
+    assert all(len(tokens) > 100 - pages * PAGE_SIZE for _, tokens in scheduler.prefixes().values())
+    turn = np.concatenate([prompt, np.full(9, 7, np.int32), prompt])
+    assert run(scheduler, 1, turn, 9) == 108
+    assert run(scheduler, 2, np.concatenate([[0], turn]).astype(np.int32), 9) == 0
+    assert scheduler.check() == []
+
+
+def test_what_fits_no_window_is_refused_at_the_door() -> None:
+    scheduler = Scheduler(
+        page_size=PAGE_SIZE,
+        pages=FITTING - 1,
+        slots=1,
+        step_tokens=8,
+        context_max=500,
+        window=WINDOW,
+    )
+    scheduler.submit(0, np.arange(4 * (FITTING - 1), dtype=np.int32), 1)
+    with pytest.raises(ValueError, match=f"needs {FITTING} pages, the pool has {FITTING - 1}"):
+        scheduler.submit(1, np.arange(300, dtype=np.int32), 1)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("host_pages", 8),
+        ("host_memory_gb", 0.1),
+        ("speculate", "ngram"),
+        ("kv_events", "events.ndjson"),
+    ],
+)
+def test_what_cannot_follow_a_window_is_refused(
+    model: models.Model, setting: str, value: object
+) -> None:
+    assert models.cache_window(model, EngineConfig()) == WINDOW
+    with pytest.raises(ConfigError, match=f"{setting}: got .*window of 12 tokens"):
+        models.cache_window(model, EngineConfig(**{setting: value}))  # type: ignore[arg-type]
+
+
+def test_the_pool_bounds_the_context_of_models_that_see_all(model: models.Model) -> None:
+    config = EngineConfig(page_size=PAGE_SIZE)
+    assert models.context_max(model, config, 8) == 128
+    mixed = attrs.evolve(model, config=attrs.evolve(model.config, windows=(None, WINDOW)))
+    assert models.context_max(mixed, config, 8) == 32
+    assert models.cache_window(mixed, config) == 0
+
+
+def test_the_scheduler_has_no_host_pages_beside_a_window() -> None:
+    with pytest.raises(ValueError, match="host_pages: got 3; expected 0 with a window"):
+        Scheduler(pages=8, context_max=64, host_pages=3, window=4)
