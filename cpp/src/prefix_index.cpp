@@ -16,7 +16,11 @@ PrefixIndex::PrefixIndex(std::int32_t page_size, PageId pages, PageId kept_max, 
                                                            (index(pages) + index(host_pages)))),
       nodes_by_page_(index(pages), -1),
       buckets_(std::bit_ceil(index(pages) + index(host_pages)), -1) {
-  const std::size_t nodes = 2 * (index(pages) + index(host_pages));  // each may have its own root
+  const std::size_t remembered = window > 0 ? 2 * index(pages) : 0;  // for now: it may grow
+  memories_.reserve(remembered * index(page_size));
+  spare_memories_.reserve(remembered);
+  const std::size_t nodes =
+      2 * (index(pages) + index(host_pages)) + remembered;  // each may have its own root
   nodes_.reserve(nodes);
   spare_.reserve(nodes);
   path_.reserve(index(pages));

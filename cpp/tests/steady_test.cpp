@@ -72,9 +72,9 @@ constexpr std::int32_t kSteps = 200;
 // Results for the steps that are in flight, in memory that was there before.
 class Driver {
  public:
-  Driver(std::int32_t overlap, std::int32_t host_pages, std::int32_t drafts)
+  Driver(std::int32_t overlap, std::int32_t host_pages, std::int32_t drafts, std::int32_t window)
       : overlap_(overlap),
-        scheduler_(config(overlap, host_pages, drafts)),
+        scheduler_(config(overlap, host_pages, drafts, window)),
         draft_(static_cast<std::size_t>(drafts), 1) {
     tickets_.reserve(4096);
     good_.resize(4096, 1);
@@ -119,8 +119,8 @@ class Driver {
   }
 
  private:
-  static SchedulerConfig config(std::int32_t overlap, std::int32_t host_pages,
-                                std::int32_t drafts) {
+  static SchedulerConfig config(std::int32_t overlap, std::int32_t host_pages, std::int32_t drafts,
+                                std::int32_t window) {
     SchedulerConfig config;
     config.page_size = kPage;
     config.pages = kRows * pages_for(kPrompt + kSteps + 40, kPage);
@@ -131,6 +131,7 @@ class Driver {
     config.itl_budget_us = 1000;
     config.host_pages = host_pages;
     config.draft_tokens = drafts;
+    config.window = window;
     return config;
   }
 
@@ -152,8 +153,8 @@ void submit(Scheduler& scheduler, std::int64_t number, std::int32_t output) {
   if (scheduler.submit(number, prompt, output, salt).refused()) fail("a request was refused", -1);
 }
 
-void run(std::int32_t overlap, std::int32_t host_pages, std::int32_t drafts) {
-  Driver driver(overlap, host_pages, drafts);
+void run(std::int32_t overlap, std::int32_t host_pages, std::int32_t drafts, std::int32_t window) {
+  Driver driver(overlap, host_pages, drafts, window);
   Scheduler& scheduler = driver.scheduler();
   std::int64_t number = 0;
   while (number < 2 * kRows) submit(scheduler, number++, kSteps);  // they fill the cache and go
@@ -188,8 +189,9 @@ void run(std::int32_t overlap, std::int32_t host_pages, std::int32_t drafts) {
 
 int main() {
   for (std::int32_t overlap = 0; overlap < 3; ++overlap) {
-    for (const std::int32_t host_pages : {0, 64}) run(overlap, host_pages, 0);
+    for (const std::int32_t host_pages : {0, 64}) run(overlap, host_pages, 0, 0);
   }
-  for (const std::int32_t host_pages : {0, 64}) run(0, host_pages, 2);
+  for (const std::int32_t overlap : {0, 1, 2}) run(overlap, 0, 0, 50);
+  for (const std::int32_t host_pages : {0, 64}) run(0, host_pages, 2, 0);
   std::printf("no allocation in a steady step\n");
 }
