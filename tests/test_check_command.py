@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -39,6 +40,13 @@ def counting(tmp_path: Path) -> Path:
     [
         (["check", "{spec}", "--config", "{empty}"], "CONSTANTS without a value: N"),
         (["check", "{empty}"], "--config"),
+        (["check", "{spec}.none"], "SPEC"),
+        (["check", "{spec}", "--config", "{spec}.none"], "--config"),
+        (["check", "--trace", "{spec}.none"], "--trace"),
+        (["check", "{spec}", "--svg", "-"], "--svg, --json"),
+        (["check", "{spec}", "--sequence", "{spec}/none"], "--sequence"),
+        (["monitor", "{spec}.none"], "EVENTS: got"),
+        (["replay", "{spec}.none"], "RECORDING: got"),
         (["check", "--trace", "{empty}"], "trace"),
         (["check", "--simulate", "1"], "--simulate"),
         (["check", "{spec}", "--replay"], "to drive the runtime by"),
@@ -98,11 +106,60 @@ def test_an_error_is_printed_as_it_stands(
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full to stand for a full disk")
 def test_a_drawing_that_cannot_be_written_is_an_error(counting: Path) -> None:
     for option in ("--svg", "--dot", "--sequence"):
-        for path in ("/dev/full", str(counting / "file")):
+        for path, found in (("/dev/full", "Small"), (str(counting / "file"), None)):
             done = CliRunner().invoke(cli, ["check", str(counting), option, path, "--json"])
             assert isinstance(done.exception, ConfigError)
             assert str(done.exception).startswith(f"{option}: got {path!r}")
-            assert json.loads(done.stdout)["violated"] == "Small"  # once, and it stands
+            said = json.loads(done.stdout)["violated"]  # once, and it stands
+            assert said == (found or str(done.exception)), "known before the search"
+
+
+def test_a_place_to_draw_is_left_as_it_was(counting: Path, tmp_path: Path) -> None:
+    kept, new = tmp_path / "kept.svg", tmp_path / "new.dot"
+    kept.write_text("a picture")
+    counting.with_suffix(".cfg").write_text("CONSTANT N = Init")  # so that nothing is searched
+    words = ["check", str(counting), "--svg", str(kept), "--dot", str(new)]
+    assert CliRunner().invoke(cli, words).exit_code != 0
+    assert (kept.read_text(), new.exists()) == ("a picture", False)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full to stand for a full disk")
+def test_a_report_that_cannot_be_written_is_an_error(counting: Path) -> None:
+    words = ["check", str(counting), "--engine", "interpreter", "--json"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "tokenspeed", *words], stdout=full, stderr=subprocess.PIPE,
+            text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 2
+    assert "--json: got 'stdout'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "column", "named"),
+    [
+        ("CONSTANT N = 2\nINIT Init", 2, 1, "INIT without NEXT"),
+        ("CONSTANT N = 2\n  NEXT Next", 2, 3, "NEXT without INIT"),
+        ("(* of\nold *) VIEW N", 2, 8, "VIEW"),
+        ("CONSTANT N = 2\nSPECIFICATION Spec\nINIT Init", 3, 1, "beside INIT"),
+        ("CONSTANT\n  N = 2\n  N = 3", 3, 3, "two values"),
+        ("CONSTANT N = 2\n M = 3", 2, 2, "no CONSTANT"),
+        ("CONSTANT N = 2\n M <- Small", 2, 2, "no CONSTANT"),
+        ("CONSTANT N = {1, 2\n", 1, 14, "closing brace"),
+        ("CONSTANT N = 2 \\* two\nCHECK_DEADLOCK maybe", 2, 16, "TRUE or FALSE"),
+        ("CONSTANT N = 2\nINVARIANTS Small\n  Large", 3, 3, "Large is not defined in Counting"),
+        ("CONSTANT N = 2\nINIT Start NEXT Next", 2, 6, "Start is not defined in Counting"),
+        ("CONSTANT N = 2\nSPECIFICATION Spec", 2, 15, "SPECIFICATION Spec is not defined"),
+    ],
+)
+def test_an_error_of_a_configuration_has_its_place(
+    counting: Path, text: str, line: int, column: int, named: str
+) -> None:
+    (path := counting.with_suffix(".cfg")).write_text(text)
+    with pytest.raises(SpecError, match=named) as caught:
+        load_model(counting, path)
+    assert str(caught.value).startswith(f"{path}:{line}:{column}:")
 
 
 def test_of_a_long_behaviour_the_ends_are_told(counting: Path) -> None:

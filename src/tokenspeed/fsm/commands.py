@@ -7,6 +7,7 @@ does not, 2 that the question could not be put.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -45,7 +46,7 @@ STEPS_TOLD_MAX = 200
 """Steps of a behaviour that a person is told; of a longer one, its two ends."""
 
 _screen = Console(stderr=True)
-_path = click.Path(path_type=Path, exists=True, dir_okay=False)
+_path = click.Path(path_type=Path)  # whether it can be read is said in JSON, too
 _file = click.Path(path_type=Path, dir_okay=False)
 
 
@@ -97,6 +98,8 @@ def check(
     with _answered(as_json, lambda error: _json(_failed(error))):
         _refuse_idle(_given(modes), _given(of_one), spec, config, record)
         _refuse_settings(_given(modes), spec)
+        _refuse_missing({"SPEC": spec, "--config": config, "--trace": trace})
+        _refuse_unwritable({"--sequence": sequence, "--svg": svg, "--dot": dot}, as_json)
         if trace is not None:
             sys.exit(_judge(trace, as_json))
         if museum:
@@ -106,8 +109,7 @@ def check(
         if spec is None:
             sys.exit(_check_all(how, as_json=as_json, slow=slow, record=record))
         config = config or spec.with_suffix(".cfg")
-        if not config.exists():
-            raise ConfigError("--config", str(config), "a configuration that exists; name one")
+        _refuse_missing({"--config": config})
         if runtime:
             only = (config.stem, spec, config, None)
             sys.exit(_drive([only], how, as_json=as_json, record=False))
@@ -125,7 +127,7 @@ def check(
             replayed = follow(load_model(spec, config).evaluator, report.trace)
     if as_json:
         out = _json(report) | ({"replay": attrs.asdict(replayed)} if replayed else {})
-        click.echo(json.dumps(out, indent=2))
+        _print_json(out)
     _tell(report)
     _draw_sequence(spec, report, sequence)
     _draw_graph(spec, config, how, report, svg, dot)
@@ -147,7 +149,7 @@ def _answered(
         yield
     except TokenSpeedError as error:
         if as_json:
-            click.echo(json.dumps(said(error), indent=2))
+            _print_json(said(error))
         raise
 
 
@@ -186,6 +188,63 @@ def _refuse_idle(
         raise ConfigError("--record", "given", "a check of the whole manifest, without SPEC")
 
 
+def _refuse_missing(given: Mapping[str, Path | None]) -> None:
+    """Refuse what is to be read and is not there.
+
+    Raises:
+        ConfigError: it is no file.
+    """
+    for option, path in given.items():
+        if path is not None and (path.is_dir() or not path.exists()):
+            raise ConfigError(option, str(path), "a file that exists; name one")
+
+
+def _refuse_unwritable(given: Mapping[str, Path | None], as_json: bool) -> None:
+    """Refuse before the search what could not be written after it.
+
+    Raises:
+        ConfigError: a file cannot be opened, or stdout is wanted twice.
+    """
+    here = [option for option, path in given.items() if path == Path("-")]
+    if len(here) + as_json > 1:
+        wants = ", ".join([*here, *["--json"] * as_json])
+        raise ConfigError(wants, "stdout", "one of them there; name a file")
+    for option, path in given.items():
+        if path is None or option in here:
+            continue
+        there = path.exists()
+        with _writing(option, path):
+            path.open("ab").close()
+            if not there:
+                path.unlink()
+
+
+@contextmanager
+def _writing(option: str, path: Path) -> Iterator[None]:
+    """What cannot be written is an error with its reason."""
+    try:
+        yield
+    except OSError as error:
+        expected = f"a file that can be written, but: {error.strerror}"
+        raise ConfigError(option, str(path), expected) from error
+
+
+def _print_json(value: object) -> None:
+    """The report, to stdout.
+
+    Raises:
+        ConfigError: it cannot be written; nothing more is tried there.
+    """
+    try:
+        click.echo(json.dumps(value, indent=2))
+    except BrokenPipeError:
+        raise  # who reads it has had enough
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        expected = f"a file that can be written, but: {error.strerror}"
+        raise ConfigError("--json", "stdout", expected) from error
+
+
 _SEARCH = {"--workers", "--memory-mb", "--states-max", "--engine"}
 _WALKS = {"--depth", "--seed"}
 _MANIFEST = {"--slow"}
@@ -218,12 +277,8 @@ def _write(option: str, path: Path, text: str) -> None:
     Raises:
         ConfigError: it cannot be written.
     """
-    try:
-        with click.open_file(str(path), "w", encoding="utf-8") as file:
-            file.write(text)
-    except OSError as error:
-        expected = f"a file that can be written, but: {error.strerror}"
-        raise ConfigError(option, str(path), expected) from error
+    with _writing(option, path), click.open_file(str(path), "w", encoding="utf-8") as file:
+        file.write(text)
 
 
 def _draw_sequence(spec: Path, report: Report, path: Path | None) -> None:
@@ -286,7 +341,7 @@ def _drive(models: list[Driven], how: Settings, *, as_json: bool, record: bool) 
         kept = read_manifest(specs)
         write_manifest(specs, [attrs.evolve(m, graph=graphs.get(m.name)) for m in kept])
     if as_json:
-        click.echo(json.dumps(rows, indent=2))
+        _print_json(rows)
     return 1 if bad else 0
 
 
@@ -330,7 +385,7 @@ def _check_all(how: Settings, *, as_json: bool, slow: bool, record: bool) -> int
     _screen.print(table)
     _screen.print(f"{len(rows) - bad} of {len(rows)} models as recorded")
     if as_json:
-        click.echo(json.dumps(rows, indent=2))
+        _print_json(rows)
     return 1 if bad and not record else 0
 
 
@@ -356,7 +411,7 @@ def _judge(path: Path, as_json: bool) -> int:
             "why": rejected.why,
         }
         result = "ok" if rejected is None else "trace"
-        click.echo(json.dumps({"result": result, "steps": len(steps), "rejected": why}))
+        _print_json({"result": result, "steps": len(steps), "rejected": why})
     return 0 if rejected is None else 1
 
 
@@ -383,7 +438,7 @@ def _visit_museum(how: Settings, as_json: bool) -> int:
     guarded = _delete_guards(specs, museum, how)
     missed += sum(row["violated"] is None and row["reason"] is None for row in guarded)
     if as_json:
-        click.echo(json.dumps(rows + guarded, indent=2))
+        _print_json(rows + guarded)
     return 1 if missed else 0
 
 
@@ -498,9 +553,10 @@ def _json(report: Report) -> dict[str, Any]:
 def monitor(events: Path, adapter: str, pages: int | None, as_json: bool) -> None:
     """Check an engine's KV EVENTS (NDJSON or MessagePack) against the page rules."""
     with _answered(as_json):
+        _refuse_missing({"EVENTS": events})
         report = monitor_events(events, ADAPTERS[adapter], pages=pages)
     if as_json:
-        click.echo(json.dumps(report.json(), indent=2))
+        _print_json(report.json())
     for violation in report.violations:
         said = f"line {violation.line}: {violation.rule}: {violation.sentence}"
         _screen.print(escape(said), highlight=False, soft_wrap=True)
@@ -520,6 +576,7 @@ def replay(recording: Path, checking: bool, as_json: bool) -> None:
     columns = (TextColumn("replaying"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
     bars = Progress(*columns, TimeElapsedColumn(), console=_screen, transient=True)
     with _answered(as_json), bars:
+        _refuse_missing({"RECORDING": recording})
         task = bars.add_task("", total=None)
         done = play(
             recording,
@@ -528,7 +585,7 @@ def replay(recording: Path, checking: bool, as_json: bool) -> None:
         )
     if as_json:
         result = "ok" if done.difference is None else "differs"
-        click.echo(json.dumps({"result": result, **attrs.asdict(done)}))
+        _print_json({"result": result, **attrs.asdict(done)})
     for note in done.notes:
         _screen.print(escape(note), style="yellow", highlight=False, soft_wrap=True)
     verdict = "the same answers" if done.difference is None else escape(str(done.difference))

@@ -7,9 +7,9 @@ refused. EXTENDS of the standard modules costs nothing, of one's own reads the f
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import attrs
 from attrs import field, frozen
@@ -154,16 +154,17 @@ def load_model(spec: Path, config: Path) -> Model:
     names = {d.name: d for d in module.definitions}
     if "SPECIFICATION" in settings.overrides:
         settings = _behaviour(settings, names)
+    _refuse_undefined(settings, names, module.name)
     constants = {**settings.constants}
     for name in constants:
         if name not in module.constants:
-            raise SpecError(config, 1, 1, f"{name} = ...: {name} is no CONSTANT of {module.name}")
+            said = f"{name} = ...: {name} is no CONSTANT of {module.name}"
+            raise _error(config, name, said)
     plain = Evaluator(module, constants)
     for name, source in settings.overrides.items():
         if name not in module.constants:
-            raise SpecError(
-                config, 1, 1, f"{name} <- {source}: {name} is no CONSTANT of {module.name}"
-            )
+            said = f"{name} <- {source}: {name} is no CONSTANT of {module.name}"
+            raise _error(config, name, said)
         constants[name] = plain.value(source)
     missing = [name for name in module.constants if name not in constants]
     if missing:
@@ -175,6 +176,18 @@ def load_model(spec: Path, config: Path) -> Model:
                 "this ASSUME is false for the constants of the configuration"
             )
     return Model(evaluator, settings)
+
+
+def _refuse_undefined(settings: Config, names: Mapping[str, Definition], module: str) -> None:
+    """Refuse a name that the module does not define, where the configuration asks for it."""
+    symmetry = (settings.symmetry,) if settings.symmetry else ()
+    asked = (*settings.invariants, *settings.properties, *settings.constraints)
+    for name in (*asked, *settings.action_constraints, *symmetry):
+        if name not in names:
+            raise _error(settings.path, name, f"{name} is not defined in {module}")
+    for name in (settings.init, settings.next):
+        if isinstance(name, _Word) and name not in names:
+            raise name.span.error(f"{name} is not defined in {module}")
 
 
 def _refuse_confusion(part: object, settings: Config) -> None:
@@ -198,7 +211,7 @@ def _behaviour(settings: Config, names: dict[str, Definition]) -> Config:
     """Init, Next and fairness out of `Spec == Init /\\ [][Next]_vars /\\ ...`."""
     source = settings.overrides["SPECIFICATION"]
     if source not in names:
-        raise SpecError(settings.path, 1, 1, f"SPECIFICATION {source} is not defined")
+        raise _error(settings.path, source, f"SPECIFICATION {source} is not defined")
     spec = names[source]
     parts = _conjuncts(spec.body)
     boxes = [p for p in parts if p.op == "always" and p.expr(0).op == "box_action"]
@@ -230,36 +243,61 @@ _KEYWORDS = {
 _REFUSED = {"VIEW", "ALIAS", "POSTCONDITION"}
 
 
+@final
+class _Word(str):
+    """A word of a `.cfg`, and where it stands."""
+
+    __slots__ = ("span",)
+    span: Span
+
+
+def _words(path: Path) -> list[_Word]:
+    """The words of a `.cfg`, comments left out."""
+    blank = lambda comment: re.sub(r"[^\n]", " ", comment[0])  # noqa: E731
+    out = []
+    for number, line in enumerate(_COMMENT.sub(blank, read_text(path)).split("\n"), 1):
+        for found in _WORD.finditer(line):
+            word = _Word(found[0])
+            word.span = Span(path, number, found.start() + 1)
+            out.append(word)
+    return out
+
+
+def _error(path: Path, word: str, message: str) -> SpecError:
+    """The refusal of a word of a `.cfg`, where it stands; at its start if it is not there."""
+    return (word.span if isinstance(word, _Word) else Span(path, 1, 1)).error(message)
+
+
 def parse_config(path: Path) -> Config:
     """Read a `.cfg`. Model values (`r1 = r1`) are their own names."""
-    words = _WORD.findall(_COMMENT.sub(" ", read_text(path)))
+    words = _words(path)
     sections: dict[str, list[str]] = {}
+    opened: dict[str, _Word] = {}
     current: list[str] | None = None
     for word in words:
         if word in _KEYWORDS:
-            current = sections.setdefault(
-                word.rstrip("S") if word != "PROPERTIES" else "PROPERTY", []
-            )
+            keyword = word.rstrip("S") if word != "PROPERTIES" else "PROPERTY"
+            current = sections.setdefault(keyword, [])
+            opened.setdefault(keyword, word)
         elif current is None or word in _REFUSED:
-            raise SpecError(path, 1, 1, f"{word}: expected one of {', '.join(sorted(_KEYWORDS))}")
+            raise word.span.error(f"{word}: expected one of {', '.join(sorted(_KEYWORDS))}")
         else:
             current.append(word)
     given = sections.get("CONSTANT", [])
     constants, overrides = _constants(path, given)
+    _refuse_half(opened)
     if "SPECIFICATION" in sections:
-        if {"INIT", "NEXT"} & sections.keys():
-            raise SpecError(path, 1, 1, "SPECIFICATION beside INIT or NEXT; expected one of them")
-        overrides["SPECIFICATION"] = _only(path, sections, "SPECIFICATION", "")
+        overrides["SPECIFICATION"] = _only(opened, sections, "SPECIFICATION", "")
     return Config(
         path=path,
         constants=constants,
         overrides=overrides,
-        init=_only(path, sections, "INIT", "Init"),
-        next=_only(path, sections, "NEXT", "Next"),
+        init=_only(opened, sections, "INIT", "Init"),
+        next=_only(opened, sections, "NEXT", "Next"),
         invariants=tuple(sections.get("INVARIANT", [])),
         properties=tuple(sections.get("PROPERTY", [])),
-        symmetry=_only(path, sections, "SYMMETRY", "") or None,
-        check_deadlock=_truth(path, _only(path, sections, "CHECK_DEADLOCK", "TRUE")),
+        symmetry=_only(opened, sections, "SYMMETRY", "") or None,
+        check_deadlock=_truth(path, _only(opened, sections, "CHECK_DEADLOCK", "TRUE")),
         constraints=tuple(sections.get("CONSTRAINT", [])),
         action_constraints=tuple(sections.get("ACTION_CONSTRAINT", [])),
         model_values=frozenset(
@@ -271,17 +309,31 @@ def parse_config(path: Path) -> Config:
     )
 
 
-def _only(path: Path, sections: dict[str, list[str]], keyword: str, default: str) -> str:
+def _refuse_half(opened: Mapping[str, _Word]) -> None:
+    """Refuse a behaviour that is said twice, or by half."""
+    init, following = opened.get("INIT"), opened.get("NEXT")
+    half = init or following
+    if half is not None and "SPECIFICATION" in opened:
+        raise half.span.error("SPECIFICATION beside INIT or NEXT; expected one of them")
+    if half is not None and (init is None or following is None):
+        other = "NEXT" if half == "INIT" else "INIT"
+        raise half.span.error(f"{half} without {other}; expected both, or SPECIFICATION")
+
+
+def _only(
+    opened: Mapping[str, _Word], sections: Mapping[str, list[str]], keyword: str, default: str
+) -> str:
     """The one word after a keyword."""
     words = sections.get(keyword, [default])
     if len(words) != 1:
-        raise SpecError(path, 1, 1, f"{keyword}: got {len(words)} names; expected one")
+        message = f"{keyword}: got {len(words)} names; expected one"
+        raise opened[keyword].span.error(message)
     return words[0]
 
 
 def _truth(path: Path, word: str) -> bool:
     if word not in ("TRUE", "FALSE"):
-        raise SpecError(path, 1, 1, f"CHECK_DEADLOCK: got {word}; expected TRUE or FALSE")
+        raise _error(path, word, f"CHECK_DEADLOCK: got {word}; expected TRUE or FALSE")
     return word == "TRUE"
 
 
@@ -291,19 +343,19 @@ def _constants(path: Path, words: list[str]) -> tuple[dict[str, Any], dict[str, 
     rest = iter(words)
     for name in rest:
         if name in constants or name in overrides:
-            raise SpecError(path, 1, 1, f"{name} has two values; expected one")
+            raise _error(path, name, f"{name} has two values; expected one")
         sign, value = next(rest, "nothing"), next(rest, "nothing")
         if sign == "<-" and value.isidentifier():
             overrides[name] = value
         elif sign == "=":
-            constants[name] = _set(path, rest) if value == "{" else _constant(path, value)
+            constants[name] = _set(path, rest, value) if value == "{" else _constant(path, value)
         else:
             said = f"{name} {sign} {value}"
-            raise SpecError(path, 1, 1, f"{said}: expected {name} = value or {name} <- Name")
+            raise _error(path, name, f"{said}: expected {name} = value or {name} <- Name")
     return constants, overrides
 
 
-def _set(path: Path, rest: Iterator[str]) -> frozenset[Any]:
+def _set(path: Path, rest: Iterator[str], brace: str) -> frozenset[Any]:
     """The members up to the closing brace."""
     members: list[str] = []
     for word in rest:
@@ -311,13 +363,13 @@ def _set(path: Path, rest: Iterator[str]) -> frozenset[Any]:
             return frozenset(_constant(path, member) for member in members)
         if word != ",":
             members.append(word)
-    raise SpecError(path, 1, 1, "a set without its closing brace")
+    raise _error(path, brace, "a set without its closing brace")
 
 
 def _constant(path: Path, word: str) -> Any:
     if not _VALUE.fullmatch(word):
         expected = "a number, a string, TRUE, FALSE, a model value, or a set of them"
-        raise SpecError(path, 1, 1, f"{word}: got this as a value; expected {expected}")
+        raise _error(path, word, f"{word}: got this as a value; expected {expected}")
     if word.lstrip("-").isdigit():
         return int(word)
-    return {"TRUE": True, "FALSE": False}.get(word, word.strip('"'))
+    return {"TRUE": True, "FALSE": False}.get(word, str(word.strip('"')))
