@@ -25,10 +25,10 @@ Twice(x) == x + x
 Cut(e) == IF Len(e) > 2 THEN SubSeq(e, 1, 2) ELSE e
 Init == /\ case \in 0..%(last)d /\ step = 0 /\ n = 1 /\ s = {0, 2} /\ q = <<2>>
         /\ f = [a \in A |-> IF a = "u" THEN 1 ELSE 3] /\ r = [x |-> 1, y |-> FALSE]
-Fair == Init /\ [][Next]_<<case, step, n, s, f, q, r>> /\ WF_<<step>>(Next)
-Ends == \A i \in 0..%(last)d : (case = i /\ step = 0) ~> (case = i /\ step = 2)
 Begin(i) == case = i /\ step < 2 /\ step' = step + 1 /\ UNCHANGED case
-Wait(i) == Begin(i) /\ step = 0 /\ UNCHANGED <<n, s, f, q, r>>
+Go(i) == Begin(i) /\ UNCHANGED <<n, s, f, q, r>>
+Wait(i) == Go(i) /\ step = 0
+Grows == \A i \in 0..%(last)d : (case = i /\ step = 0) ~> (case = i /\ n > 1)
 """
 
 
@@ -44,6 +44,7 @@ def module(actions: list[str], last: str, invariant: str) -> str:
     lines.append(f"C{at} ==\n  /\\ Begin({at}) /\\ step = 1\n{last}")
     lines.append(f"W{at} == Wait({at})")
     lines.append("Next == " + " \\/ ".join([*(f"C{i}" for i in range(at)), f"W{at}", f"C{at}"]))
+    lines.append("Fair == Init /\\ [][Next]_step /\\ \\A i \\in {0, 1} : WF_step(Go(i))")
     lines.append(f"Inv == case = {at} /\\ step = 2 =>\n  {invariant}\n====\n")
     return "\n".join(lines)
 

@@ -1,5 +1,5 @@
 """Random specifications mean the same compiled and interpreted: states, steps, verdict, errors,
-and, where nothing is wrong up to there, whether every case ends.
+and, where nothing is wrong up to there, what becomes of each case.
 
 A model costs seconds to compile, so that one holds many cases; what fails is named by its text.
 """
@@ -44,7 +44,7 @@ WAIT = "  /\\ UNCHANGED <<n, s, f, q, r>>"
 def written(directory: Path, text: str) -> tuple[Path, Path]:
     spec, config = directory / "Fuzz.tla", directory / "Fuzz.cfg"
     spec.write_text(text)
-    config.write_text("SPECIFICATION Fair\nINVARIANT Inv\nPROPERTY Ends\nCHECK_DEADLOCK FALSE\n")
+    config.write_text("SPECIFICATION Fair\nINVARIANT Inv\nPROPERTY Grows\nCHECK_DEADLOCK FALSE\n")
     return spec, config
 
 
