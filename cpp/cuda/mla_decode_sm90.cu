@@ -9,8 +9,7 @@
 //               columns were, which nobody reads any more
 //   values      two warpgroups: each has half of the columns of O and adds P V to it
 // A tile is 64 rows, a row is a query token and a head, so that a key is read once for all of them.
-// What is split over blocks they merge in the same launch: each waits for the others of its tile
-// and takes a share of the tile. The launch is cooperative, so all of them are running.
+// What is split over blocks they merge in the same launch (mla_merge.cuh).
 
 #include <cuda.h>
 #include <cuda_bf16.h>
@@ -18,6 +17,7 @@
 #include <stdint.h>
 
 #include "hopper.cuh"
+#include "mla_merge.cuh"
 #include "mla_plan.cuh"
 
 namespace {
@@ -32,8 +32,6 @@ constexpr int kThreads = 512;
 // A maximum may lag behind by 2 before O is rescaled. The more it may, the less the heaviest weight
 // is like 1, which alone is not rounded: the error is 1.85e-3 at 2^0, 1.9e-3 at 2^1, 2.1e-3 at 2^8.
 constexpr float kLazy = 1.0f;
-constexpr int kConsumers = 384;
-constexpr int kWarps = kConsumers / 32;  // that merge
 
 // Where one thread of a warp arrives, a product of the warp is done. Where all threads arrive, they
 // have read or written shared memory themselves.
@@ -45,21 +43,6 @@ struct Shared {
   uint64_t q_full, q_empty;
   uint64_t full[kStages][kPieces], empty[kStages][kPieces], p_full[kStages];
   uint64_t sum_full, sum_empty;
-};
-
-struct Merging {  // lies where Q was
-  float weights[kWarps][kBlocksMax];
-  float4 sums[kWarps][32];
-};
-
-struct Call {
-  Plan plan;
-  __nv_bfloat16* out;  // [tokens, heads, 512]
-  float* lse;          // [tokens, heads]
-  float* part_out;     // [2 * blocks, 64, 512]
-  float* part_lse;     // [2 * blocks, 64], in powers of two
-  int heads;
-  float scale_log2;
 };
 
 // The first box of a piece, and how many it has.
@@ -95,34 +78,29 @@ __device__ void load(const Call& call, Shared& shared, const CUtensorMap* q_map,
                      const CUtensorMap* page_map) {
   const int lane = threadIdx.x % 32;
   // Pages that several tiles read should stay in L2 for the others.
-  const uint64_t policy = call.plan.tiles == 1 ? evict_first() : evict_normal();
-  // What comes first needs no walking; the queries must not wait behind a second page.
-  const int* early = call.plan.early + blockIdx.x * 3;
-  const int pages[2] = {early[0], early[1]}, row = early[2];
-  if (lane == 0 && pages[0] >= 0) {
-    load_page(shared, page_map, policy, 0, pages[0]);
-    load_queries(shared, q_map, row);
-    if (pages[1] >= 0) load_page(shared, page_map, policy, 1, pages[1]);
-  }
-  const int ahead_of = (pages[0] >= 0) + (pages[1] >= 0);
+  const uint64_t once = evict_first(), again = evict_normal();
   int turn = 0, tiles_loaded = 0, ids = 0;
-  for (Walk walk(call.plan, call.heads, blockIdx.x); walk.next();) {
-    const int* table = call.plan.page_table + int64_t(walk.row) * call.plan.columns;
-    for (int block = walk.first; block < walk.last; ++block, ++turn) {
-      const int ahead = (block - walk.first) % 32;
-      if (ahead == 0) ids = block + lane < walk.last ? __ldg(table + block + lane) : 0;
+  for (Items walk(call.plan, blockIdx.x); walk.next();) {
+    const Item& item = walk.item;
+    const int* table = call.plan.page_table + int64_t(item.row) * call.plan.columns;
+    const uint64_t policy = call.plan.tiles == 1 && item.phase == kAlone ? once : again;
+    // The queries must not wait behind a second page, nor the first page for them.
+    const int planned = (item.pages[0] >= 0) + (item.pages[1] >= 0);
+    if (lane == 0 && planned) {
+      load_page(shared, page_map, policy, turn, item.pages[0]);
+      wait(&shared.q_empty, (tiles_loaded & 1) ^ 1);
+      load_queries(shared, q_map, item.first_row);
+      if (planned > 1) load_page(shared, page_map, policy, turn + 1, item.pages[1]);
+    }
+    turn += planned;
+    for (int block = item.first + planned; block < item.last; ++block, ++turn) {
+      const int ahead = (block - item.first - planned) % 32;
+      if (ahead == 0) ids = block + lane < item.last ? __ldg(table + block + lane) : 0;
       const int page = __shfl_sync(~0u, ids, ahead);
-      if (lane == 0) {
-        if (turn >= ahead_of) load_page(shared, page_map, policy, turn, page);
-        // After the first page, which need not wait for the last tile's queries to be done with.
-        if (block == walk.first && turn >= ahead_of) {
-          wait(&shared.q_empty, (tiles_loaded & 1) ^ 1);
-          load_queries(shared, q_map, walk.first_row);
-        }
-      }
+      if (lane == 0) load_page(shared, page_map, policy, turn, page);
       __syncwarp();
     }
-    tiles_loaded += walk.first < walk.last;
+    tiles_loaded += planned > 0;
   }
 }
 
@@ -137,12 +115,13 @@ __device__ void score(const Call& call, Shared& shared) {
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   const int mine[2] = {warp * 16 + lane / 4, warp * 16 + lane / 4 + 8};
   int turn = 0, tiles_loaded = 0, tiles = 0;
-  for (Walk walk(call.plan, call.heads, blockIdx.x); walk.next(); ++tiles) {
+  for (Items walk(call.plan, blockIdx.x); walk.next(); ++tiles) {
+    const Item& item = walk.item;
     float best[2] = {-INFINITY, -INFINITY}, total[2] = {};
     int limit[2];
-    for (int i = 0; i < 2; ++i) limit[i] = walk.keys_seen(mine[i]);
-    if (walk.first < walk.last) wait(&shared.q_full, tiles_loaded++ & 1);
-    for (int block = walk.first; block < walk.last; ++block, ++turn) {
+    for (int i = 0; i < 2; ++i) limit[i] = item.keys_seen(mine[i], call.heads);
+    if (item.first < item.last) wait(&shared.q_full, tiles_loaded++ & 1);
+    for (int block = item.first; block < item.last; ++block, ++turn) {
       const int stage = turn % kStages;
       uint8_t* page = shared.pages[stage];
       float s[32];
@@ -159,7 +138,7 @@ __device__ void score(const Call& call, Shared& shared) {
       wgmma_commit();
       wgmma_wait<0>();
       keep(s);
-      if (block + 1 == walk.last && lane == 0) arrive(&shared.q_empty);
+      if (block + 1 == item.last && lane == 0) arrive(&shared.q_empty);
 
       const int key = block * kKeys + lane % 4 * 2;
 #pragma unroll
@@ -201,7 +180,7 @@ __device__ void score(const Call& call, Shared& shared) {
           const int at = mine[i] * 128 + ((n * 16 + lane % 4 * 4) ^ (mine[i] % 8 * 16));
           *reinterpret_cast<__nv_bfloat162*>(p_box + at) = pair;
         }
-      if ((block + 1) * kKeys > walk.length) clear_keys(page, walk.length - block * kKeys);
+      if ((block + 1) * kKeys > item.length) clear_keys(page, item.length - block * kKeys);
       fence_async();
       arrive(&shared.p_full[stage]);
     }
@@ -213,11 +192,11 @@ __device__ void score(const Call& call, Shared& shared) {
       if (lane % 4 == 0) {
         shared.inverse[mine[i]] = sum > 0.0f ? 1.0f / sum : 0.0f;
         const float log = sum > 0.0f ? best[i] + log2f(sum) : -INFINITY;
-        if (mine[i] < walk.rows) {
-          if (walk.slot < 0)
-            call.lse[walk.first_row + mine[i]] = log * 0.6931471805599453f;
+        if (mine[i] < item.rows) {
+          if (item.into < 0)
+            call.lse[item.first_row + mine[i]] = log * 0.6931471805599453f;
           else
-            call.part_lse[walk.slot * kRows + mine[i]] = log;
+            call.part_lse[(item.into + mine[i]) * 4] = log;
         }
       }
     }
@@ -225,26 +204,22 @@ __device__ void score(const Call& call, Shared& shared) {
   }
 }
 
-__device__ void put(const Call& call, const Walk& walk, const float (&o)[128],
-                    const float (&inverse)[2], const int (&mine)[2], int column) {
+__device__ void put(const Call& call, const Item& item, const float (&o)[128],
+                    const float (&inverse)[2], const int (&mine)[2], int half) {
+  const int column = half * 256 + threadIdx.x % 4 * 2;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    if (mine[i] >= walk.rows) continue;
-    const bool none = walk.first == walk.last;
-    if (walk.slot < 0) {
-      __nv_bfloat16* to = call.out + int64_t(walk.first_row + mine[i]) * kLatent + column;
+    const bool there = mine[i] < item.rows, none = item.first == item.last;
+    if (item.into >= 0) {
+      pack(call, there ? item.into + mine[i] : -1, half, o, i, inverse[i]);
+    } else if (there) {
+      __nv_bfloat16* to = call.out + int64_t(item.first_row + mine[i]) * kLatent + column;
 #pragma unroll
       for (int n = 0; n < 32; ++n) {
         const float a = none ? 0.0f : o[n * 4 + i * 2] * inverse[i];
         const float b = none ? 0.0f : o[n * 4 + i * 2 + 1] * inverse[i];
         *reinterpret_cast<__nv_bfloat162*>(to + n * 8) = __floats2bfloat162_rn(a, b);
       }
-    } else {
-      float* to = call.part_out + (int64_t(walk.slot) * kRows + mine[i]) * kLatent + column;
-#pragma unroll
-      for (int n = 0; n < 32; ++n)
-        *reinterpret_cast<float2*>(to + n * 8) =
-            float2{o[n * 4 + i * 2] * inverse[i], o[n * 4 + i * 2 + 1] * inverse[i]};
     }
   }
 }
@@ -253,15 +228,16 @@ __device__ void mix(const Call& call, Shared& shared, int half) {
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   const int mine[2] = {warp * 16 + lane / 4, warp * 16 + lane / 4 + 8};
   int turn = 0, tiles = 0;
-  for (Walk walk(call.plan, call.heads, blockIdx.x); walk.next(); ++tiles) {
+  for (Items walk(call.plan, blockIdx.x); walk.next(); ++tiles) {
+    const Item& item = walk.item;
     float o[128];
-    for (int block = walk.first; block < walk.last; ++block, ++turn) {
+    for (int block = item.first; block < item.last; ++block, ++turn) {
       const int stage = turn % kStages;
       const uint8_t* values = shared.pages[stage] + half * 4 * kBox;
       for (int piece = half; piece < 4; piece += 2)
         wait(&shared.full[stage][piece], turn / kStages & 1);
       wait(&shared.p_full[stage], turn / kStages & 1);
-      const bool first = block == walk.first;
+      const bool first = block == item.first;
       const float fade[2] = {shared.fade[stage][mine[0]], shared.fade[stage][mine[1]]};
       if (!first && __any_sync(~0u, fade[0] != 1.0f || fade[1] != 1.0f)) {
 #pragma unroll
@@ -290,117 +266,8 @@ __device__ void mix(const Call& call, Shared& shared, int half) {
     wait(&shared.sum_full, tiles & 1);
     const float inverse[2] = {shared.inverse[mine[0]], shared.inverse[mine[1]]};
     arrive(&shared.sum_empty);
-    put(call, walk, o, inverse, mine, half * 256 + lane % 4 * 2);
+    put(call, item, o, inverse, mine, half);
   }
-}
-
-// --- Merging what is split
-// ------------------------------------------------------------------------
-
-// A warp sums `Wide` float4 of one row over every `groups`th part; groups of warps share a row.
-template <int Wide>
-__device__ void merge_tile(const Call& call, const Walk& walk, const Split& split, Merging& shared,
-                           int groups) {
-  const int warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32;
-  const int group = warp % groups, at_once = kWarps / groups, cuts = 4 / Wide;
-  const int units = walk.rows * cuts, step = split.count * at_once;
-  for (int base = split.rank * at_once; base < units; base += step) {
-    const int unit = base + warp / groups, row = unit / cuts, cut = unit % cuts;
-    float4 sum[Wide] = {};
-    if (unit < units) {
-      float high = -INFINITY, total = 0.0f;
-      float* weights = shared.weights[warp];
-      __syncwarp();
-      for (int part = lane; part < split.count; part += 32) {
-        weights[part] = __ldcg(call.part_lse + split.slot(part) * kRows + row);
-        high = fmaxf(high, weights[part]);
-      }
-      for (int i = 16; i; i /= 2) high = fmaxf(high, __shfl_xor_sync(~0u, high, i));
-      const float from = high == -INFINITY ? 0.0f : high;
-      for (int part = lane; part < split.count; part += 32) {
-        weights[part] = exp2_fast(weights[part] - from);
-        total += weights[part];
-      }
-      for (int i = 16; i; i /= 2) total += __shfl_xor_sync(~0u, total, i);
-      __syncwarp();
-      const float inverse = total > 0.0f ? 1.0f / total : 0.0f;
-#pragma unroll(8 / Wide)
-      for (int part = group; part < split.count; part += groups) {
-        const float weight = weights[part] * inverse;
-        const float4* from_part = reinterpret_cast<const float4*>(
-            call.part_out + (int64_t(split.slot(part)) * kRows + row) * kLatent + cut * 128);
-#pragma unroll
-        for (int i = 0; i < Wide; ++i) {
-          const float4 value = __ldcg(from_part + i * 32 + lane);
-          sum[i].x += weight * value.x, sum[i].y += weight * value.y;
-          sum[i].z += weight * value.z, sum[i].w += weight * value.w;
-        }
-      }
-      if (group == 0 && cut == 0 && lane == 0)
-        call.lse[walk.first_row + row] =
-            total > 0.0f ? (high + log2f(total)) * 0.6931471805599453f : -INFINITY;
-    }
-    if (groups > 1) {
-      shared.sums[warp][lane] = sum[0];
-      sync_group(1, kConsumers);
-      if (group == 0)
-        for (int other = 1; other < groups; ++other) {
-          const float4 value = shared.sums[warp + other][lane];
-          sum[0].x += value.x, sum[0].y += value.y, sum[0].z += value.z, sum[0].w += value.w;
-        }
-      sync_group(1, kConsumers);
-    }
-    if (group == 0 && unit < units) {
-      __nv_bfloat16* to = call.out + int64_t(walk.first_row + row) * kLatent + cut * 128;
-#pragma unroll
-      for (int i = 0; i < Wide; ++i) {
-        __nv_bfloat162 pairs[2] = {__floats2bfloat162_rn(sum[i].x, sum[i].y),
-                                   __floats2bfloat162_rn(sum[i].z, sum[i].w)};
-        *reinterpret_cast<uint2*>(to + (i * 32 + lane) * 4) = *reinterpret_cast<uint2*>(pairs);
-      }
-    }
-  }
-}
-
-__device__ void merge(const Call& call, Merging& shared) {
-  __threadfence();
-  sync_group(1, kConsumers);
-  const bool speaks = threadIdx.x == 128;
-  unsigned target[2] = {};
-  int splits = 0;
-  for (Walk walk(call.plan, call.heads, blockIdx.x); walk.next();)
-    if (walk.slot >= 0) {
-      const Split split(call.plan, walk);
-      if (speaks) {
-        // Every block of the tile comes by once a launch: the count tells which launch this is.
-        const unsigned before = atomicAdd(call.plan.arrived + walk.counter(), 1u);
-        target[splits] = (before / split.count + 1) * split.count;
-      }
-      ++splits;
-    }
-  if (splits == 0) return;
-  splits = 0;
-  for (Walk walk(call.plan, call.heads, blockIdx.x); walk.next();)
-    if (walk.slot >= 0) {
-      const Split split(call.plan, walk);
-      if (speaks)
-        while (int(load_acquire(call.plan.arrived + walk.counter()) - target[splits]) < 0) {
-        }
-      ++splits;
-      sync_group(1, kConsumers);
-      const int units = walk.rows * 4;
-      if (split.count <= 16)
-        merge_tile<4>(call, walk, split, shared, 1);
-      else if (split.count >= units)
-        merge_tile<1>(call, walk, split, shared, 12);
-      else if (split.count * 3 >= units)
-        merge_tile<1>(call, walk, split, shared, 4);
-      else if (split.count * 6 >= units)
-        merge_tile<1>(call, walk, split, shared, 2);
-      else
-        merge_tile<1>(call, walk, split, shared, 1);
-      sync_group(1, kConsumers);
-    }
 }
 
 // --- Launching
@@ -409,8 +276,9 @@ __device__ void merge(const Call& call, Merging& shared) {
 __device__ void only_take(const Call& call, Shared& shared) {
   const int group = threadIdx.x / 128, lane = threadIdx.x % 32;
   int turn = 0, tiles_loaded = 0;
-  for (Walk walk(call.plan, call.heads, blockIdx.x); walk.next();) {
-    for (int block = walk.first; block < walk.last; ++block, ++turn) {
+  for (Items walk(call.plan, blockIdx.x); walk.next();) {
+    const Item& item = walk.item;
+    for (int block = item.first; block < item.last; ++block, ++turn) {
       const int stage = turn % kStages;
       for (int piece = 0; piece < kPieces; ++piece) {
         wait(&shared.full[stage][piece], turn / kStages & 1);
@@ -418,7 +286,7 @@ __device__ void only_take(const Call& call, Shared& shared) {
         if (mine) arrive(&shared.empty[stage][piece]);
       }
     }
-    if (walk.first == walk.last) continue;
+    if (item.first == item.last) continue;
     wait(&shared.q_full, tiles_loaded++ & 1);
     if (group == 1 && lane == 0) arrive(&shared.q_empty);
   }
@@ -483,27 +351,29 @@ extern "C" int mla_decode_sm90_blocks(void) {
 
 extern "C" int mla_decode_sm90_plan(const int* query_start, const int* kv_lens,
                                     const int* page_table, int* space, int rows, int columns,
-                                    int heads, int tiles, int blocks, int overhead, int cost_min,
-                                    void* stream) {
-  const Plan plan(query_start, kv_lens, page_table, space, rows, columns, tiles, blocks);
+                                    int heads, int tiles, int blocks, int whole_rows, int overhead,
+                                    int cost_min, int saved_min, void* stream) {
+  const Plan plan(query_start, kv_lens, page_table, space, rows, columns, tiles, blocks,
+                  whole_rows);
   make_plan<<<1, kPlanThreads, 0, static_cast<cudaStream_t>(stream)>>>(plan, heads, overhead,
-                                                                       cost_min);
+                                                                       cost_min, saved_min);
   return int(cudaGetLastError());
 }
 
 extern "C" int mla_decode_sm90(const void* q, const void* pages, const int* query_start,
                                const int* kv_lens, const int* page_table, int* space, void* out,
-                               float* lse, float* part_out, float* part_lse, int64_t q_stride,
+                               float* lse, void* part_out, float* part_lse, int64_t q_stride,
                                int64_t page_stride, int64_t key_stride, int tokens, int pages_count,
-                               int rows, int columns, int heads, int tiles, int blocks, float scale,
-                               int only_load, void* stream) {
-  const Call call{Plan(query_start, kv_lens, page_table, space, rows, columns, tiles, blocks),
-                  static_cast<__nv_bfloat16*>(out),
-                  lse,
-                  part_out,
-                  part_lse,
-                  heads,
-                  scale * 1.4426950408889634f};
+                               int rows, int columns, int heads, int tiles, int blocks,
+                               int whole_rows, float scale, int only_load, void* stream) {
+  const Call call{
+      Plan(query_start, kv_lens, page_table, space, rows, columns, tiles, blocks, whole_rows),
+      static_cast<__nv_bfloat16*>(out),
+      lse,
+      static_cast<uint4*>(part_out),
+      part_lse,
+      heads,
+      scale * 1.4426950408889634f};
   CUtensorMap q_map, page_map;
   const int64_t q_sizes[3] = {kWidth, int64_t(tokens) * heads, 1};
   const int64_t q_strides[2] = {q_stride, q_stride * tokens * heads};
@@ -520,7 +390,7 @@ extern "C" int mla_decode_sm90(const void* q, const void* pages, const int* quer
   together.id = cudaLaunchAttributeCooperative;
   together.val.cooperative = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(call.plan.blocks_used());
+  config.gridDim = dim3(call.plan.grid);
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = bytes;
   config.stream = static_cast<cudaStream_t>(stream);

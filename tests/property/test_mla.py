@@ -45,6 +45,10 @@ def problems(
     wide = max(1, *(-(-length // size) for _, length in rows))
     order = draw(st.permutations(range(wide * len(rows) + 2)))
     table = torch.tensor(order[: wide * len(rows)], dtype=torch.int32).view(len(rows), wide)
+    for row in range(1, len(rows)):
+        # Rows may begin with the pages of the row before, whole or not.
+        shared = draw(st.sampled_from([0, 0, 1, wide]) | st.integers(0, wide))
+        table[row, :shared] = table[row - 1, :shared]
     seed = draw(st.integers(0, 2**31))
     pages = torch.full((len(order), size, latent + rope), math.nan)
     for row, (_, length) in enumerate(rows):

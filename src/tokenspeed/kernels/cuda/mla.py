@@ -29,6 +29,13 @@ OVERHEAD = 2
 SHARE_MIN = 4
 """Fewest pages, with the overhead, for which one more block of the grid is worth its merging."""
 
+SAVED_MIN = 32
+"""Fewest pages that a group of rows must save, read once for all, to be worth its merging."""
+
+TOGETHER_MAX = 8192
+"""Most query tokens times heads of a step for which rows may form groups: beyond, tiles are full
+without, and room for partial results (2 KiB each) is dear."""
+
 
 def unsupported(problem: Problem) -> str | None:
     """Why this kernel cannot run a problem, or None."""
@@ -51,9 +58,9 @@ def _functions() -> ctypes.CDLL:
     found = library(LIBRARY)
     pointer, number, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     found.mla_decode_sm90_blocks.argtypes = []
-    found.mla_decode_sm90_plan.argtypes = [*[pointer] * 4, *[number] * 7, pointer]
+    found.mla_decode_sm90_plan.argtypes = [*[pointer] * 4, *[number] * 9, pointer]
     found.mla_decode_sm90.argtypes = [
-        *[pointer] * 10, *[long] * 3, *[number] * 7, ctypes.c_float, number, pointer,
+        *[pointer] * 10, *[long] * 3, *[number] * 8, ctypes.c_float, number, pointer,
     ]  # fmt: skip
     return found
 
@@ -67,6 +74,7 @@ class _Planned:
     part_lse: Tensor
     tiles: int
     blocks: int
+    whole_rows: int
 
 
 def _planned(plan: MlaPlan) -> _Planned:
@@ -74,19 +82,26 @@ def _planned(plan: MlaPlan) -> _Planned:
     rows, columns = plan.page_table.shape
     tiles = -(-plan.q_len_max * plan.heads // ROWS)
     blocks = _functions().mla_decode_sm90_blocks()
+    # Groups are whatever the device finds; that there may be some is decided here.
+    whole = rows * plan.q_len_max * plan.heads
+    whole_rows = whole if rows > 1 and whole <= TOGETHER_MAX else 0
     # As mla_plan.cuh cuts it.
-    ints = (rows + 1) + 2 * (BLOCKS_MAX + 1) + 2 * rows + 3 * BLOCKS_MAX + rows * tiles
+    phase = (rows + 1) + 2 * (BLOCKS_MAX + 1) + 2 * rows + rows * tiles
+    items = blocks + 2 * (rows * tiles + blocks)
+    ints = -(-(2 * phase + 2 * rows + 1) // 16) * 16 + 16 * items
     space = torch.empty(ints, dtype=torch.int32, device=device)
     _check(
         _functions().mla_decode_sm90_plan(
             plan.query_start.data_ptr(), plan.kv_lens.data_ptr(), plan.page_table.data_ptr(),
-            space.data_ptr(), rows, columns, plan.heads, tiles, blocks, OVERHEAD, SHARE_MIN,
-            _stream(device),
+            space.data_ptr(), rows, columns, plan.heads, tiles, blocks, whole_rows, OVERHEAD,
+            SHARE_MIN, SAVED_MIN, _stream(device),
         )
     )  # fmt: skip
-    part_lse = torch.empty(2 * blocks, ROWS, dtype=torch.float32, device=device)
-    part_out = torch.empty(2 * blocks, ROWS, LATENT, dtype=torch.float32, device=device)
-    return _Planned(space, part_out, part_lse, tiles, blocks)
+    # Two tiles of each block in each of two phases, then rows that a group has and are not split.
+    partial = 4 * blocks * ROWS + 2 * whole_rows
+    part_lse = torch.empty(partial, 4, dtype=torch.float32, device=device)
+    part_out = torch.empty(partial, LATENT, dtype=torch.float16, device=device)
+    return _Planned(space, part_out, part_lse, tiles, blocks, whole_rows)
 
 
 def _stream(device: torch.device) -> int:
@@ -132,7 +147,8 @@ def _run(
                 plan.kv_lens.data_ptr(), plan.page_table.data_ptr(), on.space.data_ptr(),
                 out.data_ptr(), lse.data_ptr(), on.part_out.data_ptr(), on.part_lse.data_ptr(),
                 q.stride(1), kv_pages.stride(0), kv_pages.stride(1), tokens, kv_pages.shape[0],
-                rows, columns, heads, on.tiles, on.blocks, scale, only_load, _stream(q.device),
+                rows, columns, heads, on.tiles, on.blocks, on.whole_rows, scale, only_load,
+                _stream(q.device),
             )
         )  # fmt: skip
     return out, lse

@@ -1,0 +1,246 @@
+// What is split over blocks they merge in the same launch: each has a partial result of its keys,
+// waits for the others of its tile and takes a share of the tile. The launch is cooperative, so all
+// of them are running.
+// Rule: sums run in the order of the keys, whoever comes first.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <stdint.h>
+
+#include "hopper.cuh"
+#include "mla_plan.cuh"
+
+namespace {
+
+constexpr int kConsumers = 384;
+constexpr int kWarps = kConsumers / 32;  // that merge
+constexpr int kFew = 12;                 // parts that a warp sums by whole rows
+
+// Lies where Q was.
+struct Merging {
+  float4 weights[kWarps][2 * kBlocksMax];  // lse, then the weights of the halves
+  float sums[kWarps][8][32];
+  unsigned launch;  // of this plan, from 0 on
+};
+
+struct Call {
+  Plan plan;
+  __nv_bfloat16* out;  // [tokens, heads, 512]
+  float* lse;          // [tokens, heads]
+  uint4* part_out;     // [rows of partial results, 64]: Item::into, and pack for what is in them
+  float* part_lse;     // [the same rows, 4]: lse in powers of two, and what to scale the halves by
+  int heads;
+  float scale_log2;
+};
+
+// Half of a row of a partial result, by four threads that have 64 columns of it each, in half
+// precision, whose 11 bits add nothing to what bfloat16 loses later. The largest value becomes
+// 2^14 to 2^15, so that none overflows; four threads' chunks of 8 columns lie beside each other.
+__device__ void pack(const Call& call, int row, int half, const float (&o)[128], int i,
+                     float inverse) {
+  const int lane = threadIdx.x % 4;
+  float high = 0.0f;
+#pragma unroll
+  for (int n = 0; n < 64; ++n) high = fmaxf(high, fabsf(o[n / 2 * 4 + i * 2 + n % 2]));
+  high = fmaxf(high, __shfl_xor_sync(~0u, high, 1));
+  high = fmaxf(high, __shfl_xor_sync(~0u, high, 2)) * inverse;
+  const int exponent = max(__float_as_int(high) >> 23, 15);
+  const float up = __int_as_float((268 - exponent) << 23) * inverse;
+  if (row < 0) return;
+  if (lane == 0) call.part_lse[row * 4 + 1 + half] = __int_as_float((exponent - 14) << 23);
+  uint4* to = call.part_out + row * 64 + half * 32 + lane;
+#pragma unroll
+  for (int n = 0; n < 8; ++n) {
+    __half2 pairs[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const float* two = o + (n * 4 + k) * 4 + i * 2;
+      pairs[k] = __floats2half2_rn(two[0] * up, two[1] * up);
+    }
+    to[n * 4] = *reinterpret_cast<uint4*>(pairs);
+  }
+}
+
+// The parts of what the row `q_row` of a group does not share; none have no count.
+__device__ Split own_parts(const Call& call, const Item& item, int q_row) {
+  const Plan& plan = call.plan;
+  const int lane = threadIdx.x % 32, token = q_row / call.heads;
+  const int* starts = plan.query_start + item.row;
+  const int members = plan.members[item.row];
+  int row = 0;
+  for (int base = 0; base < members; base += 32) {
+    const bool earlier = base + lane < members && __ldg(starts + base + lane + 1) <= token;
+    row += __popc(__ballot_sync(~0u, earlier));
+  }
+  const int at = q_row - __ldg(starts + row) * call.heads;
+  row += item.row;
+  const auto& planned = plan.phase[kAlone];
+  Split split(plan, kAlone, plan.lanes(kAlone), planned.split_first[row], planned.split_count[row],
+              at / kRows, at % kRows, q_row);
+  if (plan.blocks(kAlone, row) == 0) split.count = 0;
+  return split;
+}
+
+// A warp sums `Wide` halves of one row over every `groups`th part; groups of warps share a row. The
+// first values are on their way while the weights of all parts come.
+template <int Wide, bool Joins>
+__device__ void merge_tile(const Call& call, const Item& item, Merging& shared, int groups) {
+  constexpr int kSome = 6 / Wide;  // parts at a time
+  const int warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32;
+  const int group = warp % groups, at_once = kWarps / groups;
+  const int cuts = 2 / Wide, units = item.rows * cuts, step = item.parts * at_once;
+  const int lanes = call.plan.lanes(Phase(item.phase));
+  for (int base = item.rank * at_once; base < units; base += step) {
+    const int unit = base + warp / groups, row = unit / cuts, half = unit % cuts;
+    const int q_row = item.first_row + row;
+    float sum[Wide][8] = {};
+    int from_part = group, every = groups;
+    // Not known before: what follows from them must not be kept in registers across the loop.
+    asm volatile("" : "+r"(from_part), "+r"(every));
+    if (unit < units) {
+      float high = -INFINITY, total = 0.0f;
+      float4* weights = shared.weights[warp];
+      const Split split(call.plan, item.phase, lanes, item.start, item.parts, item.tile, row,
+                        q_row);
+      const Split own = Joins ? own_parts(call, item, q_row) : split;
+      const int parts = Joins ? split.count + own.count : split.count;
+      const auto place = [&](int part) {
+        return Joins && part >= split.count ? own.at(part - split.count) : split.at(part);
+      };
+      __syncwarp();
+      uint4 some[kSome][Wide];
+      const auto fetch = [&](int first) {
+#pragma unroll
+        for (int j = 0; j < kSome; ++j)
+#pragma unroll
+          for (int i = 0; i < Wide; ++i) {
+            const int part = first + j * every;
+            const unsigned at = place(part) * 64 + (half + i) * 32 + lane;
+            some[j][i] = part < parts ? __ldcg(call.part_out + at) : uint4{};
+          }
+      };
+      fetch(from_part);
+#pragma unroll 2
+      for (int part = lane; part < parts; part += 32) {
+        const float4* from = reinterpret_cast<const float4*>(call.part_lse) + place(part);
+        weights[part] = __ldcg(from);
+        high = fmaxf(high, weights[part].x);
+      }
+      for (int i = 16; i; i /= 2) high = fmaxf(high, __shfl_xor_sync(~0u, high, i));
+      const float from = high == -INFINITY ? 0.0f : high;
+#pragma unroll 1
+      for (int part = lane; part < parts; part += 32) {
+        const float weight = exp2_fast(weights[part].x - from);
+        weights[part].y *= weight, weights[part].z *= weight;
+        total += weight;
+      }
+      for (int i = 16; i; i /= 2) total += __shfl_xor_sync(~0u, total, i);
+      __syncwarp();
+      const float inverse = total > 0.0f ? 1.0f / total : 0.0f;
+      for (int first = from_part;;) {
+#pragma unroll
+        for (int j = 0; j < kSome; ++j) {
+          const int part = first + j * every;
+#pragma unroll
+          for (int i = 0; i < Wide; ++i) {
+            const float weight = part < parts ? (&weights[part].y)[half + i] * inverse : 0.0f;
+            const __half2* pairs = reinterpret_cast<const __half2*>(&some[j][i]);
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+              const float2 two = __half22float2(pairs[k]);
+              sum[i][k * 2] += weight * two.x, sum[i][k * 2 + 1] += weight * two.y;
+            }
+          }
+        }
+        first += kSome * every;
+        if (first >= parts) break;
+        fetch(first);
+      }
+      if (group == 0 && half == 0 && lane == 0)
+        call.lse[q_row] = total > 0.0f ? (high + log2f(total)) * 0.6931471805599453f : -INFINITY;
+    }
+    if (groups > 1) {
+      for (int k = 0; k < 8; ++k) shared.sums[warp][k][lane] = sum[0][k];
+      sync_group(1, kConsumers);
+      if (group == 0)
+        for (int other = 1; other < groups; ++other)
+          for (int k = 0; k < 8; ++k) sum[0][k] += shared.sums[warp + other][k][lane];
+      sync_group(1, kConsumers);
+    }
+    if (group == 0 && unit < units) {
+      const int column = half * 256 + lane / 4 * 32 + lane % 4 * 2;
+      __nv_bfloat16* to = call.out + int64_t(q_row) * kLatent + column;
+#pragma unroll
+      for (int k = 0; k < 4 * Wide; ++k)
+        *reinterpret_cast<__nv_bfloat162*>(to + k / 4 * 256 + k % 4 * 8) =
+            __floats2bfloat162_rn(sum[k / 4][k % 4 * 2], sum[k / 4][k % 4 * 2 + 1]);
+    }
+  }
+}
+
+// Until whoever has a part of the tile has brought it, in this launch.
+__device__ void await(const unsigned* counter, unsigned launch, int count) {
+  while (int(load_acquire(counter) - (launch + 1) * count) < 0) {
+  }
+}
+
+// The keys that the members of a group do not share.
+__device__ void await_members(const Call& call, const Item& item, unsigned launch) {
+  const Plan& plan = call.plan;
+  const int members = plan.members[item.row], last = item.first_row + item.rows;
+  for (int i = threadIdx.x - 128; i < members; i += kConsumers) {
+    const int row = item.row + i, from = __ldg(plan.query_start + row) * call.heads;
+    const int to = __ldg(plan.query_start + row + 1) * call.heads;
+    if (to <= item.first_row || from >= last || plan.blocks(kAlone, row) == 0) continue;
+    const int count = plan.phase[kAlone].split_count[row];
+    for (int tile = 0; from + tile * kRows < to; ++tile)
+      await(plan.counter(kAlone, row, tile), launch, count);
+  }
+}
+
+template <bool Joins>
+__device__ void merge_item(const Call& call, const Item& item, Merging& shared) {
+  if (Joins) await_members(call, item, shared.launch);
+  sync_group(1, kConsumers);
+  // As many warps a row as leave no block a second round.
+  int groups = kWarps;
+  while (groups > 1 && item.parts * (kWarps / groups) < item.rows * 2)
+    groups = groups == 12 ? 6 : groups == 6 ? 4 : groups - 1;
+  if (item.parts <= kFew)
+    merge_tile<2, Joins>(call, item, shared, 1);
+  else
+    merge_tile<1, Joins>(call, item, shared, groups);
+  sync_group(1, kConsumers);
+}
+
+__device__ void merge(const Call& call, Merging& shared) {
+  __threadfence();
+  sync_group(1, kConsumers);
+  const bool speaks = threadIdx.x == 128;
+  bool merges = false;
+  for (Items walk(call.plan, blockIdx.x); walk.next();) {
+    const Item& item = walk.item;
+    if (item.into < 0) continue;
+    // Every block of the tile comes by once a launch: the count tells which launch this is.
+    if (speaks) {
+      unsigned* counter = call.plan.counter(item.phase, item.row, item.tile);
+      shared.launch = atomicAdd(counter, 1u) / item.parts;
+    }
+    merges |= item.merges();
+  }
+  if (!merges) return;
+  sync_group(1, kConsumers);
+  for (Items walk(call.plan, blockIdx.x); walk.next();) {
+    const Item& item = walk.item;
+    if (!item.merges()) continue;
+    if (speaks)
+      await(call.plan.counter(item.phase, item.row, item.tile), shared.launch, item.parts);
+    if (item.joins)
+      merge_item<true>(call, item, shared);
+    else
+      merge_item<false>(call, item, shared);
+  }
+}
+
+}  // namespace
