@@ -219,6 +219,30 @@ def test_hopper_splits_long_rows_and_packs_short_ones(
 
 
 @needs_hopper
+@pytest.mark.parametrize(
+    ("lens", "shared", "heads", "q_len"),
+    [
+        ([16384] * 8, [256] * 8, 16, 1),
+        ([9000 + 70 * i for i in range(20)], [140] * 20, 16, 3),
+        ([6000] * 9, [0, 90, 90, 3, 90, 90, 0, 93, 93], 5, 2),
+        ([1000] * 300, [0, 15, 15] * 100, 16, 1),
+        ([129 + 64 * i for i in range(60)], [60] * 60, 1, 5),
+        ([2300, 2200, 2100], [0, 32, 32], 128, 1),
+    ],
+)
+def test_hopper_reads_once_what_rows_share(
+    lens: list[int], shared: list[int], heads: int, q_len: int
+) -> None:
+    """shared: pages that a row begins with like the one before it."""
+    pages = random(1, 5200, 64, 576).to(torch.bfloat16)
+    q = random(2, len(lens) * q_len, heads, 576).to(torch.bfloat16)
+    plan = of_lengths(lens, heads, q_len, 5200, 3)
+    for row in range(1, len(lens)):
+        plan.page_table[row, : shared[row]] = plan.page_table[row - 1, : shared[row]]
+    agree(HOPPER, q, pages, plan, error_max=3e-3)
+
+
+@needs_hopper
 def test_hopper_launches_do_not_disturb_each_other() -> None:
     """Back to back, with other pages and lengths each time, on one stream and without waiting."""
     pages = there(random(1, 2200, 64, 576).to(torch.bfloat16))
@@ -247,7 +271,13 @@ def test_hopper_plans_anew_at_each_replay_of_a_graph() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = step()
-    for lens in ([9000, 9000], [1, 8999], [4097, 0]):
+    apart = plan.page_table.clone()
+    for shared, lens in (
+        *((0, [9000, 9000]), (0, [1, 8999]), (0, [4097, 0])),
+        *((60, [9000, 8000]), (141, [9000, 9000]), (0, [9000, 9000])),
+    ):
         plan.kv_lens.copy_(torch.tensor(lens))
+        plan.page_table.copy_(apart)
+        plan.page_table[1, :shared] = apart[0, :shared]
         graph.replay()
         assert rel(out, reference(q, pages, plan)[0]) <= 3e-3
