@@ -26,7 +26,7 @@ BLOCKS_MAX = 144
 OVERHEAD = 2
 """What a row costs beside its keys, in pages: its queries are loaded and its result is written."""
 
-SHARE_MIN = 4
+SHARE_MIN = 3
 """Fewest pages, with the overhead, for which one more block of the grid is worth its merging."""
 
 SAVED_MIN = 32
