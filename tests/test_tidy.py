@@ -320,6 +320,14 @@ def exact_exports(s: Source) -> Iterator[tuple[int, str]]:
         yield line, f"__all__ has {name}, which is not here; remove it"
 
 
+def one_profile(s: Source) -> Iterator[tuple[int, str]]:
+    """A profile of Hypothesis holds for the whole process: a file's own would change all others."""
+    for node in ast.walk(s.tree):
+        loads = isinstance(node, ast.Attribute) and node.attr == "load_profile"
+        if loads and s.path != "tests/conftest.py":
+            yield node.lineno, "load_profile is for conftest.py; put @settings on the test"
+
+
 PYTHON_RULES: dict[Rule, tuple[str, str]] = {
     # rule -> (which files, a text that breaks it)
     arrows: ("src/", "from tokenspeed.fsm import check"),
@@ -331,6 +339,7 @@ PYTHON_RULES: dict[Rule, tuple[str, str]] = {
     no_swallowed_exceptions: ("", "try:\n    f()\nexcept Exception:\n    x = 1"),
     nothing_unpickled: ("src/", "import torch\ntorch.load('x')"),
     exact_exports: ("src/", "from tokenspeed.plan import StepPlan"),
+    one_profile: ("", "settings.load_profile('few')"),
 }
 BREAKS_IN: dict[Rule, str] = {
     no_forbidden_packages: "src/tokenspeed/fsm/x.py",

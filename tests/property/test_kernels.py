@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from tokenspeed import kernels
 from tokenspeed.kernels import AttentionPlan, registry
 
-# Triton's interpreter takes a second for what others do in a millisecond.
-settings.register_profile(
-    "few", parent=settings.default, max_examples=int(os.environ.get("EXAMPLES", "100"))
-)
-settings.load_profile("few")
-
-BACKENDS = [name for name in registry.names if name != "reference"]
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
 
 # Triton runs on a GPU where there is one, and under its interpreter elsewhere.
 ON_GPU = {"triton"} if torch.cuda.is_available() else set()
+
+
+def backends(op: str) -> list[str]:
+    """Those that have the op, beside the reference."""
+    return [name for name in registry.offering(op) if name != "reference"]
 
 
 def tensor(seed: int, *shape: int, dtype: torch.dtype) -> Tensor:
@@ -64,7 +60,7 @@ dtypes = st.sampled_from(sorted(TOLERANCE, key=str))
 seeds = st.integers(0, 2**31)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends("rms_norm"))
 @given(dtypes, seeds, st.integers(1, 7), st.sampled_from([1, 2, 8, 33]))
 def test_dense_ops(backend: str, dtype: torch.dtype, seed: int, tokens: int, width: int) -> None:
     x = tensor(seed, tokens, 2 * width, dtype=dtype)
@@ -80,7 +76,7 @@ def test_dense_ops(backend: str, dtype: torch.dtype, seed: int, tokens: int, wid
     agree("embedding", backend, ids, x)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends("rope"))
 @given(dtypes, seeds, st.integers(1, 6), st.sampled_from([(1, 1), (4, 1), (9, 3), (4, 4)]))
 def test_rope(
     backend: str, dtype: torch.dtype, seed: int, tokens: int, heads: tuple[int, int]
@@ -114,7 +110,7 @@ def steps(draw: st.DrawFn) -> tuple[AttentionPlan, int, int]:
     return plan, pages, int(starts[-1])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends("paged_attention"))
 @given(
     dtypes,
     seeds,
@@ -143,7 +139,7 @@ def behind_is_nan(plan: AttentionPlan, window: int, hole: int) -> None:
         plan.page_table[row, : max(0, context + 1 - window) // plan.page_size] = hole
 
 
-@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("backend", registry.offering("paged_attention"))
 @given(seeds, steps(), st.sampled_from([(1, 1), (9, 3)]), st.integers(1, 50))
 def test_a_window_hides_what_is_behind_it(
     backend: str,
@@ -187,7 +183,7 @@ def full_matrix(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, window: in
     return out
 
 
-@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("backend", registry.offering("kv_write"))
 @given(dtypes, seeds, st.integers(1, 8))
 def test_kv_write_puts_each_token_in_its_place(
     backend: str, dtype: torch.dtype, seed: int, tokens: int

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import math
-import os
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from tokenspeed.kernels import MlaPlan, mla_decode, mla_decode_plan, registry
 from tokenspeed.kernels.listing import parse
 from tokenspeed.kernels.mla import mla_problem
-
-settings.register_profile(
-    "few", parent=settings.default, max_examples=int(os.environ.get("EXAMPLES", "60"))
-)
-settings.load_profile("few")
 
 ON_GPU = torch.cuda.is_available()
 ROPE = 16

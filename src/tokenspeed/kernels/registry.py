@@ -67,6 +67,10 @@ class Registry:
         """Backends, best first."""
         return tuple(backend.name for backend in self._backends)
 
+    def offering(self, op: str) -> tuple[str, ...]:
+        """Backends that have the op, for some problems at least, best first."""
+        return tuple(backend.name for backend in self._backends if op in backend.functions)
+
     def add(self, backend: Backend) -> None:
         """Register one more backend.
 
