@@ -258,3 +258,11 @@ def test_without_drafts_none_are_taken() -> None:
     assert scheduler.propose(0, np.array([1], np.int32)) == 0
     with pytest.raises(ValueError, match="draft_tokens: got -1; expected 0 to 1024"):
         Scheduler(pages=8, context_max=16, draft_tokens=-1)
+
+
+@pytest.mark.parametrize("token", [-1, 2**31, 2**32 + 5])
+def test_what_is_no_token_is_not_guessed(token: int) -> None:
+    scheduler = Scheduler(pages=8, slots=1, step_tokens=16, context_max=32, draft_tokens=2)
+    for draft in ([token], np.array([3, token], np.int64)):
+        with pytest.raises(ValueError, match="draft: got a token out of bounds; expected 0 to"):
+            scheduler.propose(1, draft)  # type: ignore[arg-type]

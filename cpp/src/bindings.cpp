@@ -372,6 +372,10 @@ PYBIND11_MODULE(_core, m) {
           "propose",
           [](Native& self, std::int64_t number, const Ints& draft) {
             const auto tokens = draft.span();
+            // -1 ends a run of tokens, so it must not be one.
+            if (!draft.whole() || std::ranges::any_of(tokens, [](Token t) { return t < 0; })) {
+              throw py::value_error("draft: got a token out of bounds; expected 0 to 2147483647");
+            }
             return self.run([&](Scheduler& s) { return s.propose(number, tokens); });
           },
           py::arg("number"), py::arg("draft"))

@@ -77,7 +77,7 @@ class HostKV:
             with self._on_stream():
                 good = np.concatenate([self._store(stores), self._load(loads)])
             return tickets, good
-        except Exception:
+        except Exception:  # whatever a copy fails of, its tickets end, and the pages are computed
             log.exception("%d copies between device and host failed", len(tickets))
             return tickets, np.zeros(len(tickets), np.bool_)
 
