@@ -40,7 +40,7 @@ def interleaved(tensor: np.ndarray, heads: int) -> np.ndarray:
 
 def write_gguf(path: Path, source: Path, kind: str = "F32") -> Path:
     """The tiny checkpoint as GGUF, by the gguf package's own writer."""
-    config = models.ModelConfig.from_hf(source / "config.json")
+    config = models.read_config(source / "config.json")
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(config.layers)
     writer.add_context_length(config.context_max)
@@ -202,16 +202,22 @@ def edit_config(copy: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"model_type": "mamba"}, "architecture 'mamba'; supported: llama, mistral, qwen2"),
+        ({"model_type": "mamba"}, "architecture 'mamba'; supported: llama, mistral, qwen2, qwen3"),
         ({"hidden_size": "32"}, "hidden is '32'"),
         ({"num_hidden_layers": 0}, "layers is 0"),
         ({"num_attention_heads": 3}, "3 heads over 2 KV heads"),
         ({"head_dim": 7}, "head_dim 7 is odd"),
         ({"rms_norm_eps": float("nan")}, "norm_eps is nan"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope scaling 'yarn'"),
+        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "rope scaling 'longrope'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "mscale": "1"}}, "mscale is '1'"),
         ({"rope_scaling": {"type": "linear"}}, "factor is None"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantised"),
+        ({"quantization_config": {"quant_method": "awq", "weight_block_size": [8, 8]}}, "awq"),
+        (
+            {"quantization_config": {"quant_method": "fp8", "weight_block_size": [0, 8]}},
+            "quantised",
+        ),
         ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is 0"),
         ({"model_type": "mistral", "sliding_window": "8"}, "sliding_window is '8'"),
         (
@@ -255,7 +261,7 @@ def test_each_layer_has_the_window_that_the_file_says(
     copy: Path, changes: dict[str, Any], windows: tuple[int | None, ...]
 ) -> None:
     edit_config(copy, **changes)
-    config = models.ModelConfig.from_hf(copy / "config.json")
+    config = models.read_config(copy / "config.json")
     assert config.windows == windows
     assert [config.window(layer) for layer in range(2)] == list(windows or (None, None))
 

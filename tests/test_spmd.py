@@ -18,7 +18,7 @@ from torch import Tensor
 import tiny
 from tokenspeed import models
 from tokenspeed.errors import ConfigError, PlacementError, StepError
-from tokenspeed.models import ModelConfig
+from tokenspeed.models import LlamaConfig
 from tokenspeed.plan import StepPlan
 from tokenspeed.spmd import (
     KV,
@@ -38,7 +38,7 @@ from tokenspeed.spmd import (
 from tokenspeed.spmd.batch import Slots
 from tokenspeed.spmd.params import Constant, Parameter, Source
 
-SMOLLM2 = ModelConfig(
+SMOLLM2 = LlamaConfig(
     architecture="llama",
     vocab_size=49152,
     layers=30,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from tokenspeed.models import ModelConfig, llama
+from tokenspeed.models import LlamaConfig, llama, read_config
 from tokenspeed.spmd.params import Parameter, leaves
 
 CONFIG: dict[str, Any] = {
@@ -35,7 +35,8 @@ def write(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({**CONFIG, **changes}))
     (folder / "tokenizer.json").write_text("{}")
-    config = ModelConfig.from_hf(folder / "config.json")
+    config = read_config(folder / "config.json")
+    assert isinstance(config, LlamaConfig)
     random = torch.Generator().manual_seed(seed)
     tensors = {
         source.name: torch.randn(source.shape, generator=random) * 0.2

@@ -191,6 +191,8 @@ class _Transformers:
             torch.set_num_threads(config.threads)
         checkpoint = models.open_checkpoint(path)
         shape = checkpoint.config
+        if not isinstance(shape, models.LlamaConfig):
+            raise ConfigError("model", shape.architecture, "a model of Llama's shape for this peer")
         settings = LlamaConfig(
             vocab_size=shape.vocab_size,
             hidden_size=shape.hidden,

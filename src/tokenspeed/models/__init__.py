@@ -13,6 +13,9 @@ from tokenspeed.models.build import default_pages as default_pages
 from tokenspeed.models.build import host_pages as host_pages
 from tokenspeed.models.checkpoint import Checkpoint as Checkpoint
 from tokenspeed.models.checkpoint import open_checkpoint as open_checkpoint
-from tokenspeed.models.config import SUPPORTED as SUPPORTED
+from tokenspeed.models.config import LlamaConfig as LlamaConfig
 from tokenspeed.models.config import ModelConfig as ModelConfig
+from tokenspeed.models.deepseek_config import DeepseekConfig as DeepseekConfig
+from tokenspeed.models.families import find_config as find_config
+from tokenspeed.models.families import read_config as read_config
 from tokenspeed.models.hub import resolve_model as resolve_model

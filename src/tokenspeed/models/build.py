@@ -17,14 +17,23 @@ from torch import Tensor
 
 from tokenspeed.config import HOST_PAGES_MAX, EngineConfig
 from tokenspeed.errors import CheckpointError, ConfigError
-from tokenspeed.models import llama
 from tokenspeed.models.checkpoint import Checkpoint
 from tokenspeed.models.config import ModelConfig
+from tokenspeed.models.families import Family
 from tokenspeed.spmd.collectives import Communicator
 from tokenspeed.spmd.compile import Program, compile_model
 from tokenspeed.spmd.kv import KVSpec
 from tokenspeed.spmd.mesh import Mesh
-from tokenspeed.spmd.params import Constant, Parameter, Path, Tree, allocate, leaves, shard_slice
+from tokenspeed.spmd.params import (
+    Constant,
+    Parameter,
+    Path,
+    Source,
+    Tree,
+    allocate,
+    leaves,
+    shard_slice,
+)
 from tokenspeed.spmd.placement import REPLICATED
 
 __all__ = [
@@ -68,8 +77,8 @@ def compile_config(
     config: ModelConfig, mesh: Mesh, communicator: Communicator | None = None
 ) -> Program:
     """Compile the model that a configuration describes; reads no weights. Raises PlacementError."""
-    function = partial(llama.forward, config=config)
-    tree = llama.parameters(config)
+    family = Family.of(config)
+    function, tree = partial(family.forward, config=config), family.parameters(config)
     return compile_model(function, tree, config.layers, mesh=mesh, communicator=communicator)
 
 
@@ -99,13 +108,12 @@ def build(
     if dtype not in _DTYPES:
         raise ConfigError("dtype", dtype, f"one of {', '.join(_DTYPES)}")
     config = checkpoint.config
-    tree = llama.parameters(config)
+    tree = Family.of(config).parameters(config)
     program = compile_config(config, mesh, communicator)
     _check_tensors(checkpoint, tree)
     kind: dict[str, Any] = {"dtype": _DTYPES[dtype], "device": torch.device(device)}
     params = _load(checkpoint, tree, program, kind, progress or _silent)
-    heads = params["layers"][0]["attention"]["out"].shape[1] * config.kv_heads // config.heads
-    kv = KVSpec(layers=config.layers, heads=heads // config.head_dim, dim=config.head_dim, **kind)
+    kv = KVSpec(layers=config.layers, parts=_cached(config, mesh), **kind)
     return Model(config=config, step=program, params=params, kv=kv)
 
 
@@ -169,6 +177,15 @@ def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _cached(config: ModelConfig, mesh: Mesh) -> tuple[tuple[int, ...], ...]:
+    """What this rank keeps of a token in a layer: the shape of each part."""
+    parts = []
+    for shape, lies in Family.of(config).cached(config):
+        index = shard_slice(Source("KV", shape), lies, mesh, ("kv",))
+        parts.append(tuple(one.stop - one.start for one in index))
+    return tuple(parts)
 
 
 def _check_tensors(checkpoint: Checkpoint, tree: Tree) -> None:

@@ -22,7 +22,8 @@ from torch import Tensor
 from tokenspeed.config import TokenizerSource
 from tokenspeed.errors import CheckpointError
 from tokenspeed.models import llama
-from tokenspeed.models.config import ModelConfig, read_json
+from tokenspeed.models.config import LlamaConfig, ModelConfig, read_json
+from tokenspeed.models.families import read_config
 from tokenspeed.models.gguf_file import GGUFFile
 
 __all__ = ["Checkpoint", "GGUFCheckpoint", "HuggingFaceCheckpoint", "TensorInfo", "open_checkpoint"]
@@ -93,7 +94,7 @@ class GGUFCheckpoint(Checkpoint):
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = GGUFFile(path)
-        self.config = ModelConfig.from_gguf(path, self._file.meta, self._file.tensors)
+        self.config = self._shape = LlamaConfig.from_gguf(path, self._file.meta, self._file.tensors)
         self.tokenizer = _gguf_tokenizer(path, self._file.meta)
         self._names = {_huggingface_name(name): name for name in self._file.tensors}
         self.tensors = {
@@ -104,11 +105,12 @@ class GGUFCheckpoint(Checkpoint):
     def read(self, name: str) -> Tensor:
         """See Checkpoint. Llama's q and k rows go from GGUF's interleaved order to halves."""
         tensor = self._file.read(self._names[name])
-        if self.config.architecture != "llama":
+        shape = self._shape
+        if shape.architecture != "llama":
             return tensor
-        for part, heads in (("q_proj", self.config.heads), ("k_proj", self.config.kv_heads)):
+        for part, heads in (("q_proj", shape.heads), ("k_proj", shape.kv_heads)):
             if f".{part}." in name:
-                pairs = tensor.view(heads, self.config.head_dim // 2, 2, *tensor.shape[1:])
+                pairs = tensor.view(heads, shape.head_dim // 2, 2, *tensor.shape[1:])
                 return pairs.transpose(1, 2).reshape(tensor.shape)
         return tensor
 
@@ -148,7 +150,7 @@ class HuggingFaceCheckpoint(Checkpoint):
         config_file = path / "config.json"
         if not config_file.is_file():
             raise CheckpointError(path, "has no config.json; a Hugging Face directory is expected")
-        self.config = ModelConfig.from_hf(config_file)
+        self.config = read_config(config_file)
         self.tokenizer = _huggingface_tokenizer(path, read_json(config_file))
         self._files: dict[str, Path] = {}
         self.tensors = tensors = {}

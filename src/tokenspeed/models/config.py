@@ -16,25 +16,23 @@ from attrs import frozen
 
 from tokenspeed.errors import CheckpointError
 
-__all__ = ["SUPPORTED", "ModelConfig", "RopeScaling"]
-
-SUPPORTED = ("llama", "mistral", "qwen2")
-"""Architectures (`model_type`) that have a file in this room."""
+__all__ = [
+    "LlamaConfig",
+    "ModelConfig",
+    "RopeScaling",
+    "common",
+    "common_out_of_range",
+    "is_integer",
+    "is_number",
+    "known_architecture",
+    "out_of_range",
+    "read_json",
+]
 
 _IN_GGUF = ("llama", "qwen2")
 """`general.architecture`; Mistral's files say "llama", and nothing of a window."""
 
 _LAYER_TYPES = ("full_attention", "sliding_attention")
-_INTEGERS = (
-    "vocab_size",
-    "layers",
-    "hidden",
-    "heads",
-    "kv_heads",
-    "head_dim",
-    "ffn",
-    "context_max",
-)
 
 
 @final
@@ -43,10 +41,14 @@ class RopeScaling:
     """How rotary frequencies are stretched for long contexts.
 
     Attributes:
-        kind: "linear" (divide by `factor`) or "llama3" (Llama 3.1: divide low frequencies only).
+        kind: "linear" (divide by `factor`), "llama3" (Llama 3.1: divide low frequencies only) or
+            "yarn" (Peng et al., 2023: likewise, by how often they turn in the original context).
         factor: the stretch.
-        low, high: for llama3: wavelengths between original / high and original / low blend.
-        original_context: for llama3: context of the pre-training.
+        low, high: for llama3: wavelengths between original / high and original / low blend; for
+            yarn: frequencies that turn between `low` and `high` times blend.
+        original_context: for llama3 and yarn: context of the pre-training.
+        amplitude: for yarn: cosines and sines are multiplied by it.
+        sharpness: for yarn in DeepSeek's models: scores are multiplied by it.
     """
 
     kind: str
@@ -54,43 +56,70 @@ class RopeScaling:
     low: float = 1.0
     high: float = 4.0
     original_context: int = 8192
+    amplitude: float = 1.0
+    sharpness: float = 1.0
 
 
-@final
 @frozen(kw_only=True)
 class ModelConfig:
-    """A decoder-only transformer of the Llama family.
+    """A decoder-only transformer (abstract): what the configurations of all families say.
 
     Attributes:
-        architecture: one of SUPPORTED.
+        architecture: `model_type`, or GGUF's `general.architecture`.
         vocab_size, layers, context_max: counts.
-        hidden, ffn: widths of the residual stream and of the MLP.
-        heads, kv_heads, head_dim: of attention; heads is a multiple of kv_heads.
+        hidden: width of the residual stream.
         norm_eps: of RMSNorm.
         rope_theta: base of the rotary frequencies.
         rope_scaling: None leaves them as they are.
         tied: the output matrix is the embedding.
-        qkv_bias, o_bias, mlp_bias: which projections add a bias.
-        windows: of each layer, how many tokens a query sees, its own included; None: all before it.
-            Empty: no layer has a window.
+        fp8_block: rows and columns that share a scale where weights are 8-bit floats; None: they
+            are not.
     """
 
     architecture: str
     vocab_size: int
     layers: int
     hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    ffn: int
     context_max: int
     norm_eps: float
     rope_theta: float
     rope_scaling: RopeScaling | None = None
     tied: bool = False
+    fp8_block: tuple[int, int] | None = None
+
+    @property
+    def slides(self) -> int | None:
+        """Tokens that the layer which sees most sees, if each has a window; None: all."""
+        return None
+
+    @property
+    def rotary_dim(self) -> int:
+        """Elements of a head that are turned by their position."""
+        raise NotImplementedError
+
+
+@final
+@frozen(kw_only=True)
+class LlamaConfig(ModelConfig):
+    """A model of the Llama family.
+
+    Attributes:
+        ffn: width of the MLP.
+        heads, kv_heads, head_dim: of attention; heads is a multiple of kv_heads.
+        qkv_bias, o_bias, mlp_bias: which projections add a bias.
+        qk_norm: each head's query and key are normed (Dehghani et al., 2023).
+        windows: of each layer, how many tokens a query sees, its own included; None: all before it.
+            Empty: no layer has a window.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False
     windows: tuple[int | None, ...] = ()
 
     def window(self, layer: int) -> int | None:
@@ -98,8 +127,13 @@ class ModelConfig:
         return self.windows[layer] if self.windows else None
 
     @property
+    def rotary_dim(self) -> int:
+        """See ModelConfig."""
+        return self.head_dim
+
+    @property
     def slides(self) -> int | None:
-        """Tokens that the layer which sees most sees, if each has a window."""
+        """See ModelConfig."""
         spans = [window for window in self.windows if window is not None]
         return max(spans) if spans and len(spans) == self.layers else None
 
@@ -110,16 +144,8 @@ class ModelConfig:
         Raises:
             CheckpointError: a value is missing, of the wrong kind or out of range; all are listed.
         """
-        wrong = [
-            f"{name} is {values[name]!r}, expected an integer from 1 to 2^31"
-            for name in _INTEGERS
-            if not _is_integer(values[name]) or not 1 <= values[name] <= 2**31
-        ]
-        wrong += [
-            f"{name} is {values[name]!r}, expected a positive number"
-            for name in ("norm_eps", "rope_theta")
-            if not _is_number(values[name]) or values[name] <= 0
-        ]
+        wrong = common_out_of_range(values)
+        wrong += out_of_range(values, "heads", "kv_heads", "head_dim", "ffn")
         if not wrong and values["heads"] % values["kv_heads"]:
             wrong.append(
                 f"{values['heads']} heads over {values['kv_heads']} KV heads do not divide"
@@ -134,37 +160,19 @@ class ModelConfig:
     def from_hf(cls, path: Path) -> Self:
         """Read a Hugging Face `config.json`. Raises CheckpointError."""
         raw = read_json(path)
-        kind = known_architecture(path, raw.get("model_type"))
-        if raw.get("hidden_act", "silu") != "silu":
-            raise CheckpointError(
-                path, f"hidden_act is {raw['hidden_act']!r}; only silu is supported"
-            )
-        if raw.get("quantization_config") is not None:
-            raise CheckpointError(
-                path,
-                "the weights are quantised; float32, float16 and bfloat16 safetensors are read",
-            )
+        kind = raw["model_type"]
         heads, hidden = raw.get("num_attention_heads"), raw.get("hidden_size")
-        head_dim = _head_dim(raw.get("head_dim"), heads, hidden)
-        rope = raw.get("rope_parameters") or {}
         return cls.checked(
             path,
-            architecture=kind,
-            vocab_size=raw.get("vocab_size"),
-            layers=raw.get("num_hidden_layers"),
-            hidden=hidden,
+            **common(path, raw),
             heads=heads,
             kv_heads=raw.get("num_key_value_heads", heads),
-            head_dim=head_dim,
+            head_dim=_head_dim(raw.get("head_dim"), heads, hidden),
             ffn=raw.get("intermediate_size"),
-            context_max=raw.get("max_position_embeddings"),
-            norm_eps=raw.get("rms_norm_eps", 1e-6),
-            rope_theta=rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
-            rope_scaling=_rope_scaling(path, rope or raw.get("rope_scaling") or {}),
-            tied=bool(raw.get("tie_word_embeddings", False)),
             qkv_bias=kind == "qwen2" or bool(raw.get("attention_bias", False)),
             o_bias=kind != "qwen2" and bool(raw.get("attention_bias", False)),
             mlp_bias=bool(raw.get("mlp_bias", False)),
+            qk_norm=kind == "qwen3",
             windows=_windows(path, kind, raw),
         )
 
@@ -204,6 +212,63 @@ class ModelConfig:
         )
 
 
+def common(path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
+    """What ModelConfig has, from a `config.json`; numbers are not checked yet."""
+    if raw.get("hidden_act", "silu") != "silu":
+        raise CheckpointError(path, f"hidden_act is {raw['hidden_act']!r}; only silu is supported")
+    rope = raw.get("rope_parameters") or {}
+    context = raw.get("max_position_embeddings")
+    return {
+        "architecture": raw.get("model_type"),
+        "vocab_size": raw.get("vocab_size"),
+        "layers": raw.get("num_hidden_layers"),
+        "hidden": raw.get("hidden_size"),
+        "context_max": context,
+        "norm_eps": raw.get("rms_norm_eps", 1e-6),
+        "rope_theta": rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
+        "rope_scaling": _rope_scaling(path, rope or raw.get("rope_scaling") or {}, context),
+        "tied": bool(raw.get("tie_word_embeddings", False)),
+        "fp8_block": _fp8_block(path, raw.get("quantization_config")),
+    }
+
+
+def _fp8_block(path: Path, raw: Any) -> tuple[int, int] | None:
+    """Rows and columns of a block with one scale, if weights are 8-bit floats in blocks."""
+    if raw is None:
+        return None
+    block = raw.get("weight_block_size") if isinstance(raw, dict) else None
+    if (
+        not isinstance(block, list)
+        or len(block) != 2
+        or not all(is_integer(size) and size > 0 for size in block)
+        or raw.get("quant_method") != "fp8"
+    ):
+        raise CheckpointError(
+            path,
+            f"the weights are quantised: {raw!r}; float32, float16 and bfloat16 safetensors are "
+            "read, and fp8 with a weight_block_size",
+        )
+    return (block[0], block[1])
+
+
+def out_of_range(values: Mapping[str, Any], *integers: str, low: int = 1) -> list[str]:
+    """What is wrong with these integers."""
+    return [
+        f"{name} is {values[name]!r}, expected an integer from {low} to 2^31"
+        for name in integers
+        if not is_integer(values[name]) or not low <= values[name] <= 2**31
+    ]
+
+
+def common_out_of_range(values: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the numbers that every family has."""
+    return out_of_range(values, "vocab_size", "layers", "hidden", "context_max") + [
+        f"{name} is {values[name]!r}, expected a positive number"
+        for name in ("norm_eps", "rope_theta")
+        if not is_number(values[name]) or values[name] <= 0
+    ]
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises CheckpointError."""
     try:
@@ -215,7 +280,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def known_architecture(path: Path, name: object, known: tuple[str, ...] = SUPPORTED) -> str:
+def known_architecture(path: Path, name: object, known: tuple[str, ...]) -> str:
     """The name, if it is among those known. Raises CheckpointError."""
     if not isinstance(name, str) or name not in known:
         raise CheckpointError(path, f"architecture {name!r}; supported: {', '.join(known)}")
@@ -230,14 +295,14 @@ def _windows(path: Path, kind: str, raw: Mapping[str, Any]) -> tuple[int | None,
     layers: Any = raw.get("num_hidden_layers")
     context: Any = raw.get("max_position_embeddings")
     everywhere = kind == "mistral"
-    possible = everywhere or (kind == "qwen2" and raw.get("use_sliding_window"))
+    possible = everywhere or (kind in ("qwen2", "qwen3") and raw.get("use_sliding_window"))
     window = raw.get("sliding_window", 4096) if possible else None
-    if window is None or not _is_integer(layers) or layers < 1 or not _is_integer(context):
+    if window is None or not is_integer(layers) or layers < 1 or not is_integer(context):
         return ()
-    if not _is_integer(window) or window < 1:
+    if not is_integer(window) or window < 1:
         raise CheckpointError(path, f"sliding_window is {window!r}, expected an integer from 1")
     first = 0 if everywhere else raw.get("max_window_layers", 28)
-    if not _is_integer(first):
+    if not is_integer(first):
         raise CheckpointError(path, f"max_window_layers is {first!r}, expected an integer")
     default = ["sliding_attention" if at >= first else "full_attention" for at in range(layers)]
     types = default if everywhere else raw.get("layer_types") or default
@@ -251,36 +316,58 @@ def _windows(path: Path, kind: str, raw: Mapping[str, Any]) -> tuple[int | None,
     return tuple(window if name == "sliding_attention" else None for name in types)
 
 
-def _rope_scaling(path: Path, raw: Mapping[str, Any]) -> RopeScaling | None:
+def _rope_scaling(path: Path, raw: Mapping[str, Any], context: Any) -> RopeScaling | None:
     kind = raw.get("rope_type", raw.get("type", "default"))
     if kind == "default":
         return None
-    if kind not in ("linear", "llama3"):
-        raise CheckpointError(path, f"rope scaling {kind!r}; supported: default, linear, llama3")
+    if kind not in ("linear", "llama3", "yarn"):
+        raise CheckpointError(
+            path, f"rope scaling {kind!r}; supported: default, linear, llama3, yarn"
+        )
+    yarn = kind == "yarn"
     values = {
         "factor": raw.get("factor"),
-        "low": raw.get("low_freq_factor", 1.0),
-        "high": raw.get("high_freq_factor", 4.0),
-        "original_context": raw.get("original_max_position_embeddings", 8192),
+        "low": raw.get("beta_slow", 1.0) if yarn else raw.get("low_freq_factor", 1.0),
+        "high": raw.get("beta_fast", 32.0) if yarn else raw.get("high_freq_factor", 4.0),
+        "original_context": raw.get("original_max_position_embeddings", context if yarn else 8192),
     }
-    for name, value in values.items():
-        if not _is_number(value) or value <= 0:
+    optional = ("mscale", "mscale_all_dim", "attention_factor") if yarn else ()
+    said = {name: raw[name] for name in optional if raw.get(name)}
+    for name, value in (values | said).items():
+        if not is_number(value) or value <= 0:
             raise CheckpointError(
                 path, f"rope scaling: {name} is {value!r}, expected a positive number"
             )
-    return RopeScaling(kind=kind, **values)
+    more: dict[str, Any] = _yarn(values["factor"], said) if yarn else {}
+    return RopeScaling(kind=kind, **values, **more)
+
+
+def _yarn(factor: float, said: Mapping[str, float]) -> dict[str, float]:
+    """What stretching does to the size of scores: a part in cosines and sines, a part beside."""
+
+    def magnitude(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    own, all_dim = said.get("mscale", 0.0), said.get("mscale_all_dim", 0.0)
+    amplitude = magnitude(own) / magnitude(all_dim) if own and all_dim else magnitude(1.0)
+    return {
+        "amplitude": said.get("attention_factor", amplitude),
+        "sharpness": magnitude(all_dim) ** 2 if all_dim else 1.0,
+    }
 
 
 def _head_dim(said: Any, heads: Any, hidden: Any) -> Any:
     """What the file said, or else hidden / heads; None where that makes no sense."""
-    if said is not None or not (_is_integer(heads) and _is_integer(hidden) and heads > 0):
+    if said is not None or not (is_integer(heads) and is_integer(hidden) and heads > 0):
         return said
     return hidden // heads
 
 
-def _is_integer(value: object) -> bool:
+def is_integer(value: object) -> bool:
+    """Whether a value of a file is one; true and false are none."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether a value of a file is one, and finite; true and false are none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -39,7 +39,7 @@ class HostKV:
     """A page of host memory holds what a device page holds, over all layers.
 
     Args:
-        device_pages: of each layer, k_pages and v_pages, each [pages, page_size, kv_heads, dim].
+        device_pages: of each layer; all of one shape, [pages, page_size, ...].
         pages: of the host; its memory is pinned where the device is a GPU.
     """
 

@@ -1,4 +1,4 @@
-"""The KV cache as a value: two page tensors a layer, donated from step to step.
+"""The KV cache as a value: the page tensors of each layer, donated from step to step.
 
 Rule: who passes a KV on has it no longer; touching it again raises. Storage is taken once, zeroed
 (what was never written is read under a mask, and 0 * NaN would be NaN).
@@ -6,7 +6,8 @@ Rule: who passes a KV on has it no longer; touching it again raises. Storage is 
 
 from __future__ import annotations
 
-from typing import final
+import math
+from typing import Any, final
 
 import torch
 from attrs import frozen
@@ -16,8 +17,8 @@ from tokenspeed.errors import StepError
 
 __all__ = ["KV", "KVSpec", "LayerKV"]
 
-LayerKV = tuple[Tensor, Tensor]
-"""k_pages and v_pages, each [pages, page_size, kv_heads, dim]."""
+LayerKV = tuple[Tensor, ...]
+"""A layer's pages: k_pages and v_pages, each [pages, page_size, kv_heads, dim], say."""
 
 
 @final
@@ -27,31 +28,27 @@ class KVSpec:
 
     Attributes:
         layers: attention layers.
-        heads: KV heads on this rank.
-        dim: elements of a head.
+        parts: the shapes of what a layer keeps of a token: two of (heads on this rank, elements of
+            a head), or one of (elements of a latent,).
         dtype, device: of the pages.
     """
 
     layers: int
-    heads: int
-    dim: int
+    parts: tuple[tuple[int, ...], ...]
     dtype: torch.dtype
     device: torch.device
 
     @property
     def token_bytes(self) -> int:
         """Bytes that one token takes over all layers."""
-        return 2 * self.layers * self.heads * self.dim * self.dtype.itemsize
+        return self.layers * sum(map(math.prod, self.parts)) * self.dtype.itemsize
 
     def allocate(self, pages: int, page_size: int) -> KV:
         """Zeroed pages for `pages * page_size` tokens."""
-        shape = (pages, page_size, self.heads, self.dim)
+        kind: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
         return KV(
             tuple(
-                (
-                    torch.zeros(shape, dtype=self.dtype, device=self.device),
-                    torch.zeros(shape, dtype=self.dtype, device=self.device),
-                )
+                tuple(torch.zeros((pages, page_size, *part), **kind) for part in self.parts)
                 for _ in range(self.layers)
             )
         )
@@ -59,7 +56,7 @@ class KVSpec:
 
 @final
 class KV:
-    """A handle on the pages of all layers; `kv[layer]` gives (k_pages, v_pages)."""
+    """A handle on the pages of all layers; `kv[layer]` gives those of one."""
 
     __slots__ = ("_layers",)
 

@@ -1,0 +1,81 @@
+"""The families: which file of this room runs a configuration, and where configurations come from.
+
+Rule: a family is a class of configurations and three functions; this table is all that knows them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, final
+
+from attrs import frozen
+
+from tokenspeed.errors import CheckpointError, ConfigError
+from tokenspeed.models import llama
+from tokenspeed.models.blocks import Cached
+from tokenspeed.models.config import LlamaConfig, ModelConfig, known_architecture, read_json
+from tokenspeed.models.deepseek_config import DeepseekConfig
+from tokenspeed.spmd.params import Tree
+
+__all__ = ["SHAPES", "Family", "find_config", "read_config"]
+
+SHAPES = Path(__file__).parent / "shapes"
+"""Configurations of published models, written from their papers; each is known by its name."""
+
+
+@final
+@frozen
+class Family:
+    """What a model file offers, for the configurations of one class.
+
+    Attributes:
+        forward: the model function, (params, batch, kv, *, config) -> (logits, kv).
+        parameters: the tree of what it is given, by names in the checkpoint.
+        cached: what a layer keeps of a token.
+    """
+
+    forward: Callable[..., tuple[Any, Any]]
+    parameters: Callable[[Any], Tree]
+    cached: Callable[[Any], Cached]
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> Family:
+        """The family of a configuration. Raises ConfigError."""
+        for kind, family in _FAMILIES.items():
+            if isinstance(config, kind):
+                return family
+        raise ConfigError("model", config.architecture, "an architecture with a file in this room")
+
+
+_FAMILIES = {
+    LlamaConfig: Family(llama.forward, llama.parameters, llama.cached),
+}
+
+_DEEPSEEK = ("deepseek_v2", "deepseek_v3", "kimi_k2", "kimi_k25", "glm4_moe_lite")
+_READERS: dict[str, type[LlamaConfig | DeepseekConfig]] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), LlamaConfig),
+    **dict.fromkeys(_DEEPSEEK, DeepseekConfig),
+}
+"""`model_type` -> the family's value."""
+
+
+def read_config(path: Path) -> ModelConfig:
+    """Read a Hugging Face `config.json` of any family. Raises CheckpointError."""
+    kind = known_architecture(path, read_json(path).get("model_type"), tuple(_READERS))
+    return _READERS[kind].from_hf(path)
+
+
+def find_config(name: str | Path) -> ModelConfig:
+    """A checkpoint's folder, a `config.json`, or the name of one of SHAPES; reads no weights.
+
+    Raises:
+        CheckpointError: it is none of these, or its configuration is refused.
+    """
+    path, shapes = Path(name), {file.stem: file for file in SHAPES.glob("*.json")}
+    for candidate in (path / "config.json", path, shapes.get(str(name), path)):
+        if candidate.is_file():
+            return read_config(candidate)
+    raise CheckpointError(
+        name, f"no folder with a config.json, no such file, and none of {', '.join(sorted(shapes))}"
+    )
