@@ -23,7 +23,10 @@ from tokenspeed.plan import StepPlan
 from tokenspeed.spmd import (
     KV,
     REPLICATED,
+    Bucket,
     Communicator,
+    Costs,
+    Link,
     Mesh,
     Partial,
     ProcessGroups,
@@ -34,8 +37,10 @@ from tokenspeed.spmd import (
     compile_model,
     layout,
     module,
+    tokens,
 )
 from tokenspeed.spmd.batch import Slots
+from tokenspeed.spmd.moves import Kind, Moves
 from tokenspeed.spmd.params import Constant, Parameter, Source
 
 SMOLLM2 = LlamaConfig(
@@ -149,7 +154,7 @@ def linked(produced: Any, wanted: Any, mesh: Mesh, **kind: Any) -> Program:
         (Shard(1), Replicate(), ["all_gather"]),
         (Replicate(), Shard(0), ["slice", "all_gather"]),
         (Partial(), Shard(0), ["reduce_scatter", "all_gather"]),
-        (Shard(0), Shard(1), ["all_gather", "slice", "all_gather"]),
+        (Shard(0), Shard(1), ["all_to_all", "all_gather"]),
         (Shard(1), Shard(1), ["all_gather"]),
         (Partial(), Partial(), ["all_reduce"]),
         (Replicate(), Replicate(), []),
@@ -169,10 +174,14 @@ def test_nothing_becomes_partial(produced: Any) -> None:
         assert part in text
 
 
-def test_a_dim_on_two_axes_is_refused_when_it_moves() -> None:
-    both = layout(dp=Shard(0), tp=Shard(0))
-    with pytest.raises(PlacementError, match="along several axes"):
-        linked(both, layout(dp=Shard(0)), Mesh.of(dp=2, tp=2))
+def test_a_dim_on_two_axes_is_split_in_mesh_order() -> None:
+    both, mesh = layout(dp=Shard(0), tp=Shard(0)), Mesh.of(dp=2, tp=2)
+    moves = Moves(Kind((8, 8), 4, False), mesh, Costs())
+    inner = moves.tree(both, frozenset([layout(dp=Shard(0))]))[1]
+    assert [(one.op, one.axis) for one in inner] == [("all_gather", "tp")]
+    outer = moves.tree(both, frozenset([layout(tp=Shard(0))]))[1]  # dp is not the innermost
+    assert [one.op for one in outer] != ["all_gather"]
+    assert len(outer) > 1
 
 
 def test_an_undeclared_input_is_refused() -> None:
@@ -362,3 +371,115 @@ def test_constants_are_on_every_rank() -> None:
     program = compile_model(model, tree, 0, mesh=Mesh.of(tp=2))
     logits, _ = program({"a": {}, "table": torch.ones(2)}, None, KV(()))
     assert logits.tolist() == [1, 1]
+
+
+# --- what the compiler chooses --------------------------------------------------------------------
+
+
+def smollm2(mesh: Mesh, tokens: int, **kind: Any) -> Program:
+    bucket = Bucket(tokens=tokens, rows=8, dtype=torch.bfloat16)
+    return models.compile_config(SMOLLM2, mesh, bucket=bucket, **kind)
+
+
+def test_the_residual_is_cut_along_tokens_when_there_are_many() -> None:
+    few, many = smollm2(Mesh.of(tp=4), 16), smollm2(Mesh.of(tp=4), 16384)
+    assert {c.op for c in few.collectives if c.layer == 3} == {"all_reduce"}
+    layer = [c.op for c in many.collectives if c.layer == 3]
+    assert layer == ["all_gather", "reduce_scatter"] * 2
+    uneven = smollm2(Mesh.of(tp=4), 16383)  # cannot be cut into four
+    assert {c.op for c in uneven.collectives if c.layer == 3} == {"all_reduce"}
+
+
+def test_slow_links_are_avoided() -> None:
+    dear = Costs.of(tp=Link(latency_s=1e-3, bytes_per_s=1e12))
+    cheap = Costs.of(tp=Link(latency_s=0.0, bytes_per_s=1e11))
+    ops = [
+        [c.op for c in smollm2(Mesh.of(tp=4), 4096, costs=costs).collectives if c.layer == 3]
+        for costs in (dear, cheap)
+    ]
+    assert ops[0] == ["all_reduce", "all_reduce"]
+    assert set(ops[1]) == {"reduce_scatter", "all_gather"}
+
+
+def test_axes_of_one_size_are_not_one_axis() -> None:
+    """Rank sets are compared: along tp and ep there are two ranks each, but others."""
+    program = linked(layout(tp=Shard(0)), layout(ep=Shard(0)), Mesh.of(tp=2, ep=2))
+    assert {(one.op, one.axis) for one in program.collectives} >= {("all_gather", "tp")}
+    same = linked(layout(ep=Shard(0)), layout(ep=Shard(0)), Mesh.of(tp=2, ep=2))
+    assert [(one.op, one.axis) for one in same.collectives] == [("all_gather", "ep")]
+
+
+EXPERTS, CHOICES, WIDE = 8, 2, 4
+EXPERT = tokens(ep=Replicate())
+
+
+@module(
+    inputs={"x": EXPERT, "ids": EXPERT},
+    outputs=tokens(ep=Partial()),
+    params={"w": layout(ep=Shard(0))},
+    indices={"ids": "w"},
+    routed="ids",
+)
+def experts(params: Any, x: Tensor, ids: Tensor) -> Tensor:
+    """The sum of x * w[id] over the choices of each token."""
+    own = torch.where((ids >= 0)[..., None], params["w"][ids.clamp(min=0)], 0.0)
+    total: Tensor = (x[:, None] * own).sum(1)
+    return total
+
+
+def _mix(mesh: Mesh, costs: Costs | None, communicator: Communicator | None = None) -> Program:
+    def model(params: Any, batch: Any, kv: Any) -> Any:
+        return experts(params["moe"], batch.x, batch.ids), kv
+
+    fields = {
+        "x": torch.empty(8, WIDE, device="meta"),
+        "ids": torch.empty(8, CHOICES, dtype=torch.int64, device="meta"),
+    }
+    return compile_model(
+        model,
+        {"moe": {"w": weight(EXPERTS, WIDE)}},
+        0,
+        mesh=mesh,
+        communicator=communicator,
+        bucket=Bucket(tokens=8, fields=fields),
+        batch=layout(ep=Shard(0)),
+        costs=costs,
+    )
+
+
+class Mixed:
+    """x and ids of some tokens."""
+
+    def __init__(self, x: Tensor, ids: Tensor) -> None:
+        self.x, self.ids = x, ids
+
+
+@pytest.mark.parametrize("sent", [True, False])
+def test_tokens_go_to_their_experts_or_experts_get_all(sent: bool) -> None:
+    mesh = Mesh.of(ep=4)
+    random = torch.Generator().manual_seed(3)
+    x = torch.randn(8, WIDE, generator=random)
+    w = torch.randn(EXPERTS, WIDE, generator=random)
+    ids = torch.randint(EXPERTS, (8, CHOICES), generator=random)
+    ids[2:6] = 1  # two ranks whose tokens all go to the first, and whom nobody asks
+    link = Link(0.0, 1e3) if sent else Link(1.0, 1e12)
+    whole = _mix(Mesh.single(), None)({"moe": {"w": w}}, Mixed(x, ids), KV(()))[0]
+
+    def work(communicator: ThreadGroups) -> Tensor:
+        program = _mix(communicator.mesh, Costs.of(ep=link), communicator)
+        ops = [one.op for one in program.collectives]
+        assert ops == (
+            ["all_to_all"] * 2 if sent else ["all_gather", "all_gather", "reduce_scatter"]
+        )
+        at = communicator.mesh.coordinate("ep")
+        own = Mixed(x[2 * at : 2 * at + 2], ids[2 * at : 2 * at + 2])
+        return program({"moe": {"w": w[2 * at : 2 * at + 2]}}, own, KV(()))[0]
+
+    torch.testing.assert_close(torch.cat(on_threads(mesh, work)), whole)
+
+
+def test_boundaries_that_leave_different_axes_open_are_refused() -> None:
+    with pytest.raises(PlacementError, match="name the same axes"):
+        module(inputs={"x": tokens()}, outputs=tokens(tp=Partial()))(lambda params, x: x)
+    with pytest.raises(PlacementError, match="routed is 'y'"):
+        module(inputs={"x": tokens()}, routed="y")(lambda params, x, y: x)

@@ -1,7 +1,8 @@
 """The blocks that families share: embedding, norms, gated MLP, head, rotary positions.
 
 Rule: pure single-device functions on a rank's own slices. Boundaries say what a block takes and
-gives (whole in, summands out); which collective joins them is the compiler's business.
+gives (each token for itself, or whole in and summands out); which collective joins them is the
+compiler's business.
 """
 
 from __future__ import annotations
@@ -16,12 +17,22 @@ from tokenspeed import kernels
 from tokenspeed.models.config import ModelConfig, RopeScaling
 from tokenspeed.spmd.module import module
 from tokenspeed.spmd.params import Parameter, Source
-from tokenspeed.spmd.placement import REPLICATED, Layout, Partial, Shard, layout
+from tokenspeed.spmd.placement import (
+    Layout,
+    Partial,
+    Replicate,
+    Shard,
+    as_batch,
+    layout,
+    tokens,
+)
 
 __all__ = [
+    "BATCH",
     "COLUMNS",
     "ROWS",
     "SUMMANDS",
+    "TOKENS",
     "WHOLE",
     "Cached",
     "Params",
@@ -41,25 +52,34 @@ Params = dict[str, Any]
 Cached = tuple[tuple[tuple[int, ...], Layout], ...]
 """What a layer keeps of a token: the shape of each part, and how it lies."""
 
-WHOLE = REPLICATED
-SUMMANDS = layout(tp=Partial())
+TOKENS = tokens()
+"""Each token for itself, wherever the compiler wants it."""
+WHOLE = tokens(tp=Replicate())
+SUMMANDS = tokens(tp=Partial())
+BATCH = as_batch(tp=Replicate())
+"""Rows as the step's batch counts them."""
 ROWS = layout(tp=Shard(0))
 COLUMNS = layout(tp=Shard(1))
 
 
-@module()
+def _embedded(params: Params, ids: Tensor) -> Tensor:
+    weight: Tensor = params["weight"]
+    return weight.new_empty(ids.shape[0], weight.shape[1])
+
+
+@module(inputs={"ids": TOKENS}, outputs=TOKENS, meta=_embedded)
 def embed(params: Params, ids: Tensor) -> Tensor:
     """ids[tokens] -> x[tokens, hidden]."""
     return kernels.embedding(ids, params["weight"])
 
 
-@module(inputs={"x": WHOLE})
+@module(inputs={"x": TOKENS}, outputs=TOKENS)
 def norm(params: Params, x: Tensor, eps: float) -> Tensor:
     """RMSNorm (Zhang and Sennrich, 2019); x[tokens, hidden]."""
     return kernels.rms_norm(x, params["weight"], eps)
 
 
-@module(inputs={"x": WHOLE, "residual": WHOLE}, outputs=(WHOLE, WHOLE))
+@module(inputs={"x": TOKENS, "residual": TOKENS}, outputs=(TOKENS, TOKENS))
 def add_norm(params: Params, x: Tensor, residual: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(norm(x + residual), x + residual); both [tokens, hidden]."""
     return kernels.add_rms_norm(x, residual, params["weight"], eps)
@@ -76,17 +96,22 @@ def mlp(params: Params, x: Tensor) -> Tensor:
     return kernels.linear(kernels.silu_mul(wide), params["down"])
 
 
-@module(inputs={"x": WHOLE})
+@module(inputs={"x": TOKENS}, outputs=TOKENS)
 def add_bias(params: Params, x: Tensor) -> Tensor:
     """x + bias, once: after the summands have been added up."""
     total: Tensor = x + params["bias"]
     return total
 
 
+def _scored(params: Params, x: Tensor, residual: Tensor, rows: Tensor, eps: float) -> Tensor:
+    return x.new_empty(rows.shape[0], params["weight"].shape[0])
+
+
 @module(
-    inputs={"x": WHOLE, "residual": WHOLE},
-    outputs=layout(tp=Shard(1)),
+    inputs={"x": BATCH, "residual": BATCH},
+    outputs=as_batch(tp=Shard(1)),
     params={"weight": ROWS},
+    meta=_scored,
 )
 def head(params: Params, x: Tensor, residual: Tensor, rows: Tensor, eps: float) -> Tensor:
     """Logits [rows, vocab] of the given token rows; the other rows are never multiplied."""

@@ -74,12 +74,22 @@ class Model:
 
 
 def compile_config(
-    config: ModelConfig, mesh: Mesh, communicator: Communicator | None = None
+    config: ModelConfig, mesh: Mesh, communicator: Communicator | None = None, **kind: Any
 ) -> Program:
-    """Compile the model that a configuration describes; reads no weights. Raises PlacementError."""
+    """Compile the model that a configuration describes; reads no weights.
+
+    Args:
+        config: of any family.
+        mesh, communicator, kind: as of `compile_model`.
+
+    Raises:
+        PlacementError: the model does not fit the mesh.
+    """
     family = Family.of(config)
     function, tree = partial(family.forward, config=config), family.parameters(config)
-    return compile_model(function, tree, config.layers, mesh=mesh, communicator=communicator)
+    return compile_model(
+        function, tree, config.layers, mesh=mesh, communicator=communicator, **kind
+    )
 
 
 def build(

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from tokenspeed import kernels
 from tokenspeed.models.blocks import (
+    BATCH,
     COLUMNS,
     ROWS,
-    SUMMANDS,
-    WHOLE,
     Cached,
     Params,
     add_bias,
@@ -38,6 +37,7 @@ from tokenspeed.spmd.batch import Batch
 from tokenspeed.spmd.kv import LayerKV
 from tokenspeed.spmd.module import module
 from tokenspeed.spmd.params import Constant, Parameter, Source
+from tokenspeed.spmd.placement import Partial, as_batch
 
 __all__ = ["GGUF_NAMES", "cached", "forward", "parameters"]
 
@@ -59,8 +59,8 @@ GGUF_NAMES = {
 
 
 @module(
-    inputs={"x": WHOLE},
-    outputs=SUMMANDS,
+    inputs={"x": BATCH},
+    outputs=as_batch(tp=Partial()),
     params={"qkv": ROWS, "qkv_bias": ROWS, "out": COLUMNS},
 )
 def attention(

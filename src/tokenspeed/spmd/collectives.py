@@ -7,8 +7,8 @@ involves exactly `mesh.peers(axis)`. Models never call these: the compiler does.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from typing import Protocol, final
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar, cast, final
 
 import torch
 import torch.distributed as dist
@@ -34,6 +34,25 @@ class Communicator(Protocol):
 
     def reduce_scatter(self, x: Tensor, *, axis: str, dim: int) -> Tensor:
         """Sum over the axis; each rank gets its slice along a tensor dim."""
+        ...
+
+    def all_to_all(self, x: Tensor, *, axis: str, dim: int, from_dim: int) -> Tensor:
+        """Cut along a tensor dim instead of `from_dim`; each rank gets its slice of the new cut."""
+        ...
+
+    def exchange_counts(self, counts: Sequence[int], *, axis: str) -> list[int]:
+        """Give each rank its number and get one of each; waits for them."""
+        ...
+
+    def exchange(
+        self, parts: Sequence[Tensor], came: Sequence[int], *, axis: str
+    ) -> tuple[Tensor, ...]:
+        """Give each rank its part and get one of each; parts may differ in dim 0 alone.
+
+        Args:
+            parts: for each rank of the axis.
+            came: rows of what each rank gives to this one.
+        """
         ...
 
 
@@ -92,23 +111,57 @@ class ProcessGroups:
         size, at = self._mesh.size(axis), self._mesh.coordinate(axis)
         if dist.get_backend(self._groups[axis]) == "gloo":  # it has no reduce_scatter of its own
             return local_slice(self.all_reduce(x, axis=axis), dim=dim, size=size, at=at)
-        parts = [local_slice(x, dim=dim, size=size, at=i).contiguous() for i in range(size)]
+        parts = _slices(x, dim, size)
         mine = torch.empty_like(parts[at])
         dist.reduce_scatter(mine, parts, group=self._groups[axis])
         return mine
 
+    def all_to_all(self, x: Tensor, *, axis: str, dim: int, from_dim: int) -> Tensor:
+        """See Communicator."""
+        sent = torch.stack(_slices(x, dim, self._mesh.size(axis)))
+        got = torch.empty_like(sent)
+        dist.all_to_all_single(got, sent, group=self._groups[axis])
+        return torch.cat(got.unbind(0), from_dim)
+
+    def exchange_counts(self, counts: Sequence[int], *, axis: str) -> list[int]:
+        """See Communicator."""
+        group = self._groups[axis]
+        device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+        sent = torch.tensor(counts, dtype=torch.int64, device=device)
+        came = torch.empty_like(sent)
+        dist.all_to_all_single(came, sent, group=group)
+        return cast(list[int], came.tolist())
+
+    def exchange(
+        self, parts: Sequence[Tensor], came: Sequence[int], *, axis: str
+    ) -> tuple[Tensor, ...]:
+        """See Communicator."""
+        group, sizes = self._groups[axis], list(came)
+        got = parts[0].new_empty((sum(sizes), *parts[0].shape[1:]))
+        sent = torch.cat(list(parts))
+        dist.all_to_all_single(got, sent, sizes, [len(part) for part in parts], group=group)
+        return tuple(torch.split(got, sizes))
+
+
+def _slices(x: Tensor, dim: int, size: int) -> list[Tensor]:
+    return [local_slice(x, dim=dim, size=size, at=at).contiguous() for at in range(size)]
+
+
+T = TypeVar("T")
+R = TypeVar("R")
+
 
 @define(eq=False)
 class _Board:
-    """Where the ranks of one axis show each other their tensors, one exchange at a time."""
+    """Where the ranks of one axis show each other what they have, one exchange at a time."""
 
     barrier: threading.Barrier
-    tensors: dict[int, Tensor] = field(factory=dict)
+    shown: dict[int, Any] = field(factory=dict)
 
-    def exchange(self, at: int, x: Tensor, combine: Callable[[list[Tensor]], Tensor]) -> Tensor:
-        self.tensors[at] = x
+    def exchange(self, at: int, mine: T, combine: Callable[[list[T]], R]) -> R:
+        self.shown[at] = mine
         self.barrier.wait()
-        result = combine([self.tensors[i] for i in range(self.barrier.parties)])
+        result = combine([self.shown[i] for i in range(self.barrier.parties)])
         self.barrier.wait()
         return result
 
@@ -149,6 +202,27 @@ class ThreadGroups:
         size, at = self._mesh.size(axis), self._mesh.coordinate(axis)
         return local_slice(self.all_reduce(x, axis=axis), dim=dim, size=size, at=at)
 
-    def _exchange(self, x: Tensor, axis: str, combine: Callable[[list[Tensor]], Tensor]) -> Tensor:
+    def all_to_all(self, x: Tensor, *, axis: str, dim: int, from_dim: int) -> Tensor:
+        """See Communicator."""
+        at = self._mesh.coordinate(axis)
+        parts = _slices(x, dim, self._mesh.size(axis))
+        got = self._exchange(parts, axis, lambda shown: [some[at] for some in shown])
+        return torch.cat(got, from_dim)
+
+    def exchange_counts(self, counts: Sequence[int], *, axis: str) -> list[int]:
+        """See Communicator."""
+        at = self._mesh.coordinate(axis)
+        return self._exchange(counts, axis, lambda shown: [some[at] for some in shown])
+
+    def exchange(
+        self, parts: Sequence[Tensor], came: Sequence[int], *, axis: str
+    ) -> tuple[Tensor, ...]:
+        """See Communicator."""
+        at = self._mesh.coordinate(axis)
+        got = self._exchange(parts, axis, lambda shown: [some[at] for some in shown])
+        assert [len(part) for part in got] == list(came)
+        return tuple(got)
+
+    def _exchange(self, mine: T, axis: str, combine: Callable[[list[T]], R]) -> R:
         board = self._boards[axis, self._mesh.peers(axis)]
-        return board.exchange(self._mesh.coordinate(axis), x, combine)
+        return board.exchange(self._mesh.coordinate(axis), mine, combine)

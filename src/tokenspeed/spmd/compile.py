@@ -1,13 +1,9 @@
 """The placement compiler: a model function is traced once and comes out as straight-line code.
 
-Rule: every model is reached through `compile_model`. Tracing records which module feeds which;
-where the producer's layout is not the consumer's, the collective that turns one into the other is
-inserted, once for all consumers, and left out where the axis has one rank. What has no such
-collective is refused. The result is a Python function of assignments: no loop, no interpretation.
-
-    Partial   -> Replicate   all_reduce          Shard(d)  -> Replicate   all_gather
-    Partial   -> Shard(d)    reduce_scatter      Replicate -> Shard(d)    slice
-    Shard(a)  -> Shard(b)    all_gather, slice   anything  -> Partial     refused
+Rule: every model is reached through `compile_model`. Tracing records which module feeds which and
+how large what is fed is; `solve` finds the cheapest collectives that join all boundaries; here they
+are written down between the calls, once for all consumers. The result is a Python function of
+assignments: no loop, no interpretation.
 """
 
 from __future__ import annotations
@@ -21,11 +17,16 @@ from torch import Tensor
 
 from tokenspeed.errors import PlacementError
 from tokenspeed.spmd.collectives import Communicator, local_slice
+from tokenspeed.spmd.cost import Costs
+from tokenspeed.spmd.dispatch import combine, dispatch, own_rows
+from tokenspeed.spmd.forms import Form, Sent
 from tokenspeed.spmd.mesh import Mesh
 from tokenspeed.spmd.module import Module
+from tokenspeed.spmd.moves import Move
 from tokenspeed.spmd.params import Parameter, Path, Tree, leaves, shard_slice
-from tokenspeed.spmd.placement import REPLICATED, Layout, Partial, Placement, Replicate, Shard
-from tokenspeed.spmd.trace import Call, Ref, Trace, Value
+from tokenspeed.spmd.placement import REPLICATED, Layout, as_batch
+from tokenspeed.spmd.solve import Solution, solve
+from tokenspeed.spmd.trace import Bucket, Call, Ref, Trace, Value
 
 __all__ = ["Collective", "Program", "Step", "compile_model"]
 
@@ -39,12 +40,17 @@ class Collective:
     """An operation between modules.
 
     Attributes:
-        op: all_reduce, all_gather, reduce_scatter or slice.
+        op: all_reduce, all_gather, reduce_scatter, all_to_all or slice (which sends nothing).
         axis: of the mesh.
-        dim: of the tensor; None for all_reduce.
+        dim: of the tensor that is joined or cut; None for all_reduce.
         given: layout before.
         wanted: layout after.
         consumer: module path that asked for it first.
+        at: number of that call among the program's; the number of calls for the output.
+        layer: of the model, that made what is moved; None outside of all layers.
+        bytes: what one rank takes part with: the tensor before all_reduce and reduce_scatter, after
+            all_gather, and all that a rank sends in all_to_all, its own share included.
+        cost_s: by the model.
     """
 
     op: str
@@ -53,11 +59,10 @@ class Collective:
     given: Layout
     wanted: Layout
     consumer: str
-
-    @property
-    def symbol(self) -> str:
-        """The name it has in the compiled source."""
-        return "_".join(str(part) for part in (self.op, self.axis, self.dim) if part is not None)
+    at: int
+    layer: int | None
+    bytes: int
+    cost_s: float
 
 
 @final
@@ -67,19 +72,25 @@ class Program:
 
     Attributes:
         mesh: as this rank sees it.
+        bucket: that it was compiled for.
         step: the straight-line function.
         source: its text.
         calls: module calls in order.
+        forms: how each of them is made.
         collectives: what was inserted, in order.
         param_layouts: how each parameter lies, by path.
+        cost_s: of all collectives and of what modules read and write, by the model.
     """
 
     mesh: Mesh
+    bucket: Bucket
     step: Step
     source: str
     calls: tuple[Call, ...]
+    forms: tuple[Form, ...]
     collectives: tuple[Collective, ...]
     param_layouts: Mapping[Path, Layout]
+    cost_s: float
 
     def __call__(self, params: Tree, batch: Any, kv: Any) -> tuple[Tensor, Any]:
         """Run one step. `kv` is donated: use the one that is returned."""
@@ -89,11 +100,11 @@ class Program:
         """The plan as text: modules with their boundaries, and the collectives between them."""
         lines = [f"mesh {self.mesh}: {len(self.collectives)} collectives"]
         waiting = list(self.collectives)
-        for call in self.calls:
-            while waiting and waiting[0].consumer == call.path:
+        for at, (call, form) in enumerate(zip(self.calls, self.forms, strict=True)):
+            while waiting and waiting[0].at == at:
                 lines.append(_collective_line(waiting.pop(0)))
-            takes = ", ".join(f"{name} {lies}" for name, lies in call.module.inputs.items())
-            gives = ", ".join(str(value.layout) for value in call.outputs)
+            takes = ", ".join(f"{name} {lies}" for name, lies in form.inputs.items())
+            gives = ", ".join(map(str, form.outputs))
             lines.append(f"  {call.path}  ({takes}) -> {gives}")
         lines += [_collective_line(one) for one in waiting]
         return "\n".join(lines)
@@ -110,6 +121,9 @@ def compile_model(
     *,
     mesh: Mesh,
     communicator: Communicator | None = None,
+    bucket: Bucket | None = None,
+    batch: Layout = REPLICATED,
+    costs: Costs | None = None,
 ) -> Program:
     """Trace `function(params, batch, kv) -> (logits, kv)` and link its modules on a mesh.
 
@@ -119,30 +133,42 @@ def compile_model(
         layers: length of the KV.
         mesh: the mesh, as this rank sees it.
         communicator: carries out the collectives; needed where the program has any but slices.
+        bucket: the step it is compiled for; left out, one of any number of tokens.
+        batch: how the batch lies: Shard(0) along the axes whose ranks have rows of their own, all
+            with as many tokens. The result lies as the batch does.
+        costs: of the machine; left out, of NVIDIA H100 hosts.
 
     Raises:
         PlacementError: two boundaries cannot be joined, or a parameter cannot be split.
     """
-    trace = Trace()
+    trace = Trace(bucket or Bucket())
     kv = Ref(trace, "kv", [()] * layers)
     result, kv_out = function(Ref(trace, "params", params), Ref(trace, "batch"), kv)
     if not isinstance(result, Value) or kv_out is not kv:
         raise PlacementError("a model returns (the output of a module, the kv it was given)")
+    if not all(placement.is_shard(0) for _, placement in batch.axes):
+        raise PlacementError(
+            f"a batch lies {batch}, expected Shard(0) or Replicate along each axis"
+        )
     for path, leaf in leaves(params):
         if isinstance(leaf, Parameter):
             for source in leaf.sources:
                 shard_slice(source, trace.param_layouts.get(path, REPLICATED), mesh, path)
-    linker = _Linker(mesh, communicator)
-    for call in trace.calls:
-        linker.link(call)
-    linker.finish(result)
+    plan = solve(trace, result, as_batch(), mesh=mesh, batch=batch, costs=costs or Costs())
+    linker = _Linker(mesh, communicator, plan)
+    for at, (call, form) in enumerate(zip(trace.calls, plan.forms, strict=True)):
+        linker.link(at, call, form)
+    linker.finish(len(trace.calls), result)
     return Program(
         mesh=mesh,
+        bucket=trace.bucket,
         step=linker.build(),
         source=linker.source,
         calls=tuple(trace.calls),
+        forms=plan.forms,
         collectives=tuple(linker.collectives),
         param_layouts=trace.param_layouts,
+        cost_s=plan.cost_s,
     )
 
 
@@ -152,12 +178,15 @@ class _Linker:
 
     mesh: Mesh
     communicator: Communicator | None
+    plan: Solution
     lines: list[str] = field(factory=lambda: ["kv = kv.donate()"])
     names: dict[str, Any] = field(factory=dict)
     functions: dict[int, str] = field(factory=dict)
     collectives: list[Collective] = field(factory=list)
     converted: dict[tuple[int, Layout], str] = field(factory=dict)
+    own: dict[tuple[str, int], str] = field(factory=dict)
     last_use: dict[str, int] = field(factory=dict)
+    made_in: dict[int, int | None] = field(factory=dict)
 
     @property
     def source(self) -> str:
@@ -168,27 +197,35 @@ class _Linker:
                 body[line] += f"; del {name}"
         return "def step(params, batch, kv):\n" + "".join(f"    {line}\n" for line in body)
 
-    def link(self, call: Call) -> None:
+    def link(self, at: int, call: Call, form: Form) -> None:
         """Write a module call after the collectives that its inputs want."""
+        moved = {
+            name: self._convert(value, form.inputs[name], call.path, at)
+            for name, value in call.uses.items()
+        }
+        away = None
+        if form.sent is not None:
+            moved, away = self._dispatch(at, call, form, form.sent, moved)
+        for name in call.module.indices:
+            moved[name] = self._own_rows(call, name, moved[name])
         arguments = []
         for name, argument in call.arguments.items():
-            if isinstance(argument, Value):
-                wanted = call.module.inputs[name]
-                arguments.append(f"{name}={self._convert(argument, wanted, call.path)}")
-            elif isinstance(argument, Ref):
-                arguments.append(f"{name}={argument.source}")
-            else:
-                arguments.append(f"{name}={argument!r}")
-        for text in arguments:
-            self._use(text.partition("=")[2])
-        targets = ", ".join(f"v{value.number}" for value in call.outputs)
-        for value in call.outputs:
-            self.last_use[f"v{value.number}"] = len(self.lines)
-        self.lines.append(f"{targets} = {self._function(call.module)}({', '.join(arguments)})")
+            text = moved.get(name) or (
+                argument.source if isinstance(argument, Ref) else repr(argument)
+            )
+            arguments.append(f"{name}={text}")
+        self.made_in |= {value.number: call.layer for value in call.outputs}
+        targets = [value.name for value in call.outputs]
+        self._write(targets, self._function(call.module), arguments, tuple(moved.values()))
+        if form.sent is not None and away is not None:
+            name = f"combine_{form.sent.axis}"
+            self.names[name] = self._communicated(combine, axis=form.sent.axis)
+            self._write(targets, name, [away, *targets], (away, *targets), unpack=True)
+            self._note("all_to_all", form.sent.axis, at, call, form, form.sent.bytes[1])
 
-    def finish(self, result: Value) -> None:
-        """Write the return of the model's output, whole on every rank."""
-        name = self._convert(result, REPLICATED, "output")
+    def finish(self, at: int, result: Value) -> None:
+        """Write the return of the model's output."""
+        name = self._convert(result, self.plan.result, "output", at)
         self._use(name)
         self.lines.append(f"return {name}, kv")
 
@@ -199,13 +236,30 @@ class _Linker:
         step: Step = namespace["step"]
         return step
 
+    def _write(
+        self,
+        targets: list[str],
+        function: str,
+        arguments: list[str],
+        used: tuple[str, ...],
+        *,
+        unpack: bool = False,
+    ) -> None:
+        """One assignment; with `unpack` the function gives a tuple even of one."""
+        for name in used:
+            self._use(name)
+        for name in targets:
+            self.last_use[name] = len(self.lines)
+        left = ", ".join(targets) + ("," if unpack and len(targets) == 1 else "")
+        self.lines.append(f"{left} = {function}({', '.join(arguments)})")
+
     def _use(self, name: str) -> None:
         if name in self.last_use:
             self.last_use[name] = len(self.lines)
 
     def _function(self, module: Module) -> str:
         if id(module) not in self.functions:
-            taken = set(self.functions.values())
+            taken = {*self.functions.values(), *self.names}
             name = module.name
             while name in taken:
                 name += "_"
@@ -213,81 +267,103 @@ class _Linker:
             self.names[name] = module.function
         return self.functions[id(module)]
 
-    def _convert(self, value: Value, wanted: Layout, consumer: str) -> str:
-        given, wanted = value.layout.within(self.mesh), wanted.within(self.mesh)
-        name = f"v{value.number}"
-        for step in _conversion(given, wanted, self.mesh, value.producer, consumer):
-            key = (value.number, step.wanted)
-            if key not in self.converted:
-                target = f"c{len(self.converted)}"
-                self.names.setdefault(step.symbol, self._operation(step))
-                self._use(name)
-                self.last_use[target] = len(self.lines)
-                self.lines.append(f"{target} = {step.symbol}({name})")
-                self.converted[key] = target
-                self.collectives.append(step)
-            name = self.converted[key]
+    def _convert(self, value: Value, wanted: Layout, consumer: str, at: int) -> str:
+        """The name of a value in a layout, after the moves that are still to be made."""
+        if wanted == self.plan.given[value.number]:
+            return value.name
+        key = value.number, wanted
+        if key not in self.converted:
+            move = next(m for m in self.plan.trees[value.number] if m.wanted == wanted)
+            name = self._convert(value, move.given, consumer, at)
+            self.converted[key] = target = f"c{len(self.converted)}"
+            self._write([target], self._operation(move, consumer), [name], (name,))
+            self.collectives.append(
+                Collective(
+                    op=move.op,
+                    axis=move.axis,
+                    dim=move.dim,
+                    given=move.given,
+                    wanted=move.wanted,
+                    consumer=consumer,
+                    at=at,
+                    layer=self.made_in.get(value.number),
+                    bytes=move.bytes,
+                    cost_s=move.cost_s,
+                )
+            )
+        return self.converted[key]
+
+    def _operation(self, move: Move, consumer: str) -> str:
+        """The name of the function that carries out a move."""
+        parts = (move.op, move.axis, move.from_dim, move.dim)
+        name = "_".join(str(part) for part in parts if part is not None)
+        where = {"dim": move.dim, "from_dim": move.from_dim}
+        known: dict[str, Any] = {key: value for key, value in where.items() if value is not None}
+        if move.op == "slice":
+            size, at = self.mesh.size(move.axis), self.mesh.coordinate(move.axis)
+            self.names[name] = partial(local_slice, size=size, at=at, **known)
+        elif self.communicator is None:
+            self.names[name] = partial(_refuse_to_run, move.op, move.axis)
+        else:
+            self.names[name] = partial(getattr(self.communicator, move.op), axis=move.axis, **known)
         return name
 
-    def _operation(self, step: Collective) -> Callable[[Tensor], Tensor]:
-        axis, dim, communicator = step.axis, step.dim, self.communicator
-        if step.op == "slice":
-            assert dim is not None
-            return partial(
-                local_slice, dim=dim, size=self.mesh.size(axis), at=self.mesh.coordinate(axis)
-            )
-        if communicator is None:
-            return partial(_refuse_to_run, step)
-        if step.op == "all_reduce":
-            return partial(communicator.all_reduce, axis=axis)
-        return partial(getattr(communicator, step.op), axis=axis, dim=dim)
+    def _communicated(
+        self, function: Callable[..., Any], axis: str, **more: Any
+    ) -> Callable[..., Any]:
+        if self.communicator is None:
+            return partial(_refuse_to_run, "all_to_all", axis)
+        return partial(function, communicator=self.communicator, axis=axis, **more)
 
+    def _dispatch(
+        self, at: int, call: Call, form: Form, sent: Sent, moved: dict[str, str]
+    ) -> tuple[dict[str, str], str]:
+        """Send the tokens of a call; their names there, and that of what `combine` needs."""
+        assert call.module.routed is not None
+        routed = list(moved).index(call.module.routed)
+        name = f"dispatch_{sent.axis}_{sent.rows}_{routed}"
+        self.names[name] = self._communicated(
+            dispatch, axis=sent.axis, ranks=self.mesh.size(sent.axis), rows=sent.rows, routed=routed
+        )
+        there = {argument: f"s{at}_{index}" for index, argument in enumerate(moved)}
+        away = f"a{at}"
+        sources = tuple(moved.values())
+        self._write([*there.values(), away], name, list(sources), sources)
+        self._note("all_to_all", sent.axis, at, call, form, sent.bytes[0])
+        return there, away
 
-def _refuse_to_run(step: Collective, _x: Tensor) -> Tensor:
-    raise PlacementError(
-        f"{step.op} over {step.axis}: this program was compiled without a communicator and can "
-        "only be described; pass compile_model(communicator=...)"
-    )
-
-
-def _conversion(
-    given: Layout, wanted: Layout, mesh: Mesh, producer: str, consumer: str
-) -> list[Collective]:
-    """Collectives that turn `given` into `wanted`: first what makes whole, then what slices."""
-    if given == wanted:
-        return []
-
-    def refuse(why: str) -> PlacementError:
-        return PlacementError(
-            f"{consumer} wants {wanted}, {producer} gives {given} on the mesh {mesh}: {why}. "
-            f"Declare another input placement for {consumer} or another output of {producer}"
+    def _note(self, op: str, axis: str, at: int, call: Call, form: Form, size: int) -> None:
+        """Record a collective that is part of a call's form."""
+        lies = form.outputs[0]
+        cost = self.plan.costs.link(axis, self.mesh).seconds(op, self.mesh.size(axis), size)
+        self.collectives.append(
+            Collective(op, axis, 0, lies, lies, call.path, at, call.layer, size, cost)
         )
 
-    for lies in (given, wanted):
-        dims = [p.dim for _, p in lies.axes if isinstance(p, Shard)]
-        if len(set(dims)) < len(dims):
-            raise refuse(f"{lies} shards one dim along several axes, and a move would mix them up")
-    steps: list[Collective] = []
-    now = given
+    def _own_rows(self, call: Call, argument: str, name: str) -> str:
+        """The name of row numbers as this rank counts them."""
+        key = call.module.indices[argument]
+        subtree = call.arguments[next(iter(call.arguments))]
+        leaf, lies = subtree.tree[key], call.module.params.get(key, REPLICATED)
+        part = shard_slice(leaf.sources[0], lies, self.mesh, (*subtree.path, key))[0]
+        rows = part.stop - part.start
+        if rows == leaf.shape[0]:
+            return name
+        if len(leaf.sources) != 1:
+            raise PlacementError(
+                f"{call.path}: {argument} counts rows of {key}, which is joined of "
+                f"{len(leaf.sources)} tensors; sharded rows can be counted in one alone"
+            )
+        if (name, part.start) not in self.own:
+            self.own[name, part.start] = target = f"i{len(self.own)}"
+            function = f"own_rows_{part.start}_{rows}"
+            self.names[function] = partial(own_rows, first=part.start, rows=rows)
+            self._write([target], function, [name], (name,))
+        return self.own[name, part.start]
 
-    def step(op: str, axis: str, dim: int | None, after: Placement) -> Layout:
-        lies = Layout((*((a, p) for a, p in now.axes if a != axis), (axis, after)))
-        steps.append(Collective(op, axis, dim, now, lies, consumer))
-        return lies
 
-    for axis, _ in reversed(mesh.axes):
-        have, want = now.on(axis), wanted.on(axis)
-        if have == want:
-            continue
-        if isinstance(want, Partial):
-            raise refuse(f"along {axis} nothing turns {have} into summands")
-        if isinstance(have, Partial) and isinstance(want, Replicate):
-            now = step("all_reduce", axis, None, want)
-        elif isinstance(have, Shard):
-            now = step("all_gather", axis, have.dim, Replicate())
-    for axis, _ in mesh.axes:
-        have, want = now.on(axis), wanted.on(axis)
-        if have != want and isinstance(want, Shard):
-            op = "reduce_scatter" if isinstance(have, Partial) else "slice"
-            now = step(op, axis, want.dim, want)
-    return steps
+def _refuse_to_run(op: str, axis: str, *_: Tensor) -> Tensor:
+    raise PlacementError(
+        f"{op} over {axis}: this program was compiled without a communicator and can "
+        "only be described; pass compile_model(communicator=...)"
+    )

@@ -13,9 +13,11 @@ from typing import Any, final
 from attrs import frozen
 
 from tokenspeed.errors import PlacementError
-from tokenspeed.spmd.placement import REPLICATED, Layout
+from tokenspeed.spmd.placement import REPLICATED, Boundary, Layout, boundary
 
 __all__ = ["Module", "Traced", "module"]
+
+Declared = Layout | Boundary
 
 
 class Traced:
@@ -33,22 +35,35 @@ class Module:
 
     Attributes:
         function: the body.
-        inputs: layout of each tensor argument that another module produces.
-        outputs: layout of the result, or of each result of a tuple.
+        inputs: boundary of each tensor argument that another module or the batch produces.
+        outputs: boundary of each result.
+        single: whether the body returns one result and no tuple.
         params: layout of each parameter, by its key in the first argument's tree.
+        indices: argument -> the key of the parameter whose rows it counts.
+        routed: the argument among `indices` that says which ranks a token has to visit, or None.
+        meta: shapes and dtypes of the results.
         signature: of the body.
     """
 
     function: Callable[..., Any]
-    inputs: Mapping[str, Layout]
-    outputs: Layout | tuple[Layout, ...]
+    inputs: Mapping[str, Boundary]
+    outputs: tuple[Boundary, ...]
+    single: bool
     params: Mapping[str, Layout]
+    indices: Mapping[str, str]
+    routed: str | None
+    meta: Callable[..., Any] | None
     signature: inspect.Signature
 
     @property
     def name(self) -> str:
         """The body's name."""
         return self.function.__name__
+
+    @property
+    def boundaries(self) -> tuple[Boundary, ...]:
+        """Of inputs and outputs."""
+        return (*self.inputs.values(), *self.outputs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Record a call in the trace that its arguments belong to."""
@@ -64,27 +79,74 @@ class Module:
 
 def module(
     *,
-    inputs: Mapping[str, Layout] | None = None,
-    outputs: Layout | tuple[Layout, ...] = REPLICATED,
+    inputs: Mapping[str, Declared] | None = None,
+    outputs: Declared | tuple[Declared, ...] = REPLICATED,
     params: Mapping[str, Layout] | None = None,
+    indices: Mapping[str, str] | None = None,
+    routed: str | None = None,
+    meta: Callable[..., Any] | None = None,
 ) -> Callable[[Callable[..., Any]], Module]:
     """Declare how a pure function's inputs, outputs and parameters lie on the mesh.
 
     The first argument is the module's parameter subtree (a mapping of tensors). Arguments that are
     neither declared in `inputs` nor parameters come from the batch or the KV, as the rank has them.
 
+    Args:
+        inputs: of the arguments that other modules make, and of fields of the batch that are to be
+            moved to where the module wants them.
+        outputs: of the result, or of each result of a tuple.
+        params: of parameters; one that is not named is on every rank.
+        indices: argument -> parameter: the argument holds row numbers of that parameter. Where its
+            rows are sharded, a rank sees numbers of its own rows, from 0, and -1 for all others.
+        routed: one of `indices`, [tokens, choices]. A token whose choices are all -1 has the result
+            0 here: so instead of bringing every token to every rank, the compiler may send tokens
+            to where their rows are, and the summands back.
+        meta: called as the body is, with tensors on the meta device (of whole, unsharded shape) for
+            its tensors and None for what has no shape; gives the results' shapes and dtypes as meta
+            tensors. Left out, every result is like the first argument that `inputs` names.
+
     Raises:
-        PlacementError: a declared input is not an argument of the function.
+        PlacementError: what is declared does not fit the function or each other.
     """
 
     def declare(function: Callable[..., Any]) -> Module:
         signature = inspect.signature(function)
-        unknown = sorted(set(inputs or {}) - set(signature.parameters))
-        if unknown:
-            raise PlacementError(
-                f"{function.__name__}: placements for {', '.join(unknown)}, but its arguments are "
-                f"{', '.join(signature.parameters)}"
-            )
-        return Module(function, inputs or {}, outputs, params or {}, signature)
+        single = not isinstance(outputs, tuple)
+        made = Module(
+            function=function,
+            inputs={name: boundary(one) for name, one in (inputs or {}).items()},
+            outputs=tuple(
+                boundary(o) for o in (outputs if isinstance(outputs, tuple) else [outputs])
+            ),
+            single=single,
+            params=params or {},
+            indices=indices or {},
+            routed=routed,
+            meta=meta,
+            signature=signature,
+        )
+        _check(made)
+        return made
 
     return declare
+
+
+def _check(made: Module) -> None:
+    """Raise PlacementError for declarations that contradict the function or each other."""
+    unknown = sorted((set(made.inputs) | set(made.indices)) - set(made.signature.parameters))
+    if unknown:
+        raise PlacementError(
+            f"{made.name}: placements for {', '.join(unknown)}, but its arguments are "
+            f"{', '.join(made.signature.parameters)}"
+        )
+    free = [one for one in made.boundaries if one.is_free]
+    named = {tuple(axis for axis, _ in one.named) for one in free}
+    if len(named) > 1 or len({one.rest for one in free}) > 1:
+        raise PlacementError(
+            f"{made.name}: its boundaries {', '.join(map(str, free))} leave different axes open; "
+            "what the compiler chooses holds for the whole call: name the same axes in all of them"
+        )
+    if made.routed is not None and made.routed not in made.indices:
+        raise PlacementError(
+            f"{made.name}: routed is {made.routed!r}, expected an argument that `indices` names"
+        )

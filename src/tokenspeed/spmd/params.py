@@ -17,7 +17,17 @@ from tokenspeed.errors import PlacementError
 from tokenspeed.spmd.mesh import Mesh
 from tokenspeed.spmd.placement import Layout, Shard
 
-__all__ = ["Constant", "Parameter", "Path", "Source", "Tree", "leaves", "path_name", "shard_slice"]
+__all__ = [
+    "Constant",
+    "Parameter",
+    "Path",
+    "Source",
+    "Tree",
+    "leaves",
+    "local_shape",
+    "path_name",
+    "shard_slice",
+]
 
 Tree = Any
 """A leaf, or a dict or list of trees."""
@@ -44,9 +54,15 @@ class Source:
 @final
 @frozen
 class Parameter:
-    """A learned tensor: its sources, each sharded for itself, then joined along dim 0."""
+    """A learned tensor: its sources, each sharded for itself, then joined along dim 0.
+
+    Attributes:
+        sources: in the checkpoint.
+        dtype: of the tensor, whatever the model's; None: the model's.
+    """
 
     sources: tuple[Source, ...]
+    dtype: torch.dtype | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -106,11 +122,18 @@ def shard_slice(source: Source, lies: Layout, mesh: Mesh, path: Path) -> tuple[s
     return tuple(index)
 
 
-def allocate(parameter: Parameter, lies: Layout, mesh: Mesh, path: Path, **kind: Any) -> Tensor:
-    """Uninitialised memory for this rank's part of a parameter (`kind`: dtype and device)."""
+def local_shape(parameter: Parameter, lies: Layout, mesh: Mesh, path: Path) -> tuple[int, ...]:
+    """Shape of this rank's part of a parameter. Raises PlacementError, as `shard_slice`."""
     rows, rest = 0, ()
     for source in parameter.sources:
         part = shard_slice(source, lies, mesh, path)
         rows += part[0].stop - part[0].start
         rest = tuple(p.stop - p.start for p in part[1:])
-    return torch.empty((rows, *rest), **kind)
+    return rows, *rest
+
+
+def allocate(parameter: Parameter, lies: Layout, mesh: Mesh, path: Path, **kind: Any) -> Tensor:
+    """Uninitialised memory for this rank's part of a parameter (`kind`: dtype and device)."""
+    if parameter.dtype is not None:
+        kind["dtype"] = parameter.dtype
+    return torch.empty(local_shape(parameter, lies, mesh, path), **kind)

@@ -1,7 +1,8 @@
 """Tracing: a model function runs once on stand-ins, which record what feeds what.
 
-Rule: a stand-in is either a place in the step's arguments (`Ref`) or the output of a module
-(`Value`). A model function can only index the one, and pass both to modules; it sees no number.
+Rule: a stand-in is either a place in the step's arguments (`Ref`) or a tensor that moves between
+modules (`Value`). A model function can only index the one, and pass both to modules; it sees no
+number. Shapes are those of the bucket that is compiled, as tensors on the meta device.
 """
 
 from __future__ import annotations
@@ -9,44 +10,129 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, final
 
+import torch
 from attrs import define, field, frozen
+from torch import Tensor
 
 from tokenspeed.errors import PlacementError
 from tokenspeed.spmd.module import Module, Traced
+from tokenspeed.spmd.moves import Kind
 from tokenspeed.spmd.params import Parameter, Path, Tree, path_name
-from tokenspeed.spmd.placement import REPLICATED, Layout
+from tokenspeed.spmd.placement import REPLICATED, Boundary, Layout, as_batch
 
-__all__ = ["Call", "Ref", "Trace", "Value"]
+__all__ = ["Bucket", "Call", "Ref", "Trace", "Value"]
+
+
+@final
+@frozen(kw_only=True)
+class Bucket:
+    """The step that a program is compiled for.
+
+    Attributes:
+        tokens: of all ranks together; None: any number of them. Then tokens are only cut where the
+            batch or a boundary that names the axis cuts them, and costs are those of one token.
+        rows: whose logits are wanted, of all ranks together.
+        dtype: of parameters and activations.
+        fields: shapes of further fields of the batch, as meta tensors.
+    """
+
+    tokens: int | None = None
+    rows: int = 1
+    dtype: torch.dtype = torch.float32
+    fields: Mapping[str, Tensor] = field(factory=dict)
+
+    def meta(self, name: str) -> Tensor | None:
+        """A field of the batch as a meta tensor, if its shape is known."""
+        if name in self.fields:
+            return self.fields[name]
+        counts = {"sampled_rows": self.rows}
+        counts |= dict.fromkeys(("token_ids", "positions", "locations"), self.tokens or 1)
+        known = name in counts
+        return torch.empty(counts[name], dtype=torch.int64, device="meta") if known else None
 
 
 @final
 @frozen(eq=False)
 class Call:
-    """A recorded module call: its path in the model, its arguments and its outputs."""
+    """A recorded module call.
+
+    Attributes:
+        module: that is called.
+        path: in the model, for messages.
+        layer: of the model, or None outside of all layers.
+        arguments: by name, as they were given.
+        uses: the arguments that have a placement.
+        outputs: one Value a result.
+    """
 
     module: Module
     path: str
+    layer: int | None
     arguments: Mapping[str, Any]
+    uses: Mapping[str, Value]
     outputs: tuple[Value, ...]
 
 
 @define(eq=False)
 class Trace:
-    """The calls of a model function in order, and where its parameters lie."""
+    """The calls of a model function in order, and where its parameters lie.
 
+    Attributes:
+        bucket: whose shapes are traced.
+        calls: in order.
+        values: all of them, by their numbers.
+        fields: of the batch, those that have a placement.
+        param_layouts: by path.
+    """
+
+    bucket: Bucket
     calls: list[Call] = field(factory=list)
+    values: list[Value] = field(factory=list)
+    fields: dict[str, Value] = field(factory=dict)
     param_layouts: dict[Path, Layout] = field(factory=dict)
+    _metas: dict[Any, Tensor] = field(factory=dict)
+
+    def value(self, boundary: Boundary, meta: Tensor | None, producer: str, name: str) -> Value:
+        """A new value."""
+        made = Value(self, len(self.values), boundary, meta, producer, name)
+        self.values.append(made)
+        return made
+
+    def parameter(self, leaf: Parameter) -> Tensor:
+        """A parameter's whole shape as a meta tensor."""
+        key = leaf.shape, leaf.dtype or self.bucket.dtype
+        if key not in self._metas:
+            self._metas[key] = torch.empty(key[0], dtype=key[1], device="meta")
+        return self._metas[key]
 
 
 @final
 @define(eq=False)
 class Value(Traced):
-    """A tensor that a recorded call produces."""
+    """A tensor that a recorded call produces, or a field of the batch that is moved.
+
+    Attributes:
+        number: among the trace's values.
+        boundary: as its producer declares it.
+        meta: shape and dtype, if known.
+        producer: path of the module, or "batch".
+        name: in the compiled source.
+    """
 
     trace: Trace
     number: int
-    layout: Layout
+    boundary: Boundary
+    meta: Tensor | None
     producer: str
+    name: str
+
+    @property
+    def kind(self) -> Kind:
+        """What moving it depends on."""
+        any_count = self.trace.bucket.tokens is None
+        if self.meta is None:
+            return Kind((), 0, any_count)
+        return Kind(tuple(self.meta.shape), self.meta.element_size(), any_count)
 
     def call(self, module: Module, arguments: Mapping[str, Any]) -> Any:
         """See Traced."""
@@ -86,23 +172,93 @@ class Ref(Traced):
 
 def _record(trace: Trace, module: Module, arguments: Mapping[str, Any]) -> Any:
     first = next(iter(arguments.values()))
-    where = path_name(first.path) if isinstance(first, Ref) and first.path else "model"
+    at = first.path if isinstance(first, Ref) else ()
+    layer = trace.calls[-1].layer if trace.calls and not at else None
+    if len(at) > 1 and at[0] == "layers" and isinstance(at[1], int):
+        layer = at[1]
+    where = path_name(at) or ("model" if layer is None else f"layers.{layer}")
     path = f"{where}:{module.name}"
+    uses = _uses(trace, module, arguments, path)
+    if isinstance(first, Ref) and isinstance(first.tree, dict):
+        _place_params(trace, module, first, path)
+    metas = _metas(trace, module, arguments, path)
+    outputs = tuple(
+        trace.value(boundary, meta, path, f"v{len(trace.values)}")
+        for boundary, meta in zip(module.outputs, metas, strict=True)
+    )
+    trace.calls.append(Call(module, path, layer, arguments, uses, outputs))
+    return outputs[0] if module.single else outputs
+
+
+def _uses(
+    trace: Trace, module: Module, arguments: Mapping[str, Any], path: str
+) -> dict[str, Value]:
+    """The arguments that have a placement."""
+    uses = {}
     for name, argument in arguments.items():
         if isinstance(argument, Value) and name not in module.inputs:
             raise PlacementError(
                 f"{path}: argument {name} comes from {argument.producer} but has no placement; "
                 f"declare it in @module(inputs={{{name!r}: ...}})"
             )
-        if name in module.inputs and not isinstance(argument, Value):
-            raise PlacementError(f"{path}: argument {name} has a placement but no module makes it")
-    if isinstance(first, Ref) and isinstance(first.tree, dict):
-        _place_params(trace, module, first, path)
-    lies = module.outputs if isinstance(module.outputs, tuple) else (module.outputs,)
-    count = sum(len(call.outputs) for call in trace.calls)
-    outputs = tuple(Value(trace, count + i, one, path) for i, one in enumerate(lies))
-    trace.calls.append(Call(module, path, arguments, outputs))
-    return outputs if isinstance(module.outputs, tuple) else outputs[0]
+        if name not in module.inputs:
+            continue
+        if isinstance(argument, Value):
+            uses[name] = argument
+        elif isinstance(argument, Ref) and argument.source.startswith("batch."):
+            source = argument.source
+            if source not in trace.fields:
+                meta = trace.bucket.meta(source.removeprefix("batch."))
+                trace.fields[source] = trace.value(as_batch(), meta, "batch", source)
+            uses[name] = trace.fields[source]
+        else:
+            raise PlacementError(
+                f"{path}: argument {name} has a placement but no module makes it, "
+                "nor is it a field of the batch"
+            )
+    return uses
+
+
+def _metas(
+    trace: Trace, module: Module, arguments: Mapping[str, Any], path: str
+) -> list[Tensor | None]:
+    """Shapes and dtypes of a call's results."""
+    given = {name: _meta(trace, argument) for name, argument in arguments.items()}
+    if module.meta is None:
+        first = next((given[name] for name in arguments if name in module.inputs), None)
+        results = [first] * len(module.outputs)
+    elif any(isinstance(a, Value) and a.meta is None for a in arguments.values()):
+        results = [None] * len(module.outputs)
+    else:
+        made = module.meta(**given)
+        results = [made] if module.single else list(made)
+        if len(results) != len(module.outputs):
+            raise PlacementError(
+                f"{path}: meta gives {len(results)} tensors for {len(module.outputs)} outputs"
+            )
+    if trace.bucket.tokens is not None and None in [r if r is None else 0 for r in results]:
+        raise PlacementError(
+            f"{path}: the shape of its result is not known; declare @module(meta=...), a function "
+            "of the same arguments that gives meta tensors"
+        )
+    return results
+
+
+def _meta(trace: Trace, argument: Any) -> Any:
+    """What a shape rule sees of an argument."""
+    if isinstance(argument, Value):
+        return argument.meta
+    if not isinstance(argument, Ref):
+        return argument
+    if argument.tree is None:
+        return trace.bucket.meta(argument.source.removeprefix("batch."))
+    if isinstance(argument.tree, dict):
+        return {
+            key: trace.parameter(leaf)
+            for key, leaf in argument.tree.items()
+            if isinstance(leaf, Parameter)
+        }
+    return trace.parameter(argument.tree) if isinstance(argument.tree, Parameter) else None
 
 
 def _place_params(trace: Trace, module: Module, subtree: Ref, path: str) -> None:

@@ -1,0 +1,144 @@
+"""The ways to make a call on a mesh: one choice for all that its boundaries leave open.
+
+Rule: a form fixes where every input and output of a call lies. A call has one form for each way of
+sharding its tokens along the open axes, and for each of these another one if tokens can be sent to
+the ranks that hold their rows instead of being brought to all of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from typing import final
+
+from attrs import evolve, frozen
+
+from tokenspeed.errors import PlacementError
+from tokenspeed.spmd.cost import Costs
+from tokenspeed.spmd.mesh import Mesh
+from tokenspeed.spmd.placement import Layout, Partial, Placement, Replicate, Rest, Shard
+from tokenspeed.spmd.trace import Call, Value
+
+__all__ = ["Form", "Sent", "forms"]
+
+
+@final
+@frozen
+class Sent:
+    """Tokens travel along an axis to the ranks that hold their rows, and summands travel back.
+
+    Attributes:
+        axis: of the mesh.
+        rows: of the parameter on each rank.
+        bytes: expected to be sent and received by a rank, there and back; those that stay count.
+    """
+
+    axis: str
+    rows: int
+    bytes: tuple[int, int]
+
+
+@final
+@frozen(eq=False)
+class Form:
+    """Where the inputs and outputs of a call lie.
+
+    Attributes:
+        inputs: by argument.
+        outputs: of each result.
+        sent: how tokens get to the call, if not as the inputs lie.
+        cost_s: of sending, and of the memory that inputs and outputs take.
+    """
+
+    inputs: Mapping[str, Layout]
+    outputs: tuple[Layout, ...]
+    sent: Sent | None
+    cost_s: float
+
+
+def forms(call: Call, mesh: Mesh, batch: Layout, costs: Costs) -> list[Form]:
+    """All forms of a call, the plainest first; those that do not divide are left out.
+
+    Raises:
+        PlacementError: `routed` is declared, but not that inputs are whole and outputs summands.
+    """
+    found = []
+    for chosen in _choices(call, mesh, batch):
+        inputs = {
+            name: call.module.inputs[name].resolve(batch, chosen).within(mesh) for name in call.uses
+        }
+        outputs = tuple(b.resolve(batch, chosen).within(mesh) for b in call.module.outputs)
+        form = Form(inputs, outputs, None, 0.0)
+        for one in (form, *_sending(call, form, mesh, batch, costs)):
+            if all(v.kind.admits(lies, mesh) for v, lies in _placed(call, one)):
+                touched = sum(v.kind.local_bytes(lies, mesh) for v, lies in _placed(call, one))
+                found.append(evolve(one, cost_s=one.cost_s + costs.touched_s(touched)))
+    return found
+
+
+def _placed(call: Call, form: Form) -> Iterator[tuple[Value, Layout]]:
+    """Inputs and outputs with their layouts."""
+    for name, value in call.uses.items():
+        yield value, form.inputs[name]
+    yield from zip(call.outputs, form.outputs, strict=True)
+
+
+def _choices(call: Call, mesh: Mesh, batch: Layout) -> Iterator[Layout]:
+    """What the compiler may choose for the open axes of a call."""
+    free = next((one for one in call.module.boundaries if one.is_free), None)
+    if free is None:
+        yield Layout()
+        return
+    named = {axis for axis, _ in free.named}
+    open_axes = [a for a, size in mesh.axes if size > 1 and a not in named and a != "pp"]
+    any_count = next(iter((*call.uses.values(), *call.outputs))).kind.any_count
+    options: list[list[Placement]] = []
+    for axis in open_axes:
+        ways: list[Placement] = [Replicate()]
+        if not any_count or batch.on(axis).is_shard(0):
+            ways.append(Shard(0))
+        if free.rest is Rest.ANY:
+            ways.append(Partial())
+        options.append(ways)
+    for combination in itertools.product(*options):
+        yield Layout(tuple(zip(open_axes, combination, strict=True)))
+
+
+def _sending(call: Call, form: Form, mesh: Mesh, batch: Layout, costs: Costs) -> Iterator[Form]:
+    """The form in which tokens travel, where there is one axis along which they can."""
+    module = call.module
+    if module.routed is None:
+        return
+    table = call.arguments[next(iter(call.arguments))].tree[module.indices[module.routed]]
+    lies = module.params[module.indices[module.routed]].within(mesh)
+    axes = [axis for axis, placement in lies.axes if placement.is_shard(0)]
+    if len(axes) != 1:
+        return
+    axis, size = axes[0], mesh.size(axes[0])
+    whole = all(lies.on(axis).is_replicate() for lies in form.inputs.values())
+    if not whole or not all(isinstance(lies.on(axis), Partial) for lies in form.outputs):
+        raise PlacementError(
+            f"{call.path}: {module.routed} is routed along {axis}, where the inputs lie "
+            f"{', '.join(map(str, form.inputs.values()))} and the outputs "
+            f"{', '.join(map(str, form.outputs))}; declare Replicate inputs and Partial outputs"
+        )
+    first = call.uses[module.routed]
+    if first.kind.any_count and not batch.on(axis).is_shard(0):
+        return
+    inputs = {name: lies.having(axis, Shard(0)) for name, lies in form.inputs.items()}
+    outputs = tuple(lies.having(axis, Shard(0)) for lies in form.outputs)
+    choices = first.kind.shape[1] if len(first.kind.shape) > 1 else 1
+    share = size * (1 - (1 - 1 / size) ** choices)  # of the ranks, how many a token visits
+    link = costs.link(axis, mesh)
+    there, back = (
+        [math.ceil(share * v.kind.local_bytes(lies, mesh)) for v, lies in some]
+        for some in (
+            [(value, inputs[name]) for name, value in call.uses.items()],
+            list(zip(call.outputs, outputs, strict=True)),
+        )
+    )
+    sizes = (8 * size, *there, *back)  # the counts, then a message for each tensor
+    cost = sum(link.seconds("all_to_all", size, one) for one in sizes)
+    there[0] += sizes[0]
+    yield Form(inputs, outputs, Sent(axis, table.shape[0] // size, (sum(there), sum(back))), cost)
