@@ -63,6 +63,18 @@ SlidingAdmit(r) ==
        /\ page'    = [p \in Page |-> IF p \in Range(m)
                                      THEN [page[p] EXCEPT !.ref = @ + 1] ELSE page[p]]
   /\ UNCHANGED <<age, known, content, plan, inflight>>
+SeesOrWrites(r, w) ==    \* pages of the table that a step needs for a request
+  {i \in 1..PagesFor(w.from + w.n) : Seen(i, w.from)}
+SlidingSchedule(r, n) ==   \* reads what its first token sees, and no hole
+  /\ Move("Schedule", r, st[r])
+  /\ Wants(r)
+  /\ n <= Wanted(r)
+  /\ n <= Room(r)
+  /\ LET w == [NoWork EXCEPT !.from = planned[r], !.n = n, !.samples = planned[r] + n >= known[r]] IN
+       plan' = [plan EXCEPT ![r] = [w EXCEPT !.writes = Covers(r, planned[r], n),
+                                             !.reads  = {tab[r][i] : i \in SeesOrWrites(r, w)}]]
+  /\ planned' = [planned EXCEPT ![r] = @ + n]
+  /\ UNCHANGED <<age, tab, known, done, page, content, inflight>>
 SlidingPreempt(r) == Preempt(r) /\ Unheld = {}
 SlidingEvict(p) ==   \* in any order
   /\ p \in Unheld
@@ -74,14 +86,14 @@ SlidingNext ==
   \/ \E r \in Req : \/ SlidingSubmit(r) \/ SlidingAdmit(r) \/ Abort(r) \/ Release(r)
                     \/ SlidingPreempt(r) \/ Publish(r) \/ Slide(r)
                     \/ \E p \in Page : Acquire(r, p)
-                    \/ \E n \in 1..Chunk : Schedule(r, n)
+                    \/ \E n \in 1..Chunk : SlidingSchedule(r, n)
   \/ Launch \/ Complete
   \/ \E p \in Page : SlidingEvict(p)
 
 SlidingFairness ==
   /\ \A r \in Req : WF_vars(SlidingAdmit(r)) /\ WF_vars(Release(r)) /\ WF_vars(SlidingPreempt(r))
                     /\ WF_vars(\E p \in Page : Acquire(r, p))
-                    /\ WF_vars(\E n \in 1..Chunk : Schedule(r, n))
+                    /\ WF_vars(\E n \in 1..Chunk : SlidingSchedule(r, n))
                     /\ WF_vars(Slide(r))
   /\ WF_vars(Launch) /\ WF_vars(Complete)
   /\ WF_vars(Starved /\ \E p \in Page : SlidingEvict(p))
@@ -100,13 +112,13 @@ HeldOnce ==              \* FreeUnique
 PagesExact ==            \* AccountingExact
   Cardinality(FreePages) + Cardinality(Unheld)
     + Cardinality({p \in Page : Holders(p) # {}}) = Cardinality(Page)
-SeesOrWrites(r, w) ==    \* pages of the table that a step needs for a request
-  {i \in 1..PagesFor(w.from + w.n) : Seen(i, w.from)}
 NoneGivenAway ==         \* NoReuseInFlight: what a step sees or writes is held until it is complete
   \A r \in Req :
     /\ plan[r].n > 0 => SeesOrWrites(r, plan[r]) \subseteq Held(r)
     /\ \A i \in DOMAIN inflight :
          inflight[i][r].n > 0 => SeesOrWrites(r, inflight[i][r]) \subseteq Held(r)
+TouchesHeld ==           \* NoReuseInFlight and MatchPins, of the pages that are named in steps
+  \A r \in Req : Touches(r) \subseteq Range(tab[r]) \ {Hole}
 SeenHeld ==              \* ... and so is what the next one will see
   \A r \in Running : \A i \in 1..PagesFor(planned[r]) : Seen(i, planned[r]) => i \in Held(r)
 KeysRight ==             \* KeyInjective

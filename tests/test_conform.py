@@ -26,7 +26,12 @@ LIFECYCLE = SPECS / "MCLifecycle.tla"
 TIER = SPECS / "MCHostTier.tla"
 RECORDED = {model.name: model for model in read_manifest(SPECS)}
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("pages", "host")]
+DRAFT = SPECS / "MCDraft.tla"
+WINDOW = SPECS / "MCWindow.tla"
+SLOW = [
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("pages", "host", "draftone", "draftslot", "windowslot")
+]
 
 needs_compiler = pytest.mark.skipif(compiled.compiler() is None, reason="no C++ compiler here")
 
@@ -40,8 +45,13 @@ needs_compiler = pytest.mark.skipif(compiled.compiler() is None, reason="no C++ 
         "toolong",
         "keys",
         "priorities",
-        pytest.param("oneslot", marks=pytest.mark.slow),
-        pytest.param("host", marks=pytest.mark.slow),
+        "draftslot",
+        "draftone",
+        "windowslot",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("oneslot", "host", "draftpages", "drafthostslot", "windowpages")
+        ),
     ],
 )
 def test_the_runtime_is_the_model_in_every_state(name: str) -> None:
@@ -96,6 +106,10 @@ def test_another_spec_is_refused_by_what_it_lacks() -> None:
         (LIFECYCLE, "NeverDropped"),
         (TIER, "NeverLoaded"),
         (TIER, "NeverAlreadyComputed"),
+        (DRAFT, "NeverSomeWrong"),
+        (DRAFT, "NeverDroppedGuess"),
+        (WINDOW, "NeverSharedHole"),
+        (WINDOW, "NeverHitBehindHole"),
     ],
 )
 def test_the_runtime_follows_what_the_spec_allows(spec: Path, name: str) -> None:

@@ -154,7 +154,8 @@ bool act(Control& self, std::int64_t number, Arguments... arguments) {
 py::list rows(const Control& self, const std::vector<Row>& rows) {
   py::list out;
   for (const Row& row : rows) {
-    out.append(py::make_tuple(self.record(row.index).number, row.from, row.tokens, row.samples));
+    out.append(py::make_tuple(self.record(row.index).number, row.from, row.tokens, row.samples,
+                              row.drafts));
   }
   return out;
 }
@@ -237,9 +238,10 @@ void bind_step(py::module_& m) {
 void bind_control(py::module_& m) {
   py::class_<Control>(m, "Control")
       .def(py::init([](std::int32_t page_size, std::int32_t pages, std::int32_t slots,
-                       std::int32_t chunk, std::int32_t in_flight_max, std::int32_t host_pages) {
-             const ControlConfig config{page_size,     pages, slots, chunk,
-                                        in_flight_max, true,  0,     host_pages};
+                       std::int32_t chunk, std::int32_t in_flight_max, std::int32_t host_pages,
+                       std::int32_t drafts_max, std::int32_t window) {
+             const ControlConfig config{page_size, pages, slots,      chunk,      in_flight_max,
+                                        true,      0,     host_pages, drafts_max, {window}};
              const std::string wrong = Control::invalid(config);
              if (!wrong.empty()) throw py::value_error(wrong);
              auto control = std::make_unique<Control>(config);
@@ -247,7 +249,8 @@ void bind_control(py::module_& m) {
              return control;
            }),
            py::kw_only(), py::arg("page_size"), py::arg("pages"), py::arg("slots"),
-           py::arg("chunk"), py::arg("in_flight_max"), py::arg("host_pages") = 0)
+           py::arg("chunk"), py::arg("in_flight_max"), py::arg("host_pages") = 0,
+           py::arg("drafts_max") = 0, py::arg("window") = 0)
       .def(
           "submit",
           [](Control& self, std::int64_t number, const std::vector<Token>& prompt,
@@ -260,6 +263,18 @@ void bind_control(py::module_& m) {
       .def("acquire", &act<&Control::acquire, PageId>, py::arg("number"), py::arg("page"))
       .def("schedule", &act<&Control::schedule, std::int32_t>, py::arg("number"), py::arg("tokens"))
       .def("publish", &act<&Control::publish>, py::arg("number"))
+      .def("slide", &act<&Control::slide>, py::arg("number"))
+      .def(
+          "propose",
+          [](Control& self, std::int64_t number, const std::vector<Token>& draft) {
+            const auto index = self.find(number);
+            return index ? self.propose(*index, draft) : 0;
+          },
+          py::arg("number"), py::arg("draft"))
+      .def("reserve", &act<&Control::reserve, PageId>, py::arg("number"), py::arg("page"))
+      .def("speculate", &act<&Control::speculate, std::int32_t>, py::arg("number"),
+           py::arg("drafts"))
+      .def("trim", &act<&Control::trim>, py::arg("number"))
       .def("preempt", &act<&Control::preempt>, py::arg("number"))
       .def("abort", &act<&Control::abort>, py::arg("number"))
       .def("release", &act<&Control::release>, py::arg("number"))

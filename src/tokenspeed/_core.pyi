@@ -285,6 +285,8 @@ class Control:
         chunk: int,
         in_flight_max: int,
         host_pages: int = 0,
+        drafts_max: int = 0,
+        window: int = 0,
     ) -> None: ...
     def submit(
         self, number: int, prompt: Sequence[int], length_max: int, salt: str, patience: int
@@ -293,12 +295,23 @@ class Control:
     def acquire(self, number: int, page: int) -> bool: ...
     def schedule(self, number: int, tokens: int) -> bool: ...
     def publish(self, number: int) -> bool: ...
+    def slide(self, number: int) -> bool: ...
+    def propose(self, number: int, draft: Sequence[int]) -> int:
+        """Guesses of what comes next; how many are kept. No action: `speculate` takes them."""
+
+    def reserve(self, number: int, page: int) -> bool: ...
+    def speculate(self, number: int, drafts: int) -> bool: ...
+    def trim(self, number: int) -> bool: ...
     def preempt(self, number: int) -> bool: ...
     def abort(self, number: int) -> bool: ...
     def release(self, number: int) -> bool: ...
     def launch(self) -> bool: ...
     def complete(self, token_ids: Sequence[int], stop: Sequence[int]) -> bool:
-        """Complete the oldest launched step: a token and a stop flag for each of its rows."""
+        """Complete the oldest launched step: for each of its rows a run of tokens and a stop flag.
+
+        A run is one token, or as many as the row has drafts, and one: those that are right, what
+        was sampled after them, then -1.
+        """
 
     def evict(self, page: int) -> bool: ...
     def store_start(self, page: int, block: int) -> bool: ...
@@ -310,9 +323,10 @@ class Control:
         """All of it as values.
 
         `requests`: number -> (state, pages, known, planned, done), oldest first; `pages`: by id,
-        (kind, references, salt, tokens of the key); `plan`: rows; `inflight`: rows of each
-        launched step, oldest first; `host`: by block, (kind, salt, tokens of the key); `moves`:
-        copies under way, (page, block, from device to host).
+        (kind, references, salt, tokens of the key); `plan`: rows, (number, from, tokens, samples,
+        drafts); `inflight`: rows of each launched step, oldest first; `host`: by block, (kind,
+        salt, tokens of the key); `moves`: copies under way, (page, block, from device to host). A
+        page of a table is -1 where a hole is.
         """
 
     def trace(self) -> list[tuple[str, int, int, int, str]]:

@@ -3,14 +3,14 @@
 Rule: nothing is decided here and nothing is remembered but what the runtime forgets by design: the
 requests that have ended. What the runtime does not have is left out of the comparison: `content`
 and `stored`, ghosts that nobody can look at, and the pages of a piece of work, which follow from
-its positions. Actions of the lifecycle go by their own names, where `HostTier` has `Tier` before
-them.
+its positions. Actions of the lifecycle go by their own names, where `HostTier`, `Draft` and
+`Window` have a prefix before them; a `Complete` of drafts says what each request gained.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain, combinations
+from itertools import chain, combinations, product
 from typing import Any, final
 
 from attrs import frozen
@@ -20,7 +20,7 @@ from tokenspeed.errors import ConfigError
 from tokenspeed.fsm.evaluate import Evaluator
 from tokenspeed.fsm.mirror import ENDED, Action
 from tokenspeed.fsm.steps import Step
-from tokenspeed.fsm.values import Function, Value
+from tokenspeed.fsm.values import Function, Value, function
 
 __all__ = [
     "Observed", "Replayed", "Runtime", "Tried", "as_asked", "observed", "refuse_others", "replay",
@@ -28,15 +28,17 @@ __all__ = [
 ]  # fmt: skip
 
 VARIABLES = ("st", "age", "tab", "known", "planned", "done", "page", "plan", "inflight")
-TIER = ("host", "moves")
-"""What a host tier adds to the variables above."""
+MORE = ("host", "moves", "draft")
+"""What a host tier and drafts add to the variables above."""
 
 Observed = tuple[Value, ...]
 """The variables that are `visible`, in their order, as far as they can be seen."""
 
 SEEN = ("from", "n", "samples")  # of a piece of work
 IDLE = Function({"from": 0, "n": 0, "samples": False})
-Row = tuple[int, int, int, bool]
+LIVE = ("Prefilling", "Decoding")
+PREFIXES = ("Tier", "Draft", "Sliding")  # of actions as the modules that extend the lifecycle say
+Row = tuple[int, int, int, bool, int]
 
 METHODS = {
     "StoreStart": "store_start", "StoreEnd": "store_end", "LoadStart": "load_start",
@@ -48,12 +50,15 @@ ENDS = {"StoreEnd": 1, "LoadEnd": 0}
 
 def visible(variables: Iterable[str]) -> tuple[str, ...]:
     """Names of the variables of a spec that are compared."""
-    return VARIABLES + TIER if set(TIER) <= set(variables) else VARIABLES
+    there = set(variables)
+    return VARIABLES + tuple(name for name in MORE if name in there)
 
 
 def as_asked(name: str, args: tuple[Value, ...]) -> Action:
     """A step of the spec as the runtime is asked for it."""
-    return Action(name.removeprefix("Tier"), args)
+    for prefix in PREFIXES:
+        name = name.removeprefix(prefix)
+    return Action("Complete" if name == "CompleteAs" else name, args)
 
 
 def refuse_others(variables: Iterable[str]) -> None:
@@ -118,8 +123,11 @@ class Runtime:
         self._requests = sorted(value("Req"))
         self._pages = sorted(value("Page"))
         self._tokens = sorted(value("Token"))
-        self._tier = visible(spec.variables) != VARIABLES
-        self._blocks = sorted(value("Block")) if self._tier else []
+        self._seen = visible(spec.variables)
+        self._drafts: int | None = value("Drafts") if "draft" in self._seen else None
+        self._sliding = "Slide" in spec.definitions
+        self._hole: list[Value] = [value("Hole")] if self._sliding else []  # by the number -1
+        self._blocks = sorted(value("Block")) if "host" in self._seen else []
         self._numbers = {
             name: at
             for names in (self._requests, self._pages, self._blocks)
@@ -129,6 +137,7 @@ class Runtime:
         self._control = Control(
             page_size=value("PageSize"), pages=len(self._pages), slots=value("Slots"),
             chunk=self._chunk, in_flight_max=value("MaxInFlight"), host_pages=len(self._blocks),
+            drafts_max=self._drafts or 0, window=value("Window") if self._sliding else 0,
         )  # fmt: skip
         self._age: list[str] = []
         self._known = dict(self._prompt)  # told by the trace: the runtime forgets who has ended
@@ -146,16 +155,39 @@ class Runtime:
                 yield Tried(Action("Submit", (r,)))
             for name in ("Admit", "Abort", "Release", "Preempt", "Publish"):
                 yield Tried(Action(name, (r,)))
+            yield from map(Tried, self._of_drafts_and_windows(r))
             yield from (Tried(Action("Acquire", (r, p))) for p in self._pages)
             yield from (Tried(Action("Schedule", (r, n))) for n in range(self._chunk + 2))
         yield from (Tried(Action("Evict", (p,))) for p in self._pages)
         yield Tried(Action("Launch"))
         found = self.snapshot()
         yield from map(Tried, self._copies({block: page for page, block, _ in found["moves"]}))
-        rows = found["inflight"]
-        batch = [self._requests[number] for number, *_ in rows[0]] if rows else []
-        for stop in chain.from_iterable(combinations(batch, n) for n in range(len(batch) + 1)):
-            yield Tried(Action("Complete"), frozenset(stop))
+        yield from self._completions(found)
+
+    def _of_drafts_and_windows(self, r: str) -> Iterator[Action]:
+        if self._sliding:
+            yield Action("Slide", (r,))
+        if self._drafts is not None:
+            yield Action("Trim", (r,))
+            yield from (Action("Reserve", (r, p)) for p in self._pages)
+            yield from (Action("Speculate", (r, k)) for k in range(self._drafts + 2))
+
+    def _completions(self, found: Mapping[str, Any]) -> Iterator[Tried]:
+        """Whoever stops, and whatever comes of drafts; of a row without there is no choice."""
+        rows: list[Row] = found["inflight"][0] if found["inflight"] else []
+        batch = [self._requests[number] for number, *_ in rows]
+        stops = chain.from_iterable(combinations(batch, n) for n in range(len(batch) + 1))
+        if self._drafts is None:
+            yield from (Tried(Action("Complete"), frozenset(stop)) for stop in stops)
+            return
+        gains: list[Iterable[int]] = []
+        for number, _, _, samples, drafts in rows:
+            counts = samples and found["requests"][number][0] in LIVE
+            gains.append((0,) if not counts else range(drafts + 2) if drafts else (1,))
+        for stop in stops:
+            for gain in product(*gains):
+                each = dict.fromkeys(self._requests, 0) | dict(zip(batch, gain, strict=True))
+                yield Tried(Action("Complete", (Function(each),)), frozenset(stop))
 
     def _copies(self, copied: Mapping[int, int]) -> Iterator[Action]:
         """Of the host tier. The runtime knows a copy by its block: the page is the one it has."""
@@ -179,9 +211,9 @@ class Runtime:
         """Ask for an action; did it happen?"""
         done = self._ask(tried.action.name, tried.action.args, tried.stop)
         told = self._control.trace()
-        self.reported = frozenset(action for action, *_ in told)
-        for action, number, _, value, to in told:
-            if action == "Complete" and value >= 0 and number >= 0:
+        self.reported = frozenset(action for action, *_ in told if action != "Accept")
+        for action, number, _, value, to in told:  # an Accept is a part of the Complete after it
+            if action in ("Accept", "Complete") and value >= 0 and number >= 0:
                 self._known[self._requests[number]] += 1
             if to in ENDED:
                 self._ended[self._requests[number]] = to
@@ -191,7 +223,9 @@ class Runtime:
         if name == "Submit":
             return self._submit(args[0])
         if name == "Complete":
-            return self._complete(stop)
+            return self._complete(stop, args[0].items if args else {})
+        if name == "Speculate":
+            self._propose(*args)
         action: Callable[..., bool] = getattr(self._control, METHODS.get(name, name.lower()))
         if name in ENDS:
             args = (args[ENDS[name]], args[-1])
@@ -205,16 +239,28 @@ class Runtime:
         self._age += [r] if done else []
         return done
 
-    def _complete(self, stop: frozenset[str]) -> bool:
+    def _propose(self, r: str, drafts: int) -> None:
+        """Guesses, all of them right: how many are taken, `Complete` says."""
+        request = self.snapshot()["requests"].get(self._numbers[r])
+        if request is not None:
+            self._control.propose(self._numbers[r], self._said(r, request[2], drafts))
+
+    def _said(self, r: str, known: int, n: int) -> list[int]:
+        """What a request says next, n tokens; beyond its end, the last again."""
+        content = self._content[r]
+        at = (min(known + i, len(content) - 1) for i in range(n))
+        return [self._tokens.index(content[i]) for i in at]
+
+    def _complete(self, stop: frozenset[str], gain: Mapping[str, int]) -> bool:
+        """A run for each row. Of a request that drains it is whole, and has to be dropped."""
         found = self.snapshot()
-        if not found["inflight"]:
-            return self._control.complete([], [])
+        rows: list[Row] = found["inflight"][0] if found["inflight"] else []
         tokens, flags = [], []
-        for number, *_ in found["inflight"][0]:
+        for number, _, _, _, drafts in rows:
             r = self._requests[number]
-            known = found["requests"][number][2]
-            content = self._content[r]
-            tokens.append(self._tokens.index(content[min(known, len(content) - 1)]))
+            state, _, known, *_ = found["requests"][number]
+            taken = gain[r] if drafts and state in LIVE else drafts + 1
+            tokens += self._said(r, known, taken) + [-1] * (drafts + 1 - taken)
             flags.append(int(r in stop))
         return self._control.complete(tokens, flags)
 
@@ -223,7 +269,8 @@ class Runtime:
         found = self.snapshot()
         alive = {self._requests[number]: row for number, row in found["requests"].items()}
         requests = {r: alive.get(r) or self._remembered(r) for r in self._requests}
-        tables = {r: tuple(self._pages[p] for p in row[1]) for r, row in requests.items()}
+        named = [*self._pages, *self._hole]
+        tables = {r: tuple(named[p] for p in row[1]) for r, row in requests.items()}
         order = iter(alive)  # the runtime's order, among those that it has forgotten
         pages = {
             self._pages[at]: Function({"kind": kind, "ref": ref, "key": self._key(salt, key)})
@@ -237,7 +284,8 @@ class Runtime:
             Function(pages),
             self._work(found["plan"]),
             tuple(self._work(rows) for rows in found["inflight"]),
-            *(self._host(found) if self._tier else ()),
+            *(self._host(found) if "host" in self._seen else ()),
+            *([self._guessed(found)] if "draft" in self._seen else ()),
         )
 
     def _host(self, found: Mapping[str, Any]) -> tuple[Value, Value]:
@@ -250,7 +298,14 @@ class Runtime:
             Function({"page": self._pages[page], "block": self._blocks[block], "out": out})
             for page, block, out in found["moves"]
         )
-        return Function(homes), frozenset(moves)
+        return function(homes), frozenset(moves)
+
+    def _guessed(self, found: Mapping[str, Any]) -> Function:
+        """`draft`."""
+        drafts = dict.fromkeys(self._requests, 0)
+        for number, *_, of_row in chain(found["plan"], *found["inflight"]):
+            drafts[self._requests[number]] += of_row
+        return Function(drafts)
 
     def _key(self, salt: str, tokens: Sequence[int]) -> tuple[Value, ...]:
         """As the spec has it: the salt is the root; nothing for a page that is not cached."""
@@ -262,7 +317,7 @@ class Runtime:
 
     def _work(self, rows: Iterable[Row]) -> Function:
         work = dict.fromkeys(self._requests, IDLE)
-        for number, start, n, samples in rows:
+        for number, start, n, samples, _ in rows:
             work[self._requests[number]] = Function(
                 dict(zip(SEEN, (start, n, samples), strict=True))
             )
