@@ -59,8 +59,8 @@ def backend_for_mla(name: str, capability: tuple[int, int]) -> Backend:
 
 def test_every_backend_of_ours_knows_every_op() -> None:
     assert set(REFERENCE.functions) == set(OPS)
-    # No model that the CPU serves has latent attention.
-    assert set(CPU.functions) == set(OPS) - {"mla_decode"}
+    # The reference routes in as few calls as there can be.
+    assert set(CPU.functions) == set(OPS) - {"moe_route"}
 
 
 def test_the_highest_supported_priority_runs_and_the_others_have_reasons() -> None:
@@ -189,7 +189,8 @@ def test_the_command_says_who_runs_what_and_why(monkeypatch: pytest.MonkeyPatch)
     words = "mla_decode b=8 q=4 h=16 kv=65536 dtype=bf16 device=cpu"
     told = CliRunner().invoke(cli, ["kernels", "--explain", words]).output
     assert "runs it" in told
-    assert "has no mla_decode" in told
+    assert "runs on CUDA devices, not on cpu" in told
+    assert "cpu has the higher priority" in told
     assert "no such library" in told
 
 

@@ -40,7 +40,7 @@ def test_shipped_shapes_are_known_by_name() -> None:
     assert (k2.routing.groups, k2.routing.scale) == (1, 2.827)
     assert isinstance(lite, models.DeepseekConfig)
     assert (lite.layers, lite.heads, lite.q_rank, lite.shared_experts) == (27, 16, None, 2)
-    assert (lite.routing.scoring, lite.routing.biased) == ("softmax", False)
+    assert (lite.routing.scoring, lite.routing_bias) == ("softmax", False)
     small = models.find_config("smollm2")
     assert isinstance(small, models.LlamaConfig)
     assert (small.layers, small.heads, small.kv_heads, small.tied) == (30, 9, 3, True)
@@ -75,8 +75,8 @@ def test_yarn_scales_scores_as_the_paper_says(tmp_path: Path) -> None:
 def test_routing_by_architecture(
     kind: str, changes: dict[str, Any], wanted: tuple[str, bool, int], tmp_path: Path
 ) -> None:
-    routing = read(tmp_path, model_type=kind, **changes).routing
-    assert (routing.scoring, routing.biased, routing.groups) == wanted
+    config = read(tmp_path, model_type=kind, **changes)
+    assert (config.routing.scoring, config.routing_bias, config.routing.groups) == wanted
 
 
 def test_a_model_that_also_sees_is_read_by_its_text_half(tmp_path: Path) -> None:

@@ -82,28 +82,32 @@ def save(name: str, folder: Path, **kind: Any) -> Any:
     return model
 
 
-def logits(folder: Path, ids: Tensor, *, chunk: int) -> Tensor:
+def logits(folder: Path, ids: Tensor, *, chunk: int, dtype: str = "float32") -> Tensor:
     """Logits of every position, the context fed in chunks over pages of 8."""
-    model = models.build(models.open_checkpoint(folder), Mesh.single())
-    slots, kv = Slots(1, 32, 8, model.kv), model.kv.allocate(33, 8)
-    delta = np.array([(0, index, 32 - index) for index in range(32)], np.int32)
+    return fed(models.build(models.open_checkpoint(folder), Mesh.single(), dtype=dtype), ids, chunk)
+
+
+def fed(model: models.Model, ids: Tensor, chunk: int) -> Tensor:
+    pages = -(-len(ids) // 8)
+    slots, kv = Slots(1, pages, 8, model.kv), model.kv.allocate(pages + 1, 8)
+    delta = np.array([(0, index, pages - index) for index in range(pages)], np.int32)
     rows = []
     with torch.inference_mode():
         for start in range(0, len(ids), chunk):
             piece = ids[start : start + chunk]
-            for end in range(1, len(piece) + 1):  # the last token's logits, for every prefix
-                plan = StepPlan(
-                    step=0,
-                    slots=np.zeros(1, np.int32),
-                    query_start=np.array([0, end], np.int32),
-                    token_ids=piece[:end].numpy().astype(np.int32),
-                    context_lens=np.array([start], np.int32),
-                    sampled=np.ones(1, np.bool_),
-                    page_delta=delta,
-                )
-                slots.patch(plan)
-                out, kv = model.step(model.params, slots.batch(plan), kv)
-                rows.append(out)
+            plan = StepPlan(
+                step=0,
+                slots=np.zeros(1, np.int32),
+                query_start=np.array([0, len(piece)], np.int32),
+                token_ids=piece.numpy().astype(np.int32),
+                context_lens=np.array([start], np.int32),
+                sampled=np.ones(1, np.bool_),
+                page_delta=delta,
+                drafts=np.array([len(piece) - 1], np.int32),  # so that each token has its logits
+            )
+            slots.patch(plan)
+            out, kv = model.step(model.params, slots.batch(plan), kv)
+            rows.append(out)
     return torch.cat(rows)
 
 

@@ -1,4 +1,4 @@
-"""A tiny random Llama, written as a Hugging Face directory without transformers."""
+"""Tiny random models, written as Hugging Face directories without transformers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from tokenspeed.models import LlamaConfig, llama, read_config
+from tokenspeed.models import read_config
+from tokenspeed.models.families import Family
 from tokenspeed.spmd.params import Parameter, leaves
 
 CONFIG: dict[str, Any] = {
@@ -29,6 +30,23 @@ CONFIG: dict[str, Any] = {
     "eos_token_id": 2,
 }
 
+DEEPSEEK: dict[str, Any] = {
+    "model_type": "deepseek_v3",
+    "q_lora_rank": 16,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+}
+"""What makes the same a DeepSeek: absorbed up to 17 queries, expanded from there on."""
+
 
 def write(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
     """A checkpoint in float32 with weights large enough for logits that differ."""
@@ -36,11 +54,10 @@ def write(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
     (folder / "config.json").write_text(json.dumps({**CONFIG, **changes}))
     (folder / "tokenizer.json").write_text("{}")
     config = read_config(folder / "config.json")
-    assert isinstance(config, LlamaConfig)
     random = torch.Generator().manual_seed(seed)
     tensors = {
         source.name: torch.randn(source.shape, generator=random) * 0.2
-        for _, leaf in leaves(llama.parameters(config))
+        for _, leaf in leaves(Family.of(config).parameters(config))
         if isinstance(leaf, Parameter)
         for source in leaf.sources
     }

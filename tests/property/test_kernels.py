@@ -8,37 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from strategies import ON_GPU, TOLERANCE, dtypes, moved, seeds, steps, tensor
 from tokenspeed import kernels
 from tokenspeed.kernels import AttentionPlan, registry
-
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
-
-
-# Triton runs on a GPU where there is one, and under its interpreter elsewhere.
-ON_GPU = {"triton"} if torch.cuda.is_available() else set()
 
 
 def backends(op: str) -> list[str]:
     """Those that have the op, beside the reference."""
     return [name for name in registry.offering(op) if name != "reference"]
-
-
-def tensor(seed: int, *shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def moved(value: object, backend: str) -> object:
-    """A tensor, or a plan, where the backend wants it."""
-    if backend not in ON_GPU:
-        return value
-    if isinstance(value, AttentionPlan):
-        return AttentionPlan(
-            query_start=value.query_start.cuda(),
-            context_lens=value.context_lens.cuda(),
-            page_table=value.page_table.cuda(),
-            page_size=value.page_size,
-        )
-    return value.cuda() if isinstance(value, Tensor) else value
 
 
 def agree(op: str, backend: str, *args: object) -> None:
@@ -54,10 +31,6 @@ def agree(op: str, backend: str, *args: object) -> None:
         torch.testing.assert_close(
             got.float(), expected.float(), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype]
         )
-
-
-dtypes = st.sampled_from(sorted(TOLERANCE, key=str))
-seeds = st.integers(0, 2**31)
 
 
 @pytest.mark.parametrize("backend", backends("rms_norm"))
@@ -77,9 +50,20 @@ def test_dense_ops(backend: str, dtype: torch.dtype, seed: int, tokens: int, wid
 
 
 @pytest.mark.parametrize("backend", backends("rope"))
-@given(dtypes, seeds, st.integers(1, 6), st.sampled_from([(1, 1), (4, 1), (9, 3), (4, 4)]))
+@given(
+    dtypes,
+    seeds,
+    st.integers(1, 6),
+    st.sampled_from([(1, 1), (4, 1), (9, 3), (4, 4)]),
+    st.booleans(),
+)
 def test_rope(
-    backend: str, dtype: torch.dtype, seed: int, tokens: int, heads: tuple[int, int]
+    backend: str,
+    dtype: torch.dtype,
+    seed: int,
+    tokens: int,
+    heads: tuple[int, int],
+    interleaved: bool,
 ) -> None:
     dim = 8
     q = tensor(seed, tokens, heads[0], dim, dtype=dtype)
@@ -87,27 +71,23 @@ def test_rope(
     angles = torch.outer(torch.arange(32.0), 1.0 / 100.0 ** (torch.arange(0, dim, 2) / dim))
     cos_sin = torch.cat((angles.cos(), angles.sin()), dim=1)
     positions = torch.randint(32, (tokens,), generator=torch.Generator().manual_seed(seed))
-    agree("rope", backend, q, k, positions, cos_sin)
+    agree("rope", backend, q, k, positions, cos_sin, interleaved)
 
 
-@st.composite
-def steps(draw: st.DrawFn) -> tuple[AttentionPlan, int, int]:
-    """A plan of prefill and decode rows on shuffled pages; its page and token counts."""
-    size = draw(st.sampled_from([1, 2, 4, 16]))
-    rows = draw(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 40)), min_size=1, max_size=5))
-    lengths = [queries + context for queries, context in rows]
-    wide = max(-(-length // size) for length in lengths)
-    pages = wide * len(rows) + 2
-    order = draw(st.permutations(range(pages)))
-    table = torch.tensor(order[: wide * len(rows)], dtype=torch.int32).view(len(rows), wide)
-    starts = torch.tensor([0, *(queries for queries, _ in rows)]).cumsum(0).to(torch.int32)
-    plan = AttentionPlan(
-        query_start=starts,
-        context_lens=torch.tensor([context for _, context in rows], dtype=torch.int32),
-        page_table=table,
-        page_size=size,
-    )
-    return plan, pages, int(starts[-1])
+@given(seeds, st.sampled_from([2, 4, 8, 64]))
+def test_neighbours_turn_like_halves_in_another_order(seed: int, dim: int) -> None:
+    """And not like halves in the same order, unless there is one pair."""
+    q, k = (tensor(seed + i, 3, 2, dim, dtype=torch.float32) for i in range(2))
+    angles = tensor(seed + 2, 5, dim // 2, dtype=torch.float32)
+    cos_sin = torch.cat((angles.cos(), angles.sin()), dim=1)
+    positions = torch.tensor([4, 1, 2])
+    order = torch.arange(dim).view(-1, 2).T.flatten()
+    turned = kernels.rope(q, k, positions, cos_sin, True)
+    halves = kernels.rope(q[..., order], k[..., order], positions, cos_sin, False)
+    for one, other in zip(turned, halves, strict=True):
+        torch.testing.assert_close(one[..., order], other)
+    same = kernels.rope(q, k, positions, cos_sin, False)
+    assert torch.allclose(turned[0], same[0], atol=1e-3) == (dim == 2)
 
 
 @pytest.mark.parametrize("backend", backends("paged_attention"))

@@ -10,59 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from strategies import ROPE, SCALE, problems, random, rel
 from tokenspeed.kernels import MlaPlan, mla_decode, mla_decode_plan, registry
 from tokenspeed.kernels.listing import parse
 from tokenspeed.kernels.mla import mla_problem
 
 ON_GPU = torch.cuda.is_available()
-ROPE = 16
-
-
-def random(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-@st.composite
-def problems(
-    draw: st.DrawFn,
-    latent: int = 16,
-    rope: int = 16,
-    sizes: tuple[int, ...] = (1, 4, 16),
-    heads_of: tuple[int, ...] = (1, 3, 5, 16),
-) -> tuple[Tensor, Tensor, MlaPlan]:
-    """Queries, pages of which what no row has is NaN, and a plan; on the CPU, in float32."""
-    size = draw(st.sampled_from(sizes))
-    edges = [0, 1, size - 1, size, size + 1, 3 * size]
-    keys = st.sampled_from(edges) | st.integers(0, 40 if size < 64 else 2000)
-    rows = draw(st.lists(st.tuples(st.integers(0, 8), keys), min_size=1, max_size=4))
-    heads = draw(st.sampled_from(heads_of))
-    wide = max(1, *(-(-length // size) for _, length in rows))
-    order = draw(st.permutations(range(wide * len(rows) + 2)))
-    table = torch.tensor(order[: wide * len(rows)], dtype=torch.int32).view(len(rows), wide)
-    for row in range(1, len(rows)):
-        # Rows may begin with the pages of the row before, whole or not.
-        shared = draw(st.sampled_from([0, 0, 1, wide]) | st.integers(0, wide))
-        table[row, :shared] = table[row - 1, :shared]
-    seed = draw(st.integers(0, 2**31))
-    pages = torch.full((len(order), size, latent + rope), math.nan)
-    for row, (_, length) in enumerate(rows):
-        at = torch.arange(length)
-        pages[table[row, at // size], at % size] = random(seed + row, length, latent + rope)
-    counts = [count for count, _ in rows]
-    plan = mla_decode_plan(
-        torch.tensor([0, *counts]).cumsum(0).to(torch.int32),
-        torch.tensor([length for _, length in rows], dtype=torch.int32),
-        table,
-        page_size=size,
-        heads=heads,
-        q_len_max=max(1, *counts) + draw(st.integers(0, 2)),
-        latent=latent,
-        rope=rope,
-    )
-    return random(seed + len(rows), sum(counts), heads, latent + rope), pages, plan
-
-
-SCALE = 0.2
 
 
 @given(problems())
@@ -93,11 +46,6 @@ def test_the_reference_is_attention_of_each_query_by_itself(
 
 def there(value: Tensor) -> Tensor:
     return value.cuda() if ON_GPU else value
-
-
-def rel(got: Tensor, wanted: Tensor) -> float:
-    """||got - wanted|| / ||wanted||, in float64; NaN for a NaN."""
-    return float((got.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-30))
 
 
 def moved(plan: MlaPlan) -> MlaPlan:
@@ -142,6 +90,15 @@ def agree(
         assert rel(out, wanted) <= error_max
     assert not bool(out[wanted_lse == -math.inf].any())
     torch.testing.assert_close(lse, wanted_lse, atol=1e-3, rtol=1e-3)
+
+
+@given(problems(), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_the_cpu_keeps_the_contract(
+    problem: tuple[Tensor, Tensor, MlaPlan], dtype: torch.dtype
+) -> None:
+    q, pages, plan = problem
+    if not ON_GPU:
+        agree("cpu", q.to(dtype), pages.to(dtype), plan)
 
 
 @pytest.mark.skipif("triton" not in registry.names, reason="Triton runs in another process")

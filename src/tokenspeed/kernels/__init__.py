@@ -10,8 +10,9 @@ from typing import cast
 
 from torch import Tensor
 
-from tokenspeed.kernels.contract import AttentionPlan, Backend, MlaPlan, Problem
-from tokenspeed.kernels.mla import mla_decode, mla_decode_plan
+from tokenspeed.kernels.contract import AttentionPlan, Backend, MlaPlan, Problem, Routing
+from tokenspeed.kernels.latent import latent_attention
+from tokenspeed.kernels.mla import mla_decode, mla_decode_plan, mla_prefill
 from tokenspeed.kernels.registry import Choice, Registry, registry
 
 __all__ = [
@@ -21,12 +22,17 @@ __all__ = [
     "MlaPlan",
     "Problem",
     "Registry",
+    "Routing",
     "add_rms_norm",
     "embedding",
     "kv_write",
+    "latent_attention",
     "linear",
     "mla_decode",
     "mla_decode_plan",
+    "mla_prefill",
+    "moe_mlp",
+    "moe_route",
     "paged_attention",
     "registry",
     "rms_norm",
@@ -56,10 +62,12 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     return cast(tuple[Tensor, Tensor], run(x, residual, weight, eps))
 
 
-def rope(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotary positions on both halves of q[T, H, d] and k[T, K, d]."""
+def rope(
+    q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor, interleaved: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Rotary positions on q[T, H, d] and k[T, K, d], in pairs of halves or of neighbours."""
     run = registry.of("rope", q)
-    return cast(tuple[Tensor, Tensor], run(q, k, positions, cos_sin))
+    return cast(tuple[Tensor, Tensor], run(q, k, positions, cos_sin, interleaved))
 
 
 def silu_mul(x: Tensor) -> Tensor:
@@ -68,7 +76,7 @@ def silu_mul(x: Tensor) -> Tensor:
 
 
 def kv_write(k_pages: Tensor, v_pages: Tensor, k: Tensor, v: Tensor, locations: Tensor) -> None:
-    """Put k and v[T, K, d] at locations int64[T] of the pages [pages, page_size, K, d]."""
+    """Put k[T, K, d] and v[T, K, e] at locations int64[T] of pages [pages, page_size, K, .]."""
     registry.of("kv_write", k)(k_pages, v_pages, k, v, locations)
 
 
@@ -77,3 +85,14 @@ def paged_attention(
 ) -> Tensor:
     """Causal attention of q[T, H, d] over each row's pages, or over `window` tokens; [T, H, d]."""
     return cast(Tensor, registry.of("paged_attention", q)(q, k_pages, v_pages, plan, window))
+
+
+def moe_route(logits: Tensor, bias: Tensor | None, routing: Routing) -> tuple[Tensor, Tensor]:
+    """Experts int64[T, k] and their weights float32[T, k], from logits float32[T, G]."""
+    run = registry.of("moe_route", logits)
+    return cast(tuple[Tensor, Tensor], run(logits, bias, routing))
+
+
+def moe_mlp(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """The weighted sum of what a token's experts make of x[T, D]; [T, D]."""
+    return cast(Tensor, registry.of("moe_mlp", x)(x, experts, weights, gate_up, down))

@@ -9,11 +9,13 @@ sums are taken in float32 at least.
     linear(x[T, I], weight[O, I], bias[O] | None) -> [T, O]
     rms_norm(x[T, D], weight[D], eps) -> x / sqrt(mean(x^2) + eps) * weight
     add_rms_norm(x[T, D], residual[T, D], weight[D], eps) -> (rms_norm(s), s), s = x + residual
-    rope(q[T, H, d], k[T, K, d], positions int64[T], cos_sin float32[context, d]) -> (q, k)
-        halves (a, b) of a head become (a cos - b sin, b cos + a sin); Su et al., 2021
+    rope(q[T, H, d], k[T, K, d], positions int64[T], cos_sin float32[context, d], interleaved)
+            -> (q, k)
+        the halves (a, b) of a head become (a cos - b sin, b cos + a sin); where `interleaved`, its
+        even and odd elements do; Su et al., 2021
     silu_mul(x[T, 2F]) -> silu(x[:, :F]) * x[:, F:]
-    kv_write(k_pages, v_pages, k[T, K, d], v[T, K, d], locations int64[T]) -> None
-        location = page * page_size + offset; locations are distinct
+    kv_write(k_pages, v_pages, k[T, K, d], v[T, K, e], locations int64[T]) -> None
+        location = page * page_size + offset; locations are distinct. Pages may be columns of others
     paged_attention(q[T, H, d], k_pages, v_pages, plan, window) -> [T, H, d]
         softmax(q k / sqrt(d)) v over positions 0..p of the row, p the query's own (causal), or over
         the last `window` of these where it is a number (Beltagy et al., 2020); heads share keys in
@@ -25,6 +27,22 @@ sums are taken in float32 at least.
         row's n sees its keys 0 .. kv_len - n + j (causal, bottom-right). lse is the natural
         logarithm of the sum of exp(scale q k); a query that sees nothing has out 0 and lse -inf.
         What lies in pages behind a row's keys is never used, even if it is NaN.
+    mla_prefill(q[T, H, N + E], kv_pages[pages, page_size, C + E], up[H, N + V, C], plan, scale)
+            -> [T, H, V]
+        the same attention without absorbing: a key's latent c gives each head the key (up[:N] c,
+        then its rotary columns) and the value up[N:] c. Queries and pages as in mla_decode; a query
+        that sees nothing has the result 0. Cheaper than mla_decode for rows of many queries.
+    moe_route(logits float32[T, G], bias float32[G] | None, routing)
+            -> (experts int64[T, k], weights float32[T, k])
+        scores = sigmoid(logits) or softmax(logits). Experts are chosen by scores + bias, from the
+        best groups alone, where the experts stand in groups: a group is as good as its best expert
+        or, with a bias, its best two together. Weights are the scores of the chosen, divided by
+        their sum where `routing.normalised`, times `routing.scale`; DeepSeek-AI, 2024. The order of
+        the chosen means nothing.
+    moe_mlp(x[T, D], experts int64[T, k], weights float32[T, k], gate_up[G, 2F, D], down[G, D, F])
+            -> [T, D]
+        the sum over a token's experts e of weight * (down[e] silu_mul(gate_up[e] x)); an expert of
+        -1 adds nothing. The sum over experts is taken in float32.
 """
 
 from __future__ import annotations
@@ -35,7 +53,7 @@ from typing import Any, TypeVar, cast, final
 from attrs import field, frozen
 from torch import Tensor
 
-__all__ = ["OPS", "AttentionPlan", "Backend", "MlaPlan", "Problem"]
+__all__ = ["OPS", "AttentionPlan", "Backend", "MlaPlan", "Problem", "Routing"]
 
 T = TypeVar("T")
 
@@ -49,6 +67,9 @@ OPS = (
     "kv_write",
     "paged_attention",
     "mla_decode",
+    "mla_prefill",
+    "moe_route",
+    "moe_mlp",
 )
 
 
@@ -92,7 +113,8 @@ class AttentionPlan(_Plan):
 @final
 @frozen(kw_only=True, eq=False)
 class MlaPlan(_Plan):
-    """What `mla_decode` needs of a step. Made once by `mla_decode_plan`, used by every layer.
+    """What `mla_decode` and `mla_prefill` need of a step. Made once by `mla_decode_plan`, then used
+    by every layer.
 
     A plan serves one stream at a time. In a CUDA graph it is made inside the capture, so that each
     replay plans from what the tensors hold then.
@@ -119,6 +141,28 @@ class MlaPlan(_Plan):
 
 
 @final
+@frozen(kw_only=True)
+class Routing:
+    """How `moe_route` chooses experts.
+
+    Attributes:
+        scoring: "softmax" or "sigmoid" of the logits.
+        chosen: experts of a token.
+        groups, groups_chosen: the experts stand in so many groups, of which so many may be chosen
+            from.
+        normalised: the weights of the chosen are divided by their sum.
+        scale: and multiplied by this.
+    """
+
+    scoring: str
+    chosen: int
+    groups: int = 1
+    groups_chosen: int = 1
+    normalised: bool = False
+    scale: float = 1.0
+
+
+@final
 @frozen
 class Problem:
     """What selection looks at: never a batch size, so that an answer serves a whole run.
@@ -128,8 +172,8 @@ class Problem:
         device: "cpu", "cuda" ...
         dtype: of the activations, as torch names it ("float32", "bfloat16").
         capability: of a CUDA device, as (9, 0).
-        heads, q_len, page_size, latent, rope: of `mla_decode`; q_len is rounded up to a power of
-            two. None for other ops.
+        heads, q_len, page_size, latent, rope: of `mla_decode` and `mla_prefill`; q_len is rounded
+            up to a power of two. None for other ops.
     """
 
     op: str

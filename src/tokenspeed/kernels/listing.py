@@ -54,7 +54,7 @@ def parse(text: str) -> Problem:
     dtype = DTYPES.get(dtype, dtype)
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ConfigError("explain", dtype, f"a dtype: {', '.join(DTYPES)}, or torch's name")
-    if op != "mla_decode":
+    if op not in ("mla_decode", "mla_prefill"):
         return Problem(op, device, dtype, capability=cap)
     rounded = 1 << (q_len - 1).bit_length()
     return Problem(op, device, dtype, cap, heads, rounded, page, latent, rope)

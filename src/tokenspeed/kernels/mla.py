@@ -15,7 +15,7 @@ from tokenspeed.errors import ContractError
 from tokenspeed.kernels.contract import MlaPlan, Problem
 from tokenspeed.kernels.registry import capability, registry
 
-__all__ = ["mla_decode", "mla_decode_plan", "mla_problem"]
+__all__ = ["mla_decode", "mla_decode_plan", "mla_prefill", "mla_problem"]
 
 
 def mla_decode_plan(
@@ -72,10 +72,10 @@ def _check_values(starts: Tensor, lens: Tensor, keys_max: int, q_len_max: int) -
         raise ContractError("mla_decode_plan", "kv_lens", str(lens.tolist()), wanted)
 
 
-def mla_problem(q: Tensor, plan: MlaPlan) -> Problem:
+def mla_problem(q: Tensor, plan: MlaPlan, op: str = "mla_decode") -> Problem:
     """What selection looks at for queries like `q` under a plan like this."""
     return Problem(
-        "mla_decode",
+        op,
         q.device.type,
         str(q.dtype).removeprefix("torch."),
         capability=capability(q.device),
@@ -101,12 +101,46 @@ def mla_decode(q: Tensor, kv_pages: Tensor, plan: MlaPlan, scale: float) -> tupl
     if q.dim() != 3 or tuple(q.shape[1:]) != (plan.heads, width):
         wanted = f"shape [tokens, {plan.heads}, {width}]"
         raise ContractError("mla_decode", "q", str(list(q.shape)), wanted)
-    if kv_pages.dim() != 3 or tuple(kv_pages.shape[1:]) != (plan.page_size, width):
-        wanted = f"shape [pages, {plan.page_size}, {width}]"
-        raise ContractError("mla_decode", "kv_pages", str(list(kv_pages.shape)), wanted)
-    for name, value in {"q": q, "kv_pages": kv_pages}.items():
-        if value.dtype != q.dtype or value.device != plan.kv_lens.device:
-            wanted = f"{q.dtype} on {plan.kv_lens.device}, where the plan is"
-            raise ContractError("mla_decode", name, f"{value.dtype} on {value.device}", wanted)
+    _check_pages("mla_decode", kv_pages, plan)
+    _check_kinds("mla_decode", {"q": q, "kv_pages": kv_pages}, plan)
     run = registry.find(mla_problem(q, plan))
     return cast(tuple[Tensor, Tensor], run(q, kv_pages, plan, scale))
+
+
+def mla_prefill(q: Tensor, kv_pages: Tensor, up: Tensor, plan: MlaPlan, scale: float) -> Tensor:
+    """Latent attention of q[T, H, N + E], each key expanded for each head by up[H, N + V, C].
+
+    Returns:
+        out[T, H, V] in the dtype of `q`; see contract.py.
+
+    Raises:
+        ContractError: shapes, dtypes or devices do not fit each other or the plan.
+        KernelError: no backend supports the problem.
+    """
+    if q.dim() != 3 or q.shape[1] != plan.heads or q.shape[2] <= plan.rope:
+        wanted = f"shape [tokens, {plan.heads}, more than {plan.rope}]"
+        raise ContractError("mla_prefill", "q", str(list(q.shape)), wanted)
+    nope = q.shape[2] - plan.rope
+    fits = up.dim() == 3 and (up.shape[0], up.shape[2]) == (plan.heads, plan.latent)
+    if not fits or up.shape[1] <= nope:
+        wanted = f"shape [{plan.heads}, more than {nope}, {plan.latent}]"
+        raise ContractError("mla_prefill", "up", str(list(up.shape)), wanted)
+    _check_pages("mla_prefill", kv_pages, plan)
+    _check_kinds("mla_prefill", {"q": q, "kv_pages": kv_pages, "up": up}, plan)
+    run = registry.find(mla_problem(q, plan, "mla_prefill"))
+    return cast(Tensor, run(q, kv_pages, up, plan, scale))
+
+
+def _check_pages(op: str, kv_pages: Tensor, plan: MlaPlan) -> None:
+    width = plan.latent + plan.rope
+    if kv_pages.dim() != 3 or tuple(kv_pages.shape[1:]) != (plan.page_size, width):
+        wanted = f"shape [pages, {plan.page_size}, {width}]"
+        raise ContractError(op, "kv_pages", str(list(kv_pages.shape)), wanted)
+
+
+def _check_kinds(op: str, given: dict[str, Tensor], plan: MlaPlan) -> None:
+    dtype = given["q"].dtype
+    for name, value in given.items():
+        if value.dtype != dtype or value.device != plan.kv_lens.device:
+            wanted = f"{dtype} on {plan.kv_lens.device}, where the plan is"
+            raise ContractError(op, name, f"{value.dtype} on {value.device}", wanted)

@@ -47,7 +47,6 @@ __all__ = [
 ]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_IGNORED = ("rotary_emb.inv_freq",)
 _AVERAGE_REQUEST_TOKENS = 1024
 _MEMORY_SHARE = 0.25
 
@@ -201,14 +200,15 @@ def _cached(config: ModelConfig, mesh: Mesh) -> tuple[tuple[int, ...], ...]:
 def _check_tensors(checkpoint: Checkpoint, tree: Tree) -> None:
     wanted = {s.name: s.shape for _, leaf in _parameters(tree) for s in leaf.sources}
     held = checkpoint.tensors
-    tied = {"lm_head.weight"} if checkpoint.config.tied else set()
+    config = checkpoint.config
+    unused = Family.of(config).unused
     problems = [
         f"missing: {name} {list(shape)}" for name, shape in wanted.items() if name not in held
     ]
     problems += [
         f"unknown: {name} {list(held[name].shape)}"
         for name in held
-        if name not in wanted and name not in tied and not name.endswith(_IGNORED)
+        if name not in wanted and not unused(config, name)
     ]
     problems += [
         f"misshapen: {name} is {list(held[name].shape)}, expected {list(shape)}"

@@ -12,6 +12,7 @@ from typing import Any, Self, final
 from attrs import frozen
 
 from tokenspeed.errors import CheckpointError
+from tokenspeed.kernels import Routing
 from tokenspeed.models.config import (
     ModelConfig,
     common,
@@ -22,31 +23,7 @@ from tokenspeed.models.config import (
     read_json,
 )
 
-__all__ = ["DeepseekConfig", "Routing"]
-
-
-@final
-@frozen(kw_only=True)
-class Routing:
-    """How a router chooses experts, as `kernels.moe_route` takes it.
-
-    Attributes:
-        scoring: "softmax" or "sigmoid" of the logits.
-        biased: a learned bias is added for the choice alone (DeepSeek-AI, 2024).
-        chosen: experts of a token.
-        groups, groups_chosen: the experts stand in so many groups, of which so many may be chosen
-            from.
-        normalised: the weights of the chosen are divided by their sum.
-        scale: and multiplied by this.
-    """
-
-    scoring: str
-    biased: bool
-    chosen: int
-    groups: int
-    groups_chosen: int
-    normalised: bool
-    scale: float
+__all__ = ["DeepseekConfig"]
 
 
 @final
@@ -68,6 +45,7 @@ class DeepseekConfig(ModelConfig):
         experts, expert_ffn: experts of a layer, and their width.
         shared_experts: always chosen; together one MLP of so many times their width.
         routing: how experts are chosen.
+        routing_bias: a learned bias is added to the scores for the choice alone.
         mtp_layers: further layers that predict tokens beyond the next one.
         prefix: before the names of all tensors, "language_model." say.
     """
@@ -86,6 +64,7 @@ class DeepseekConfig(ModelConfig):
     expert_ffn: int
     shared_experts: int
     routing: Routing
+    routing_bias: bool
     mtp_layers: int = 0
     prefix: str = ""
 
@@ -131,9 +110,11 @@ class DeepseekConfig(ModelConfig):
             wrong.append(f"rope is {values['rope']}: rotary embedding wants pairs")
         if wrong:
             raise CheckpointError(path, "bad configuration: " + "; ".join(wrong))
+        routing = _routing(path, raw)
         return cls(
             **values,
-            routing=_routing(path, raw),
+            routing=routing,
+            routing_bias=routing.scoring == "sigmoid",
             interleaved=bool(raw.get("rope_interleave", True)),
             attention_bias=bool(raw.get("attention_bias", False)),
             prefix=prefix,
@@ -180,7 +161,6 @@ def _routing(path: Path, raw: Mapping[str, Any]) -> Routing:
     return Routing(
         **values,
         scoring=scoring,
-        biased=method == "noaux_tc",
         normalised=bool(raw.get("norm_topk_prob", not second)),
         scale=float(scale),
     )

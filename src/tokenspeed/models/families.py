@@ -12,7 +12,7 @@ from typing import Any, final
 from attrs import frozen
 
 from tokenspeed.errors import CheckpointError, ConfigError
-from tokenspeed.models import llama
+from tokenspeed.models import deepseek, llama
 from tokenspeed.models.blocks import Cached
 from tokenspeed.models.config import LlamaConfig, ModelConfig, known_architecture, read_json
 from tokenspeed.models.deepseek_config import DeepseekConfig
@@ -33,11 +33,13 @@ class Family:
         forward: the model function, (params, batch, kv, *, config) -> (logits, kv).
         parameters: the tree of what it is given, by names in the checkpoint.
         cached: what a layer keeps of a token.
+        unused: whether a tensor of a checkpoint is one that the model does without.
     """
 
     forward: Callable[..., tuple[Any, Any]]
     parameters: Callable[[Any], Tree]
     cached: Callable[[Any], Cached]
+    unused: Callable[[Any, str], bool]
 
     @classmethod
     def of(cls, config: ModelConfig) -> Family:
@@ -49,7 +51,8 @@ class Family:
 
 
 _FAMILIES = {
-    LlamaConfig: Family(llama.forward, llama.parameters, llama.cached),
+    LlamaConfig: Family(llama.forward, llama.parameters, llama.cached, llama.unused),
+    DeepseekConfig: Family(deepseek.forward, deepseek.parameters, deepseek.cached, deepseek.unused),
 }
 
 _DEEPSEEK = ("deepseek_v2", "deepseek_v3", "kimi_k2", "kimi_k25", "glm4_moe_lite")

@@ -39,7 +39,7 @@ from tokenspeed.spmd.module import module
 from tokenspeed.spmd.params import Constant, Parameter, Source
 from tokenspeed.spmd.placement import Partial, as_batch
 
-__all__ = ["GGUF_NAMES", "cached", "forward", "parameters"]
+__all__ = ["GGUF_NAMES", "cached", "forward", "parameters", "unused"]
 
 GGUF_NAMES = {
     "token_embd": "model.embed_tokens",
@@ -123,6 +123,11 @@ def forward(params: Any, batch: Any, kv: Any, *, config: LlamaConfig) -> tuple[A
 def cached(config: LlamaConfig) -> Cached:
     """What a layer keeps of a token: a key and a value of each head."""
     return (((config.kv_heads, config.head_dim), ROWS),) * 2
+
+
+def unused(config: LlamaConfig, name: str) -> bool:
+    """Whether a tensor is one that the model does without: what it computes, or has twice."""
+    return name.endswith("rotary_emb.inv_freq") or (config.tied and name == "lm_head.weight")
 
 
 def parameters(config: LlamaConfig) -> dict[str, Any]:

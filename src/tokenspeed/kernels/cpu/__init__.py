@@ -3,6 +3,8 @@
 from tokenspeed.kernels.contract import Backend, Problem
 from tokenspeed.kernels.cpu.attention import kv_write, paged_attention, rope
 from tokenspeed.kernels.cpu.dense import add_rms_norm, embedding, linear, rms_norm, silu_mul
+from tokenspeed.kernels.cpu.mla import mla_decode, mla_prefill
+from tokenspeed.kernels.cpu.moe import moe_mlp
 
 __all__ = ["BACKEND"]
 
@@ -27,6 +29,9 @@ BACKEND = Backend(
         "silu_mul": silu_mul,
         "kv_write": kv_write,
         "paged_attention": paged_attention,
+        "mla_decode": mla_decode,
+        "mla_prefill": mla_prefill,
+        "moe_mlp": moe_mlp,
     },
     supports=_supports,
 )

@@ -17,12 +17,19 @@ from tokenspeed.kernels.contract import AttentionPlan
 __all__ = ["kv_write", "paged_attention", "rope"]
 
 
-def rope(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
+def rope(
+    q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor, interleaved: bool
+) -> tuple[Tensor, Tensor]:
     """See contract.py."""
     heads = torch.cat((q, k), dim=1)
     cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
-    a, b = heads.float().chunk(2, dim=-1)
-    turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(q.dtype)
+    if interleaved:
+        a, b = heads.float().view(*heads.shape[:-1], -1, 2).unbind(-1)
+        pairs = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1)
+        turned = pairs.flatten(-2).to(q.dtype)
+    else:
+        a, b = heads.float().chunk(2, dim=-1)
+        turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(q.dtype)
     return turned[:, : q.shape[1]], turned[:, q.shape[1] :]
 
 

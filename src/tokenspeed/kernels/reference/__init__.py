@@ -9,7 +9,8 @@ from tokenspeed.kernels.reference.dense import (
     rms_norm,
     silu_mul,
 )
-from tokenspeed.kernels.reference.mla import mla_decode
+from tokenspeed.kernels.reference.mla import mla_decode, mla_prefill
+from tokenspeed.kernels.reference.moe import moe_mlp, moe_route
 
 __all__ = ["BACKEND"]
 
@@ -26,6 +27,9 @@ BACKEND = Backend(
         "kv_write": kv_write,
         "paged_attention": paged_attention,
         "mla_decode": mla_decode,
+        "mla_prefill": mla_prefill,
+        "moe_route": moe_route,
+        "moe_mlp": moe_mlp,
     },
     supports=lambda _problem: None,
 )

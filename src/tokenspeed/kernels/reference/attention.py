@@ -10,12 +10,18 @@ from tokenspeed.kernels.contract import AttentionPlan
 __all__ = ["kv_write", "paged_attention", "rope"]
 
 
-def rope(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
+def rope(
+    q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor, interleaved: bool
+) -> tuple[Tensor, Tensor]:
     """See contract.py."""
     cos, sin = cos_sin[positions].float()[:, None, :].chunk(2, dim=-1)
 
     def turn(x: Tensor) -> Tensor:
-        a, b = x.float().chunk(2, dim=-1)
+        wide = x.float()
+        if interleaved:
+            a, b = wide[..., 0::2], wide[..., 1::2]
+            return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2).to(x.dtype)
+        a, b = wide.chunk(2, dim=-1)
         return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
     return turn(q), turn(k)

@@ -23,7 +23,9 @@ _ALL = 2**31 - 1
 
 
 @triton.jit
-def _rope(x, out, positions, cos_sin, heads, dim, stride, HALF: tl.constexpr):
+def _rope(
+    x, out, positions, cos_sin, heads, dim, stride, HALF: tl.constexpr, INTERLEAVED: tl.constexpr
+):
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     at = tl.arange(0, HALF)
@@ -32,26 +34,35 @@ def _rope(x, out, positions, cos_sin, heads, dim, stride, HALF: tl.constexpr):
     angle = cos_sin + tl.load(positions + token) * dim + at
     cos = tl.load(angle, mask=inside, other=0.0).to(tl.float32)
     sin = tl.load(angle + half, mask=inside, other=0.0).to(tl.float32)
-    source = x + token * stride + head * dim + at
-    a = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(source + half, mask=inside, other=0.0).to(tl.float32)
-    target = out + (token * heads + head) * dim + at
-    tl.store(target, a * cos - b * sin, mask=inside)
-    tl.store(target + half, b * cos + a * sin, mask=inside)
+    first = 2 * at if INTERLEAVED else at
+    second = first + 1 if INTERLEAVED else at + half
+    source = x + token * stride + head * dim
+    a = tl.load(source + first, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(source + second, mask=inside, other=0.0).to(tl.float32)
+    target = out + (token * heads + head) * dim
+    tl.store(target + first, a * cos - b * sin, mask=inside)
+    tl.store(target + second, b * cos + a * sin, mask=inside)
 
 
-def rope(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
+def rope(
+    q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor, interleaved: bool
+) -> tuple[Tensor, Tensor]:
     """See contract.py."""
-    return _turned(q, positions, cos_sin), _turned(k, positions, cos_sin)
+    return (
+        _turned(q, positions, cos_sin, interleaved),
+        _turned(k, positions, cos_sin, interleaved),
+    )
 
 
-def _turned(x: Tensor, positions: Tensor, cos_sin: Tensor) -> Tensor:
+def _turned(x: Tensor, positions: Tensor, cos_sin: Tensor, interleaved: bool) -> Tensor:
     tokens, heads, dim = x.shape
     if x.stride()[1:] != (dim, 1):
         x = x.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     half = triton.next_power_of_2(dim // 2)
-    _rope[(tokens, heads)](x, out, positions, cos_sin, heads, dim, x.stride(0), HALF=half)
+    _rope[(tokens, heads)](
+        x, out, positions, cos_sin, heads, dim, x.stride(0), HALF=half, INTERLEAVED=interleaved
+    )
     return out
 
 

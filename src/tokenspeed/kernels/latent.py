@@ -1,0 +1,112 @@
+"""Latent attention of a whole step: rows of few queries absorbed, rows of many expanded.
+
+Rule: which of the two forms a row takes is arithmetic, and both give the same. Absorbing turns each
+query into the latent space, where all heads share a key; expanding gives each key to every head,
+and is paid for once a key, however many queries there are (DeepSeek-AI, 2024, appendix C).
+"""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from tokenspeed.kernels.contract import AttentionPlan, MlaPlan
+from tokenspeed.kernels.mla import mla_decode, mla_decode_plan, mla_prefill
+
+__all__ = ["absorbs", "latent_attention"]
+
+
+def absorbs(queries: int, *, latent: int, nope: int, rope: int, value: int) -> bool:
+    """Whether a row of so many queries multiplies less if absorbed.
+
+    For each head and key, a query costs 2 latent + rope multiplications absorbed, and
+    nope + rope + value expanded, to which latent (nope + value) come once.
+    """
+    absorbed = queries * (2 * latent + rope)
+    return absorbed <= queries * (nope + rope + value) + latent * (nope + value)
+
+
+@final
+@frozen(eq=False)
+class _Part:
+    """Rows of a step that take one form. tokens: int64 indices of theirs; None: all tokens."""
+
+    plan: MlaPlan
+    tokens: Tensor | None
+
+
+Parts = tuple[_Part | None, _Part | None]
+"""Those absorbed, and those expanded."""
+
+
+def _parts(plan: AttentionPlan, heads: int, latent: int, nope: int, rope: int, value: int) -> Parts:
+    counts = plan.query_start.diff()
+    kinds = [
+        absorbs(count, latent=latent, nope=nope, rope=rope, value=value)
+        for count in counts.tolist()
+    ]
+    sizes = {"page_size": plan.page_size, "heads": heads, "latent": latent, "rope": rope}
+
+    def part(kind: bool) -> _Part | None:
+        rows = [row for row, own in enumerate(kinds) if own == kind]
+        if not rows:
+            return None
+        at = torch.tensor(rows, device=counts.device)
+        own = counts[at]
+        starts = torch.zeros(len(rows) + 1, dtype=torch.int32, device=counts.device)
+        starts[1:] = own.cumsum(0)
+        made = mla_decode_plan(
+            starts,
+            plan.context_lens[at] + own,
+            plan.page_table[at],
+            q_len_max=max(1, int(own.max())),
+            **sizes,
+        )
+        if len(rows) == len(kinds):
+            return _Part(made, None)
+        first = torch.repeat_interleave(plan.query_start[at] - starts[:-1], own)
+        return _Part(made, first + torch.arange(len(first), device=counts.device))
+
+    return part(True), part(False)
+
+
+def latent_attention(
+    q: Tensor, kv_pages: Tensor, up: Tensor, plan: AttentionPlan, *, latent: int, scale: float
+) -> Tensor:
+    """Causal multi-head latent attention of a step over paged latents.
+
+    Args:
+        q: [T, H, N + E], of a head the elements without a position, then those with one.
+        kv_pages: [pages, page_size, C + E], latents and rotary columns, those of the step included.
+        up: [H, N + V, C]; from a latent to a head's key without position, and to its value.
+        plan: of the step.
+        latent: C.
+        scale: of the scores.
+
+    Returns:
+        [T, H, V].
+    """
+    heads, rope = q.shape[1], kv_pages.shape[2] - latent
+    nope = q.shape[2] - rope
+    value = up.shape[1] - nope
+    absorbed, expanded = plan.once(_parts, heads, latent, nope, rope, value)
+    if expanded is None:
+        return _absorbed(q, kv_pages, up, absorbed, nope, scale) if absorbed else q[..., :value]
+    if absorbed is None:
+        return mla_prefill(q, kv_pages, up, expanded.plan, scale)
+    out = torch.empty(*q.shape[:2], value, dtype=q.dtype, device=q.device)
+    out[absorbed.tokens] = _absorbed(q[absorbed.tokens], kv_pages, up, absorbed, nope, scale)
+    out[expanded.tokens] = mla_prefill(q[expanded.tokens], kv_pages, up, expanded.plan, scale)
+    return out
+
+
+def _absorbed(
+    q: Tensor, kv_pages: Tensor, up: Tensor, part: _Part, nope: int, scale: float
+) -> Tensor:
+    """Each head's query goes through its key matrix, and what comes back through its values'."""
+    turned = torch.bmm(q[..., :nope].transpose(0, 1), up[:, :nope]).transpose(0, 1)
+    mixed, _ = mla_decode(torch.cat((turned, q[..., nope:]), dim=-1), kv_pages, part.plan, scale)
+    return torch.bmm(mixed.transpose(0, 1), up[:, nope:].transpose(1, 2)).transpose(0, 1)
