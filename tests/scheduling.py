@@ -126,7 +126,11 @@ class World:
         self.listener = Listener(config["page_size"])
         self.monitor = Monitor()
         self.clients: dict[int, Client] = {}
+        window = self.config.get("window", 0)
+        full, sliding = self.config.get("full_groups", 0), self.config.get("window_groups", 1)
+        self.windows = [0] * full + [window] * sliding  # of each cache group; 0: none
         self.cells: dict[tuple[int, int], Cell] = {}
+        self.group_of: dict[int, int] = {}  # that a page was written for last
         self.table: dict[tuple[int, int], int] = {}
         self.fed: dict[int, list[int]] = {}
         self.launched: deque[tuple[Plan, list[tuple[int, list[int]]]]] = deque()
@@ -218,8 +222,10 @@ class World:
             for position, token in enumerate(tokens, start=context):
                 fed = next_token(prefix) if token < 0 else token
                 prefix.append(fed)
-                page = self.table[slot, position // size]
-                self.cells[page, position % size] = (client.salt, tuple(prefix))
+                for group in range(len(self.windows)):
+                    page = self._page(slot, position, group)
+                    self.cells[page, position % size] = (client.salt, tuple(prefix))
+                    self.group_of[page] = group
             out.append((number, self._judge(prefix, int(plan.drafts[row]))))
         return out
 
@@ -236,18 +242,24 @@ class World:
         """The tokens behind the row's context, each cell checked against the last."""
         if context == 0:
             return []
-        page = self.table[slot, (context - 1) // size]
-        salt, prefix = self.cells[page, (context - 1) % size]
+        salt, prefix = self.cells[self._page(slot, context - 1, 0), (context - 1) % size]
         assert salt == client.salt
-        window = self.config.get("window", 0)
-        for position in range(max(0, context + 1 - window) if window else 0, context):
-            cell = self.cells[self.table[slot, position // size], position % size]
-            assert cell == (client.salt, prefix[: position + 1]), "a page does not hold its tokens"
+        for group, window in enumerate(self.windows):
+            for position in range(max(0, context + 1 - window) if window else 0, context):
+                page = self._page(slot, position, group)
+                assert self.group_of[page] == group, "a page holds the KV of other layers"
+                cell = self.cells[page, position % size]
+                expected = (client.salt, prefix[: position + 1])
+                assert cell == expected, "a page does not hold its tokens"
         known = [*client.prompt, *client.expected()]
         if not client.done:
             shared = min(len(known), context)
             assert list(prefix[:shared]) == known[:shared]
         return list(prefix)
+
+    def _page(self, slot: int, position: int, group: int) -> int:
+        at = position // self.config["page_size"]
+        return self.table[slot, at * len(self.windows) + group]
 
     def commit(self) -> None:
         plan, rows = self.launched.popleft()
@@ -270,7 +282,7 @@ class World:
         assert self.scheduler.check() == []
         assert self.scheduler.stats().pages_kept <= self.config.get("session_pages_max", 0)
         self.monitor.feed(self.scheduler.events())
-        if not self.config.get("window"):  # then an event has no form: its parent may be gone
+        if self.windows == [0]:  # else an event has no form: its parent may be gone
             self.listener.hear(self.scheduler.kv_events())
             self.listener.check(self.scheduler.prefixes())
         size = self.config["page_size"]

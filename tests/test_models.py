@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tokenspeed import models
+from tokenspeed.config import EngineConfig
 from tokenspeed.plan import StepPlan
 from tokenspeed.spmd import Mesh
 from tokenspeed.spmd.batch import Slots
@@ -84,12 +85,14 @@ def save(name: str, folder: Path, **kind: Any) -> Any:
 
 def logits(folder: Path, ids: Tensor, *, chunk: int, dtype: str = "float32") -> Tensor:
     """Logits of every position, the context fed in chunks over pages of 8."""
-    return fed(models.build(models.open_checkpoint(folder), Mesh.single(), dtype=dtype), ids, chunk)
+    built = models.build(models.open_checkpoint(folder), Mesh.single(), dtype=dtype)
+    return fed(models.in_cache_groups(built, EngineConfig()), ids, chunk)
 
 
 def fed(model: models.Model, ids: Tensor, chunk: int) -> Tensor:
-    pages = -(-len(ids) // 8)
-    slots, kv = Slots(1, pages, 8, model.kv), model.kv.allocate(pages + 1, 8)
+    longest = -(-len(ids) // 8)
+    pages = longest * len(model.kv.groups.windows)
+    slots, kv = Slots(1, longest, 8, model.kv), model.kv.allocate(pages + 1, 8)
     delta = np.array([(0, index, pages - index) for index in range(pages)], np.int32)
     rows = []
     with torch.inference_mode():

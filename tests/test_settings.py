@@ -25,6 +25,7 @@ GOOD = {
     "page_size": 4, "pages": 32, "slots": 4, "waiting_max": 4, "step_tokens": 16,
     "context_max": 100, "overlap": 0, "itl_budget_us": 0, "session_pages_max": 0,
     "host_pages": 0, "draft_tokens": 0, "window": 0,
+    "full_groups": 0, "window_groups": 1,
 }  # fmt: skip
 
 BOUNDS = {
@@ -40,6 +41,8 @@ BOUNDS = {
     "host_pages": (0, 1 << 24),
     "draft_tokens": (0, 1 << 10),
     "window": (0, 1 << 24),
+    "full_groups": (0, 8),
+    "window_groups": (1, 8),
 }
 """Of the scheduler: from what to what each setting may be."""
 

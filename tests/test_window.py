@@ -1,12 +1,20 @@
-"""Sliding windows end to end: pages go back as the window moves on, and no token changes for it."""
+"""Sliding windows end to end: pages go back as the window moves on, and no token changes for it.
+
+In all layers, or in some: then layers of either kind have pages of their own, from one pool.
+"""
 
 from __future__ import annotations
 
 from collections import deque
+from pathlib import Path
 
 import attrs
 import numpy as np
 import pytest
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 
 import tiny
 from tokenspeed import models
@@ -16,12 +24,20 @@ from tokenspeed.errors import ConfigError
 from tokenspeed.plan import PLANNED, Joined, StepPlan
 from tokenspeed.request import SamplingParams
 from tokenspeed.spmd import Executor, Mesh
+from tokenspeed.spmd.kv import GROUPS_MAX, CacheGroups
 
 WINDOW, PAGE_SIZE, OUTPUT = 12, 4, 40
 PROMPTS = [list(range(3, 40)), [*range(3, 40), 50, 51], list(range(60, 80))]
 GREEDY = SamplingParams(temperature=0, max_tokens=OUTPUT, ignore_eos=True, seed=1)
 FITTING = (WINDOW - 2) // PAGE_SIZE + 2
 """Pages that a window may lie in."""
+
+
+MIXED = {
+    "model_type": "qwen2", "num_hidden_layers": 3, "tie_word_embeddings": True,
+    "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1,
+}  # fmt: skip
+"""A layer that sees all, then two that have the window."""
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +48,30 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> models.Model:
     return models.build(models.open_checkpoint(folder), Mesh.single())
 
 
+@pytest.fixture(scope="module")
+def mixed_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write(tmp_path_factory.mktemp("qwen2"), **MIXED)
+
+
+@pytest.fixture(scope="module")
+def mixed(mixed_folder: Path) -> models.Model:
+    built = models.build(models.open_checkpoint(mixed_folder), Mesh.single())
+    assert built.config.layer_windows == (None, WINDOW, WINDOW)
+    return models.in_cache_groups(built, EngineConfig())
+
+
+def in_one_group(model: models.Model, window: int = 0) -> models.Model:
+    groups = CacheGroups.one(model.config.layers, window)
+    return attrs.evolve(model, kv=attrs.evolve(model.kv, groups=groups))
+
+
 def generate(
-    model: models.Model, *, pages: int, window: int, overlap: int = 0, slots: int = 3
+    model: models.Model, *, pages: int, overlap: int = 0, slots: int = 3
 ) -> tuple[list[list[int]], Scheduler]:
     """Greedy ids of PROMPTS, twice over: the second time with what is cached of the first."""
     sizes = {"slots": slots, "pages": pages, "page_size": PAGE_SIZE, "context_max": 128}
-    scheduler = Scheduler(**sizes, step_tokens=16, overlap=overlap, window=window)
+    settings = model.kv.groups.settings
+    scheduler = Scheduler(**sizes, step_tokens=16, overlap=overlap, **settings)
     executor = Executor(model, **sizes, overlap=overlap)
     prompts = [*PROMPTS, *PROMPTS]
     output: list[list[int]] = [[] for _ in prompts]
@@ -66,7 +100,7 @@ def generate(
 @pytest.fixture(scope="module")
 def expected(model: models.Model) -> list[list[int]]:
     """With room for everything, and no page given back early."""
-    output, _ = generate(model, pages=200, window=0)
+    output, _ = generate(in_one_group(model), pages=200)
     assert output[:3] == output[3:]
     assert len({tuple(ids) for ids in output}) == 3, "all alike would hide errors"
     return output
@@ -79,19 +113,58 @@ def test_ids_do_not_depend_on_the_pages_there_are(
 ) -> None:
     """Each request has more tokens than the three smaller pools can hold."""
     assert max(map(len, PROMPTS)) + OUTPUT > 14 * PAGE_SIZE
-    output, scheduler = generate(model, pages=pages, window=WINDOW, overlap=overlap)
+    output, scheduler = generate(in_one_group(model, WINDOW), pages=pages, overlap=overlap)
     assert output == expected
     stats = scheduler.stats()
     assert stats.pages_free + stats.pages_cached == pages
     assert stats.prefix_hits > 0 or pages < 200
 
 
-def held_most(window: int) -> int:
-    """The most pages that one request holds while it computes 400 tokens, one a step at the end."""
+def greedy(folder: Path) -> list[list[int]]:
+    """What transformers says to each of PROMPTS."""
+    peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    asked = {"max_new_tokens": OUTPUT, "min_new_tokens": OUTPUT, "do_sample": False}
+    return [
+        peer.generate(torch.tensor([prompt]), **asked, eos_token_id=None)[0, len(prompt) :].tolist()
+        for prompt in PROMPTS
+    ]
+
+
+MIXED_FITTING = -(-(max(map(len, PROMPTS)) + OUTPUT - 1) // PAGE_SIZE) + 2 * FITTING
+"""Pages for the layer that sees all, and for the two that slide, each with pages of its own."""
+
+
+@pytest.mark.parametrize("overlap", [0, 1])
+@pytest.mark.parametrize("pages", [MIXED_FITTING, 60, 400])
+def test_ids_of_a_mixed_model_are_those_of_transformers(
+    mixed: models.Model, mixed_folder: Path, pages: int, overlap: int
+) -> None:
+    """The smallest pool has not two thirds of the pages that one of these requests writes."""
+    assert mixed.kv.groups.windows == (0, WINDOW, WINDOW)
+    output, scheduler = generate(mixed, pages=pages, overlap=overlap)
+    assert output == greedy(mixed_folder) * 2
+    stats = scheduler.stats()
+    assert stats.pages_free + stats.pages_cached == pages
+    assert stats.prefix_hits > 0 or pages < 60
+
+
+@given(st.lists(st.sampled_from([None, 8]), min_size=1, max_size=64))
+def test_each_layer_has_a_place_of_its_own_among_others_like_it(windows: list[int | None]) -> None:
+    groups = CacheGroups.of(windows)
+    assert len(set(groups.places)) == len(windows)
+    assert [groups.windows[group] or None for group, _ in groups.places] == windows
+    full = len({groups.places[at][0] for at, window in enumerate(windows) if window is None})
+    assert groups.settings["full_groups"] in (0, full)
+    assert max(full, groups.settings["window_groups"]) <= GROUPS_MAX
+    assert groups.windows == tuple(sorted(groups.windows))
+
+
+def held_most(tokens: int = 400, **groups: int) -> int:
+    """The most pages that one request holds while it computes tokens, one a step at the end."""
     scheduler = Scheduler(
-        page_size=PAGE_SIZE, pages=200, slots=1, step_tokens=8, context_max=500, window=window
+        page_size=PAGE_SIZE, pages=4000, slots=1, step_tokens=8, context_max=4000, **groups
     )
-    scheduler.submit(0, np.arange(300, dtype=np.int32), 100)
+    scheduler.submit(0, np.arange(tokens - 100, dtype=np.int32), 100)
     most = 0
     while (plan := scheduler.plan()) is not None:
         stats = scheduler.stats()
@@ -102,8 +175,23 @@ def held_most(window: int) -> int:
 
 
 def test_a_request_holds_a_window_and_a_step_however_long_it_is() -> None:
-    assert held_most(0) == 100
-    assert held_most(WINDOW) <= (WINDOW + 8 - 2) // PAGE_SIZE + 2
+    assert held_most() == 100
+    assert held_most(window=WINDOW) <= (WINDOW + 8 - 2) // PAGE_SIZE + 2
+
+
+@pytest.mark.parametrize(("full", "sliding"), [(1, 1), (1, 5), (3, 1)])
+def test_pages_of_a_mixed_model_fall_towards_the_share_of_the_layers_that_see_all(
+    full: int, sliding: int
+) -> None:
+    share = full / (full + sliding)
+    used = []
+    for tokens in (200, 800, 3200):
+        written = tokens // PAGE_SIZE * (full + sliding)
+        held = held_most(tokens, window=WINDOW, full_groups=full, window_groups=sliding)
+        used.append(held / written)
+        assert held <= share * written + sliding * ((WINDOW + 8 - 2) // PAGE_SIZE + 2)
+    assert used == sorted(used, reverse=True)
+    assert used[-1] == pytest.approx(share, abs=0.02)
 
 
 def run(scheduler: Scheduler, number: int, prompt: np.ndarray, output: int) -> int:
@@ -150,24 +238,35 @@ def test_what_fits_no_window_is_refused_at_the_door() -> None:
     [
         ("host_pages", 8),
         ("host_memory_gb", 0.1),
-        ("speculate", "ngram"),
         ("kv_events", "events.ndjson"),
     ],
 )
 def test_what_cannot_follow_a_window_is_refused(
-    model: models.Model, setting: str, value: object
+    model: models.Model, mixed: models.Model, setting: str, value: object
 ) -> None:
-    assert models.cache_window(model, EngineConfig()) == WINDOW
+    """Where some layers see all, no page is given back instead."""
+    config = EngineConfig(**{setting: value})  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=f"{setting}: got .*window of 12 tokens"):
-        models.cache_window(model, EngineConfig(**{setting: value}))  # type: ignore[arg-type]
+        models.in_cache_groups(model, config)
+    assert models.in_cache_groups(in_one_group(mixed), config).kv.groups.windows == (0,)
 
 
-def test_the_pool_bounds_the_context_of_models_that_see_all(model: models.Model) -> None:
+def test_a_trace_is_of_one_group_without_drafts(model: models.Model, mixed: models.Model) -> None:
+    config = EngineConfig(trace_lifecycle="trace.ndjson")
+    assert models.in_cache_groups(model, config).kv.groups.windows == (WINDOW,)
+    assert models.in_cache_groups(in_one_group(mixed), config).kv.groups.windows == (0,)
+    with pytest.raises(ConfigError, match="trace_lifecycle: got"):
+        models.in_cache_groups(model, attrs.evolve(config, speculate="ngram"))
+
+
+def test_the_pool_bounds_the_context_of_models_that_see_all(
+    model: models.Model, mixed: models.Model
+) -> None:
     config = EngineConfig(page_size=PAGE_SIZE)
-    assert models.context_max(model, config, 8) == 128
-    mixed = attrs.evolve(model, config=attrs.evolve(model.config, windows=(None, WINDOW)))
-    assert models.context_max(mixed, config, 8) == 32
-    assert models.cache_window(mixed, config) == 0
+    assert models.context_max(in_one_group(model, WINDOW), config, 8) == 128
+    assert models.context_max(in_one_group(mixed), config, 8) == 32
+    assert models.context_max(mixed, config, 2 * FITTING + 20) == 80
+    assert models.context_max(mixed, config, 9) == 12
 
 
 def test_the_scheduler_has_no_host_pages_beside_a_window() -> None:

@@ -240,8 +240,10 @@ void bind_control(py::module_& m) {
       .def(py::init([](std::int32_t page_size, std::int32_t pages, std::int32_t slots,
                        std::int32_t chunk, std::int32_t in_flight_max, std::int32_t host_pages,
                        std::int32_t drafts_max, std::int32_t window) {
-             const ControlConfig config{page_size, pages, slots,      chunk,      in_flight_max,
-                                        true,      0,     host_pages, drafts_max, {window}};
+             ControlConfig config{page_size, pages, slots, chunk, in_flight_max};
+             config.host_pages = host_pages;
+             config.drafts_max = drafts_max;
+             config.groups = {{window}};
              const std::string wrong = Control::invalid(config);
              if (!wrong.empty()) throw py::value_error(wrong);
              auto control = std::make_unique<Control>(config);

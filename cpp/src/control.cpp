@@ -28,21 +28,23 @@ std::string Control::invalid(const ControlConfig& config) {
       return std::string(field) + ": got " + std::to_string(value) + "; expected at least 0";
     }
   }
-  for (const auto& [field, value] :
-       {std::pair{"host_pages", config.host_pages}, std::pair{"drafts_max", config.drafts_max}}) {
-    if (value > 0 && config.group.window > 0) {
-      return std::string(field) + ": got " + std::to_string(value) +
-             "; expected 0 with a window: no specification has both";
-    }
+  const std::size_t groups = config.groups.size();
+  if (groups < 1 || groups > kGroupsMax) {
+    return "groups: got " + std::to_string(groups) + "; expected 1 to " +
+           std::to_string(kGroupsMax);
+  }
+  if (config.host_pages > 0 && (groups > 1 || config.groups[0].window > 0)) {
+    return "host_pages: got " + std::to_string(config.host_pages) +
+           "; expected 0 with a window: no specification has both";
   }
   return {};
 }
 
 Control::Control(const ControlConfig& config)
     : config_(config),
+      slides_(std::ranges::any_of(config.groups, [](CacheGroup g) { return g.window > 0; })),
       pool_(config.pages),
-      index_(config.page_size, config.pages, config.kept_max, config.host_pages,
-             config.group.window),
+      index_(config.page_size, config.pages, config.kept_max, config.host_pages, config.groups),
       sessions_(index_.retention(), kSessionsMax),
       host_(index_, pool_, config.host_pages),
       launched_(config.in_flight_max, config.slots) {
@@ -83,8 +85,11 @@ TailId Control::drain(PageTable& pages, const Record& record) {
 
 TailId Control::give_back(Record& record, PageTable&& pages, Slot&& slot) {
   const TailId tail = drain(pages, record);
-  if (config_.group.window > 0 && record.root >= 0) index_.go(record.cursor);
-  if (record.root >= 0) index_.leave(std::exchange(record.root, -1));
+  for (std::size_t group = 0; record.roots[0] >= 0 && group < config_.groups.size(); ++group) {
+    if (gaps()) index_.go(record.cursors[group]);
+    index_.leave(record.roots[group]);
+  }
+  record.roots[0] = -1;
   free_slots_.push_back(slot.index());
   return tail;
 }
@@ -172,8 +177,7 @@ bool Control::Wants(RequestId id) const noexcept {
 
 bool Control::Lacks(RequestId id) const noexcept {
   const Record& record = records_[id.index];
-  return Wants(id) && record.pages * config_.page_size - record.planned <
-                          std::min(wanted(id.index), config_.chunk);
+  return Wants(id) && record.holds - record.planned < std::min(wanted(id.index), config_.chunk);
 }
 
 bool Control::Fits(RequestId id) const noexcept {
@@ -197,8 +201,8 @@ std::int32_t Control::owed(const Record& record) const noexcept {
   const bool live = record.state == State::Prefilling || record.state == State::Decoding;
   if (!live || record.known() <= record.planned) return 0;
   const std::int32_t whole =
-      std::max(0, pages_for(record.known(), config_.page_size) - record.pages);
-  if (config_.group.window == 0) return whole;
+      std::max(0, pages_for(record.known(), config_.page_size) * groups() - record.pages);
+  if (!slides_) return whole;
   const std::int32_t held = record.pages - record.slid;
   return std::clamp(pages_at_once(record.known()) - held, 0, whole);
 }
@@ -306,13 +310,17 @@ bool Control::deepen(PrefixIndex::Held& held, RequestIndex index) const {
 PageTable Control::match(RequestIndex index) {
   Record& record = records_[index];
   PageTable pages;
-  pages.reserve(static_cast<std::size_t>(pages_for(record.length_max - 1, config_.page_size)));
+  pages.reserve(config_.groups.size() *
+                static_cast<std::size_t>(pages_for(record.length_max - 1, config_.page_size)));
   if (!config_.prefix_cache) return pages;
   const PrefixIndex::Found found = cached(index);
-  record.root = index_.enter(record.salt);
-  record.cursor = found.pages > 0 ? found.at : record.root;
-  record.slid = found.behind;
-  if (config_.group.window > 0) index_.stay(record.cursor);
+  for (std::size_t group = 0; group < config_.groups.size(); ++group) {
+    record.roots[group] = index_.enter(record.salt, group);
+    record.cursors[group] = found.pages > 0 ? found.at[group] : record.roots[group];
+    record.behind[group] = found.behind[group];
+    record.slid += found.behind[group];
+    if (gaps()) index_.stay(record.cursors[group]);
+  }
   record.revisits = index_.hold(found, pages, record.session ? record.session->id : 0);
   if (record.session) sessions_.took(*record.session, record.supersedes);
   return pages;
@@ -325,18 +333,18 @@ bool Control::admit(RequestIndex index) {
       if (!verdict) return false;
       Record& record = records_[index];
       PageTable pages = match(index);
-      const auto matched = static_cast<std::int32_t>(pages.size());
+      count_pages(record, static_cast<std::int32_t>(pages.size()));
       Slot slot(free_slots_.back());
       free_slots_.pop_back();
-      record.pages = record.published = matched;
-      record.planned = record.done = matched * config_.page_size;
+      record.published = record.pages;
+      record.planned = record.done = record.holds;
       queued_.erase(queued_.begin());
       const auto place = std::ranges::upper_bound(
           running_, record.rank, {}, [this](RequestIndex at) { return records_[at].rank; });
       running_.insert(place, index);
       put(lifecycle::Admit(*this, take<S>(index), std::move(verdict).take(), std::move(slot),
                            std::move(pages)));
-      note(-1, matched);
+      note(-1, record.holds / config_.page_size);
       recount(index);
       return true;
     } else {
@@ -394,7 +402,9 @@ bool Control::preempt(RequestIndex index) {
       put(std::move(out.request));
       Record& record = records_[index];
       sessions_.wait(record.session, give_back(record, std::move(out.pages), std::move(out.slot)));
-      record.pages = record.planned = record.done = record.published = record.slid = 0;
+      count_pages(record, 0);
+      record.planned = record.done = record.published = record.slid = 0;
+      record.behind.fill(0);
       record.offered = false;
       queued_.emplace(record.rank, index);
       recount(index);
@@ -419,7 +429,7 @@ bool Control::acquire(RequestIndex index, PageId id) {
           lifecycle::Acquire(*this, std::move(handle<S>(index)), std::move(verdict).take());
       note(id, -1);
       handle<S>(index).pages().append(std::move(*page));
-      ++records_[index].pages;
+      count_pages(records_[index], records_[index].pages + 1);
       recount(index);
       return true;
     } else {
@@ -432,7 +442,7 @@ bool Control::schedule(RequestIndex index, std::int32_t tokens) {
   return with(index, [&]<State S>() -> bool {
     if constexpr (lifecycle::can(Action::Schedule, S)) {
       Record& record = records_[index];
-      const std::int32_t room = record.pages * config_.page_size - record.planned;
+      const std::int32_t room = record.holds - record.planned;
       if (tokens < 1 || tokens > std::min({config_.chunk, wanted(index), room})) return false;
       auto verdict = lifecycle::permit_Schedule(*this, handle<S>(index));
       if (!verdict) return false;
@@ -516,22 +526,19 @@ Outcome Control::complete(const Row& row, std::span<const Token> run, bool stop)
 // --- the prefix cache
 // -------------------------------------------------------------------------------
 
-// The first page that is not published, if it is full, computed, its tokens are known, and nobody
-// has published the same. All before it are held, so its place in the index stays.
+// All pages before it are held, or passed, so its place in the index stays.
 bool Control::publish(RequestIndex index) {
   if (!config_.prefix_cache) return false;
   return with(index, [&]<State S>() -> bool {
     if constexpr (lifecycle::can(Action::Publish, S)) {
       Record& record = records_[index];
-      const std::int32_t there = std::min(record.done, record.known());
-      if ((record.published + 1) * config_.page_size > there) return false;
-      const auto at = static_cast<std::size_t>(record.published);
-      const auto size = static_cast<std::size_t>(config_.page_size);
-      const auto tokens = std::span(record.tokens).subspan(at * size, size);
-      const auto vacancy = index_.vacancy(record.cursor, tokens);
+      const auto vacancy = next_vacancy(record);
       if (!vacancy) return false;
+      const auto at = static_cast<std::size_t>(record.published);
+      const auto tokens = tokens_of(record, record.published);
       handle<S>(index).pages().replace(at, [&](ExclusivePage&& page) {
-        return index_.publish(record.cursor, tokens, *vacancy, std::move(page));
+        PrefixIndex::Cursor& cursor = record.cursors[group_of(record.published)];
+        return index_.publish(cursor, tokens, *vacancy, std::move(page));
       });
       ++record.published;
       handle<S>(index) = lifecycle::Publish(*this, std::move(handle<S>(index)));

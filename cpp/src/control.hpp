@@ -25,12 +25,6 @@
 
 namespace tokenspeed {
 
-// What layers that cache alike see of a sequence. All groups would take their pages from one pool;
-// there is one group so far.
-struct CacheGroup {
-  std::int32_t window = 0;  // tokens that one sees, itself included; 0: all before it
-};
-
 // The constants of the spec.
 struct ControlConfig {
   std::int32_t page_size = 16;
@@ -42,7 +36,7 @@ struct ControlConfig {
   std::int32_t kept_max = 0;       // pages that are kept by the wish of a session
   std::int32_t host_pages = 0;     // of the second home of cached pages; 0: there is none
   std::int32_t drafts_max = 0;     // guesses of one request in one step, at most
-  CacheGroup group{};
+  std::vector<CacheGroup> groups{CacheGroup{}};  // a page holds the KV of the layers of one
 };
 
 // What a request says of the session that it is a turn of.
@@ -79,8 +73,10 @@ struct alignas(64) Record {
   bool guessing = false;  // a row with drafts is planned or launched: none comes behind it
   std::uint32_t incarnation = 0;
   std::int32_t place = 0;      // in the container of its state
-  std::int32_t pages = 0;      // in its table, holes included
-  std::int32_t slid = 0;       // holes, all in front
+  std::int32_t pages = 0;      // in its table, of all groups in turn, holes included
+  std::int32_t holds = 0;      // positions that have a page of each group
+  std::int32_t told = 0;       // of its pages, the first, that a plan has named
+  std::int32_t slid = 0;       // holes: in each group, all in front
   std::int32_t planned = 0;    // positions that a step has been planned for
   std::int32_t done = 0;       // positions whose KV is there
   std::int32_t pins = 0;       // planned and launched steps that touch its pages
@@ -89,9 +85,11 @@ struct alignas(64) Record {
   Token last = -1;             // of `tokens`: whose end lies far from here
   std::int64_t arrival = 0;
   Rank rank;
-  std::int32_t length_max = 0;      // prompt and output tokens
-  PrefixIndex::Cursor root = -1;    // of its salt, while it holds pages
-  PrefixIndex::Cursor cursor = -1;  // of the last published page
+  std::int32_t length_max = 0;  // prompt and output tokens
+  // Of its salt, while it holds pages, and of the last published page: of each group.
+  std::array<PrefixIndex::Cursor, kGroupsMax> roots{-1};
+  std::array<PrefixIndex::Cursor, kGroupsMax> cursors{-1};
+  std::array<std::int32_t, kGroupsMax> behind{};  // holes of each group
   std::string salt;
   Session* session = nullptr;
   Microseconds keep_us = 0;
@@ -253,8 +251,8 @@ class Control final {
   bool complete(std::span<const Token> token_ids, std::span<const std::uint8_t> stop,
                 std::vector<Outcome>& out);
   bool publish(RequestIndex index);
-  // Gives back the first page that it holds, if that lies behind the window of every token to come
-  // and of every step in flight: of specs/Window.tla.
+  // Gives back the first page of a group that it holds, if that lies behind the window of every
+  // token to come and of every step in flight: of specs/Window.tla.
   bool slide(RequestIndex index);
   bool preempt(RequestIndex index);
   bool abort(RequestIndex index);
@@ -304,6 +302,8 @@ class Control final {
   // Host pages that continue what was found on the device.
   void look_further(RequestIndex index, std::vector<HostPage>& out);
   std::int64_t steps() const noexcept { return step_; }
+  // Pages behind a window are given back, or there are several groups: a path may have gaps.
+  bool gaps() const noexcept { return slides_ || config_.groups.size() > 1; }
   // Pages that running requests have yet to take for tokens that are known: promised at admission.
   // One that is planned ahead of what is known has taken them, and owes nobody any.
   std::int64_t promised() const noexcept { return promised_; }
@@ -311,7 +311,7 @@ class Control final {
   const PrefixIndex::Found& cached(RequestIndex index);
   PrefixIndex::Found look(RequestIndex index) const;
   bool deepen(PrefixIndex::Held& held, RequestIndex index) const;
-  // Pages without which so many tokens cannot be computed, however slowly.
+  // Pages without which so many tokens cannot be computed, however slowly: of all groups.
   std::int32_t pages_needed(std::int32_t tokens) const noexcept;
   // Pages of so many tokens that are held at once while they are computed: with a window, fewer.
   std::int32_t pages_at_once(std::int32_t tokens) const noexcept;
@@ -321,7 +321,11 @@ class Control final {
   std::int32_t guesses(RequestIndex index) const noexcept;
   // Why a run cannot be what this row came to; null if it can.
   const char* wrong_run(const Row& row, std::span<const Token> run) const noexcept;
-  std::int32_t slot(RequestIndex index) const noexcept;       // -1: it has none
+  std::int32_t slot(RequestIndex index) const noexcept;  // -1: it has none
+  // Pages that were named; from now on all are.
+  std::int32_t tell_pages(RequestIndex index) noexcept {
+    return std::exchange(records_[index].told, records_[index].pages);
+  }
   const PageTable* table(RequestIndex index) const noexcept;  // null: it has none
 
   std::int64_t transitions(lifecycle::Action action, lifecycle::State from,
@@ -404,7 +408,16 @@ class Control final {
   std::int32_t owed(const Record& record) const noexcept;
   std::size_t matchable(const Record& record) const noexcept;
   std::int32_t pages_within(std::int32_t tokens) const noexcept;
+  std::int32_t pages_seen(std::int32_t tokens, std::int64_t beyond) const noexcept;
+  std::optional<std::size_t> next_to_slide(const Record& record) const noexcept;
   void pass(Record& record);
+  std::optional<PrefixIndex::Vacancy> next_vacancy(Record& record);
+  void count_pages(Record& record, std::int32_t pages) noexcept;
+  std::span<const Token> tokens_of(const Record& record, std::int32_t entry) const noexcept;
+  std::size_t group_of(std::int32_t entry) const noexcept {
+    return static_cast<std::size_t>(entry) % config_.groups.size();
+  }
+  std::int32_t groups() const noexcept { return static_cast<std::int32_t>(config_.groups.size()); }
   static std::size_t index_of(std::int32_t at) noexcept { return static_cast<std::size_t>(at); }
   PageTable match(RequestIndex index);
   Outcome complete(const Row& row, std::span<const Token> run, bool stop);
@@ -420,6 +433,7 @@ class Control final {
   void trace(std::string_view action, PageId page, std::int64_t value, std::string_view to = {});
 
   ControlConfig config_;
+  bool slides_;  // some group has a window
   PagePool pool_;
   PrefixIndex index_;
   Sessions sessions_;

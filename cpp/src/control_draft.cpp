@@ -36,12 +36,11 @@ bool Control::reserve(RequestIndex index, PageId id) {
   return with(index, [&]<State S>() -> bool {
     if constexpr (lifecycle::can(Action::Acquire, S)) {
       Record& record = records_[index];
-      const std::int32_t room = record.pages * config_.page_size - record.planned;
-      if (room >= 1 + guesses(index)) return false;
+      if (record.holds - record.planned >= 1 + guesses(index)) return false;
       auto page = pool_.take(id);
       if (!page) return false;
       handle<S>(index).pages().append(std::move(*page));
-      ++record.pages;
+      count_pages(record, record.pages + 1);
       if (recording_) trace_.push_back({"Reserve", record.number, id, -1, {}});
       recount(index);
       return true;
@@ -55,7 +54,7 @@ bool Control::speculate(RequestIndex index, std::int32_t drafts) {
   return with(index, [&]<State S>() -> bool {
     if constexpr (lifecycle::can(Action::Schedule, S)) {
       Record& record = records_[index];
-      const std::int32_t room = record.pages * config_.page_size - record.planned;
+      const std::int32_t room = record.holds - record.planned;
       const auto proposed = static_cast<std::int32_t>(record.offered ? record.draft.size() : 0);
       if (!may_guess(index)) return false;
       if (drafts < 1 || drafts > std::min({guesses(index), room - 1, proposed})) return false;
@@ -85,11 +84,11 @@ bool Control::trim(RequestIndex index) {
       Record& record = records_[index];
       const bool wants = Wants({index, record.incarnation});
       const std::int32_t needed = wants ? std::min(wanted(index), config_.chunk) : 0;
-      const std::int32_t room = record.pages * config_.page_size - record.planned;
-      if (room < config_.page_size + needed) return false;
+      const std::int32_t left = (record.pages - 1) / groups() * config_.page_size - record.planned;
+      if (record.pages == 0 || left < needed) return false;
       auto last = handle<S>(index).pages().pop();
       pool_.give_back(std::get<ExclusivePage>(std::move(last)));
-      --record.pages;
+      count_pages(record, record.pages - 1);
       if (recording_) trace_.push_back({"Trim", record.number, -1, -1, {}});
       recount(index);
       return true;

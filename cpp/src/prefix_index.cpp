@@ -7,16 +7,19 @@
 namespace tokenspeed {
 
 PrefixIndex::PrefixIndex(std::int32_t page_size, PageId pages, PageId kept_max, HostPage host_pages,
-                         std::int32_t window)
+                         std::span<const CacheGroup> groups)
     : page_size_(page_size),
-      window_(window),
+      groups_(groups.begin(), groups.end()),
       pages_(pages),
       retention_(pages, kept_max),
       page_tokens_(std::make_unique_for_overwrite<Token[]>(index(page_size) *
                                                            (index(pages) + index(host_pages)))),
       nodes_by_page_(index(pages), -1),
       buckets_(std::bit_ceil(index(pages) + index(host_pages)), -1) {
-  const std::size_t remembered = window > 0 ? 2 * index(pages) : 0;  // for now: it may grow
+  if (groups_.empty()) groups_.emplace_back();
+  gaps_ = groups_.size() > 1 || groups_[0].window > 0;
+  roots_.resize(groups_.size());
+  const std::size_t remembered = gaps_ ? 2 * index(pages) : 0;  // for now: it may grow
   memories_.reserve(remembered * index(page_size));
   spare_memories_.reserve(remembered);
   const std::size_t nodes =
@@ -29,11 +32,12 @@ PrefixIndex::PrefixIndex(std::int32_t page_size, PageId pages, PageId kept_max, 
 // --- roots
 // ------------------------------------------------------------------------------------------
 
-PrefixIndex::Cursor PrefixIndex::enter(std::string_view salt) {
-  Cursor root = find_root(salt);
+PrefixIndex::Cursor PrefixIndex::enter(std::string_view salt, std::size_t group) {
+  Cursor root = find_root(salt, group);
   if (root < 0) {
     root = make();
-    roots_.emplace(salt, root);
+    nodes_[index(root)].group = static_cast<std::uint8_t>(group);
+    roots_[group].emplace(salt, root);
     salts_.emplace(root, salt);
   }
   ++nodes_[index(root)].references;
@@ -45,9 +49,9 @@ void PrefixIndex::leave(Cursor root) {
   drop_root_if_unused(root);
 }
 
-PrefixIndex::Cursor PrefixIndex::find_root(std::string_view salt) const {
-  const auto found = roots_.find(std::string(salt));
-  return found == roots_.end() ? -1 : found->second;
+PrefixIndex::Cursor PrefixIndex::find_root(std::string_view salt, std::size_t group) const {
+  const auto found = roots_[group].find(std::string(salt));
+  return found == roots_[group].end() ? -1 : found->second;
 }
 
 // A salt that nothing is cached under, and nobody uses, costs nothing.
@@ -55,7 +59,7 @@ void PrefixIndex::drop_root_if_unused(NodeId root) {
   const Node& node = nodes_[index(root)];
   if (!is_root(root) || node.below > 0 || node.stays > 0 || node.references > 0) return;
   const auto salt = salts_.find(root);
-  roots_.erase(salt->second);
+  roots_[node.group].erase(salt->second);
   salts_.erase(salt);
   spare_.push_back(root);
 }
@@ -65,15 +69,15 @@ void PrefixIndex::drop_root_if_unused(NodeId root) {
 
 PrefixIndex::Found PrefixIndex::look(std::string_view salt, std::span<const Token> wanted,
                                      std::size_t most) const {
-  if (window_ > 0) return look_through(salt, wanted, most);
+  if (gaps_) return look_through(salt, wanted, most);
   Found out;
   const auto size = index(page_size_);
-  Cursor at = find_root(salt);
+  Cursor at = find_root(salt, 0);
   while (at >= 0 && index(out.pages) < most) {
     const auto page = wanted.subspan(index(out.pages) * size, size);
     at = find(at, hash(at, page), page);
     if (at < 0 || nodes_[index(at)].page < 0) break;
-    out.at = at;
+    out.at[0] = at;
     ++out.pages;
     if (nodes_[index(at)].references > 0) ++out.held;
   }
@@ -81,9 +85,9 @@ PrefixIndex::Found PrefixIndex::look(std::string_view salt, std::span<const Toke
 }
 
 PrefixIndex::Held PrefixIndex::held(const Found& found) const noexcept {
-  Cursor at = found.at;
+  if (found.held == 0 || gaps_) return {found.held, -1, 0};
+  Cursor at = found.at[0];
   for (std::int32_t above = found.held; above < found.pages; ++above) at = nodes_[index(at)].parent;
-  if (found.held == 0) return {};
   return {found.held, at, nodes_[index(at)].born};
 }
 
@@ -93,7 +97,7 @@ bool PrefixIndex::deepen(Held& held, std::string_view salt, std::span<const Toke
   // If nobody holds it any more, nobody holds what is below it.
   if (held.pages > 0 && nodes_[index(held.at)].references == 0) return true;
   const auto size = index(page_size_);
-  Cursor at = held.pages > 0 ? held.at : find_root(salt);
+  Cursor at = held.pages > 0 ? held.at : find_root(salt, 0);
   while (at >= 0 && index(held.pages) < most) {
     const auto page = wanted.subspan(index(held.pages) * size, size);
     at = find(at, hash(at, page), page);
@@ -104,17 +108,23 @@ bool PrefixIndex::deepen(Held& held, std::string_view salt, std::span<const Toke
 }
 
 bool PrefixIndex::hold(const Found& found, PageTable& table, std::uint64_t session) {
-  path_.clear();
-  NodeId above = found.at;
-  for (std::int32_t page = 0; page < found.behind; ++page) table.append(Hole{});
-  for (std::int32_t page = found.behind; page < found.pages; ++page) {
-    path_.push_back(above);
-    above = nodes_[index(above)].parent;
+  const std::size_t groups = groups_.size();
+  path_.assign(index(found.pages) * groups, -1);
+  for (std::size_t group = 0; group < groups; ++group) {
+    NodeId above = found.at[group];
+    for (std::int32_t page = found.pages; page-- > found.behind[group];) {
+      path_[index(page) * groups + group] = above;
+      above = nodes_[index(above)].parent;
+    }
   }
   bool revisits = false;
   TailId before = -1;
-  for (auto id = path_.rbegin(); id != path_.rend(); ++id) {
-    Node& node = nodes_[index(*id)];
+  for (const NodeId id : path_) {
+    if (id < 0) {
+      table.append(Hole{});
+      continue;
+    }
+    Node& node = nodes_[index(id)];
     if (node.references++ == 0) {
       --unheld_;
       ++gained_;
@@ -123,9 +133,9 @@ bool PrefixIndex::hold(const Found& found, PageTable& table, std::uint64_t sessi
       if (tail != before) revisits |= retention_.touch(tail, session);
       before = tail;
       retention_.shrink(tail);
-      settle(*id);
+      settle(id);
     }
-    table.append(SharedPage(*id, node.page));
+    table.append(SharedPage(id, node.page));
   }
   return revisits;
 }
@@ -149,7 +159,7 @@ SharedPage PrefixIndex::publish(Cursor& at, std::span<const Token> content, Vaca
   Node& node = nodes_[index(child)];
   ++nodes_[index(at)].children;
   if (node.memory >= 0) spare_memories_.push_back(std::exchange(node.memory, -1));
-  if (window_ > 0) {
+  if (gaps_) {
     stay(child);
     --nodes_[index(at)].stays;
   }
@@ -170,7 +180,7 @@ void PrefixIndex::release(SharedPage&& page, TailId tail) {
   ++unheld_;
   ++version_;
   node.used = ++uses_;
-  if (window_ > 0) return let_go(id, retention_.open(0, false));
+  if (gaps_) return let_go(id, retention_.open(0, false));
   node.tail = tail;
   retention_.grow(tail, id);
 }
@@ -199,7 +209,7 @@ bool PrefixIndex::evict(PageId page, PagePool& pool) {
   if (page < 0 || index(page) >= nodes_by_page_.size()) return false;
   const NodeId id = nodes_by_page_[index(page)];
   if (id < 0 || !can_go(nodes_[index(id)])) return false;
-  if (window_ > 0) {
+  if (gaps_) {
     evict_anywhere(id, pool);
     return true;
   }
@@ -262,30 +272,46 @@ std::span<const Token> PrefixIndex::tokens(NodeId id) const noexcept {
   return {page_tokens_.get() + index(at) * index(page_size_), index(page_size_)};
 }
 
-// --- with a window
-// -----------------------------------------------------------------------------------
+// --- with windows
+// ------------------------------------------------------------------------------------
 
-// A walk down all nodes there are; a run of pages on the device that is as long as the window ends
-// in a place to go on from.
+// A walk down all nodes there are, of all groups at once; where the run of pages on the device is
+// as long as the window in each, there is a place to go on from.
 PrefixIndex::Found PrefixIndex::look_through(std::string_view salt, std::span<const Token> wanted,
                                              std::size_t most) const {
   Found out;
+  Found here;
   const auto size = index(page_size_);
-  std::int32_t run = 0;
-  Cursor at = find_root(salt);
-  for (std::int32_t pages = 1; at >= 0 && index(pages) <= most; ++pages) {
-    const auto content = wanted.subspan((index(pages) - 1) * size, size);
-    at = find(at, hash(at, content), content);
-    if (at < 0) break;
-    run = nodes_[index(at)].page >= 0 ? run + 1 : 0;
-    const std::int32_t behind = pages_behind(pages * page_size_);
-    if (run >= pages - behind) out = {behind, pages, 0, at};
+  std::array<std::int32_t, kGroupsMax> runs{};
+  for (std::size_t group = 0; group < groups_.size(); ++group) {
+    here.at[group] = find_root(salt, group);
+    if (here.at[group] < 0) return out;
   }
-  at = out.at;
-  for (std::int32_t page = out.behind; page < out.pages; ++page, at = nodes_[index(at)].parent) {
-    out.held += nodes_[index(at)].references > 0 ? 1 : 0;
+  while (index(here.pages) < most) {
+    const auto content = wanted.subspan(index(here.pages++) * size, size);
+    bool whole = true;
+    for (std::size_t group = 0; group < groups_.size(); ++group) {
+      Cursor& at = here.at[group];
+      at = find(at, hash(at, content), content);
+      if (at < 0) return with_held(out);
+      runs[group] = nodes_[index(at)].page >= 0 ? runs[group] + 1 : 0;
+      here.behind[group] = pages_behind(group, here.pages * page_size_);
+      whole = whole && runs[group] >= here.pages - here.behind[group];
+    }
+    if (whole) out = here;
   }
-  return out;
+  return with_held(out);
+}
+
+PrefixIndex::Found PrefixIndex::with_held(Found found) const noexcept {
+  for (std::size_t group = 0; group < groups_.size(); ++group) {
+    Cursor at = found.at[group];
+    for (std::int32_t page = found.behind[group]; page < found.pages; ++page) {
+      found.held += nodes_[index(at)].references > 0 ? 1 : 0;
+      at = nodes_[index(at)].parent;
+    }
+  }
+  return found;
 }
 
 void PrefixIndex::go(Cursor at) {
@@ -398,7 +424,7 @@ void PrefixIndex::appear(NodeId id, ExclusivePage&& page) {
 void PrefixIndex::beyond(const Found& found, std::span<const Token> wanted, std::size_t most,
                          std::string_view salt, std::vector<HostPage>& out) const {
   const auto size = index(page_size_);
-  Cursor at = found.pages > 0 ? found.at : find_root(salt);
+  Cursor at = found.pages > 0 ? found.at[0] : find_root(salt, 0);
   for (std::size_t page = index(found.pages); at >= 0 && page < most; ++page) {
     const auto content = wanted.subspan(page * size, size);
     at = find(at, hash(at, content), content);
@@ -467,7 +493,7 @@ void PrefixIndex::forget_if_nowhere(NodeId id) {
     --nodes_[index(above)].below;
     id = above;
   }
-  if (window_ > 0) drop_root_if_unused(id);
+  if (gaps_) drop_root_if_unused(id);
 }
 
 NodeId PrefixIndex::make(NodeId parent, std::uint64_t key) {

@@ -3,10 +3,13 @@
 // enters when its KV is computed and leaves when nobody holds it and no longer prefix depends on
 // it. A node's KV is on the device, on the host, or on both; those on the device are a tree from
 // the roots down, and so are those on the host. With a window, those on the device may have gaps:
-// a node below which something is left, or somebody goes on, is remembered by its tokens alone.
+// a node below which something is left, or somebody goes on, is remembered by its tokens alone. So
+// it is with several cache groups, each of which has a root of its own for a salt: a page is of
+// one.
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -25,37 +28,45 @@ namespace tokenspeed {
 using Token = std::int32_t;
 using HostPage = std::int32_t;
 
+// What layers that cache alike see of a sequence. All groups take their pages from one pool.
+struct CacheGroup {
+  std::int32_t window = 0;  // tokens that one sees, itself included; 0: all before it
+};
+inline constexpr std::size_t kGroupsMax = 16;
+
 class PrefixIndex final {
  public:
   // Where a request's next page would hang: a root, or the node of a page that the request holds.
   using Cursor = NodeId;
 
   // All memory that as many pages need is reserved here; what is not used is not touched.
-  // At most `kept_max` pages are kept by wish. `window`: tokens that one sees, itself included; 0:
-  // all before it. A window and host pages exclude each other.
+  // At most `kept_max` pages are kept by wish. Host pages are for one group alone, without a
+  // window.
   PrefixIndex(std::int32_t page_size, PageId pages, PageId kept_max, HostPage host_pages,
-              std::int32_t window = 0);
+              std::span<const CacheGroup> groups = {});
   PrefixIndex(const PrefixIndex&) = delete;
   PrefixIndex& operator=(const PrefixIndex&) = delete;
 
   // The root of a salt, made if there is none, kept while somebody is there or a page hangs from
   // it.
-  Cursor enter(std::string_view salt);
+  Cursor enter(std::string_view salt, std::size_t group = 0);
   void leave(Cursor root);
 
   // Of the first positions, as many as have been computed, the pages that no later token sees.
-  std::int32_t pages_behind(std::int32_t computed) const noexcept {
-    return window_ == 0 ? 0 : std::max(0, computed + 1 - window_) / page_size_;
+  std::int32_t pages_behind(std::size_t group, std::int32_t computed) const noexcept {
+    const std::int32_t window = groups_[group].window;
+    return window == 0 ? 0 : std::max(0, computed + 1 - window) / page_size_;
   }
 
   // Leading pages of some tokens, of at most `most`, that are on the device, and how many of them
-  // somebody holds: who holds a page holds all above it. With a window: so many that those which
-  // the token after them sees, all but the first `behind`, are there. Nothing is held by looking.
+  // somebody holds: who holds a page holds all above it. With windows: so many that in each group
+  // those which the token after them sees, all but the first `behind`, are there. Nothing is held
+  // by looking.
   struct Found {
-    std::int32_t behind = 0;
-    std::int32_t pages = 0;
-    std::int32_t held = 0;
-    Cursor at = -1;  // the last page found
+    std::int32_t pages = 0;  // of each group
+    std::int32_t held = 0;   // of all groups together
+    std::array<std::int32_t, kGroupsMax> behind{};
+    std::array<Cursor, kGroupsMax> at{-1};  // the last page found, of each group
   };
   Found look(std::string_view salt, std::span<const Token> tokens, std::size_t most) const;
 
@@ -71,13 +82,14 @@ class PrefixIndex final {
   bool deepen(Held& held, std::string_view salt, std::span<const Token> tokens,
               std::size_t most) const;
 
-  // With a window: somebody goes on from here, or no longer does; until then it is remembered.
+  // With windows: somebody goes on from here, or no longer does; until then it is remembered.
   void stay(Cursor at) noexcept { ++nodes_[index(at)].stays; }
   void go(Cursor at);
   // The same for one page further down, which he has not published: somebody else has, or not.
   Cursor pass(Cursor at, std::span<const Token> tokens);
 
   // References to the pages that a look just found; a look that is older than `version` is void.
+  // In the table the groups take turns: page by page, and group by group within one.
   // True if a session (0: none) comes back with it to a branch that it had left.
   bool hold(const Found& found, PageTable& table, std::uint64_t session);
 
@@ -161,6 +173,7 @@ class PrefixIndex final {
     std::int32_t memory = -1;     // of its tokens, where neither device nor host has them
     std::int32_t pins = 0;        // copies of it, and of what is right below it
     bool pinned_leaf = false;     // counted as one
+    std::uint8_t group = 0;       // of a root
     NodeId next = -1;             // with the same bucket
     TailId tail = -1;             // that it is of, while nobody holds it
     std::uint64_t used = 0;       // when it was given back last
@@ -169,10 +182,11 @@ class PrefixIndex final {
   };
   static std::size_t index(NodeId node) noexcept { return static_cast<std::size_t>(node); }
 
-  Cursor find_root(std::string_view salt) const;
+  Cursor find_root(std::string_view salt, std::size_t group) const;
   Token* row(PageId page) noexcept { return page_tokens_.get() + index(page) * index(page_size_); }
   std::span<const Token> tokens(NodeId node) const noexcept;
   Found look_through(std::string_view salt, std::span<const Token> tokens, std::size_t most) const;
+  Found with_held(Found found) const noexcept;
   void remember(NodeId node, std::span<const Token> tokens);
   void evict_anywhere(NodeId node, PagePool& pool);
   void let_go(NodeId node, TailId tail);
@@ -184,13 +198,14 @@ class PrefixIndex final {
   void forget_if_nowhere(NodeId id);
   void drop_root_if_unused(NodeId root);
   bool leaf(const Node& node) const noexcept {
-    return node.references == 0 && node.page >= 0 && (node.children == 0 || window_ > 0);
+    return node.references == 0 && node.page >= 0 && (node.children == 0 || gaps_);
   }
   bool can_go(const Node& node) const noexcept { return leaf(node) && node.pins == 0; }
   void settle(NodeId id);
 
   std::int32_t page_size_;
-  std::int32_t window_;
+  std::vector<CacheGroup> groups_;
+  bool gaps_;  // may be in a path: it slides, or has several groups
   PageId pages_;
   PageId unheld_ = 0;
   PageId pinned_leaves_ = 0;  // evictable but for a copy that touches them
@@ -207,7 +222,7 @@ class PrefixIndex final {
   std::vector<NodeId> spare_;
   std::vector<NodeId> buckets_;  // by hash: the first of a chain; as many as a power of two
   std::vector<NodeId> path_;     // of the hold being made
-  std::unordered_map<std::string, NodeId> roots_;
+  std::vector<std::unordered_map<std::string, NodeId>> roots_;  // by group
   std::unordered_map<NodeId, std::string> salts_;
 };
 

@@ -11,11 +11,21 @@ using lifecycle::State;
 // --- configuration
 // ----------------------------------------------------------------------------------
 
+namespace {
+// Those that see all come first.
+std::vector<CacheGroup> cache_groups(const SchedulerConfig& config) {
+  std::vector<CacheGroup> out(static_cast<std::size_t>(config.full_groups));
+  out.resize(out.size() + static_cast<std::size_t>(config.window_groups),
+             CacheGroup{config.window});
+  return out;
+}
+}  // namespace
+
 ControlConfig Scheduler::constants(const SchedulerConfig& config) {
   return {config.page_size,         config.pages,       config.slots,
           config.step_tokens,       config.overlap + 1, config.prefix_cache,
           config.session_pages_max, config.host_pages,  config.draft_tokens,
-          CacheGroup{config.window}};
+          cache_groups(config)};
 }
 
 std::string Setting::refuse(const std::string& given) const {
@@ -44,19 +54,13 @@ std::string Scheduler::invalid(const SchedulerConfig& config) {
     return expected("host_pages", config.host_pages,
                     "0 without the prefix cache: only cached pages are kept there");
   }
-  for (const auto& [field, value] : {std::pair{"host_pages", config.host_pages},
-                                     std::pair{"draft_tokens", config.draft_tokens}}) {
-    if (value > 0 && config.window > 0) {
-      return expected(field, value, "0 with a window: no specification has both");
-    }
-  }
   constexpr std::int32_t kTokensMax = std::numeric_limits<std::int32_t>::max();
   if (config.pages > kTokensMax / config.page_size) {
     return expected("pages", config.pages,
                     "at most " + std::to_string(kTokensMax / config.page_size) + " of " +
                         std::to_string(config.page_size) + " tokens, 32 bits of tokens in all");
   }
-  return {};
+  return Control::invalid(constants(config));
 }
 
 // As many spare plans as there may be steps in flight, and one that is being made.
@@ -71,7 +75,7 @@ Scheduler::Scheduler(const SchedulerConfig& config)
   if (config.host_pages > 0) to_store_.reserve(static_cast<std::size_t>(config.pages));
 }
 
-void Plan::reserve(std::size_t rows, std::size_t tokens) {
+void Plan::reserve(std::size_t rows, std::size_t tokens, std::size_t groups) {
   for (auto* row : {&incarnations, &slots, &context_lens, &cached, &drafts}) {
     row->reserve(rows);
   }
@@ -80,7 +84,7 @@ void Plan::reserve(std::size_t rows, std::size_t tokens) {
   sampled.reserve(rows);
   query_start.reserve(rows + 1);
   token_ids.reserve(tokens);
-  page_delta.reserve(3 * rows);
+  page_delta.reserve(3 * rows * groups);
   joined.reserve(2 * rows);
   stores.reserve(3 * rows);
 }
@@ -157,7 +161,8 @@ PlanPointer Scheduler::plan() {
   short_ = false;
   PlanPointer plan = plans_.take([this](Plan& made) {
     made.reserve(static_cast<std::size_t>(config_.slots),
-                 static_cast<std::size_t>(config_.step_tokens));
+                 static_cast<std::size_t>(config_.step_tokens),
+                 static_cast<std::size_t>(config_.full_groups + config_.window_groups));
   });
   plan->clear();
   plan->step = control_.steps();
@@ -229,14 +234,19 @@ std::int32_t Scheduler::schedule(RequestIndex index, std::int32_t tokens, Plan& 
   return count;
 }
 
-// The last one of the plan.
-void Scheduler::write_row(Plan& plan) const {
+// The last one of the plan, and the pages that nobody has heard of yet: one that a request took
+// when it did not get one of each group is told with its next row.
+void Scheduler::write_row(Plan& plan) {
   const Row& row = control_.planned().back();
   const RequestIndex index = row.index;
   const Record& record = control_.record(index);
   plan.numbers.push_back(record.number);
   plan.incarnations.push_back(static_cast<std::int32_t>(record.incarnation));
   plan.slots.push_back(control_.slot(index));
+  for (std::int32_t at = control_.tell_pages(index); at < record.pages; ++at) {
+    const PageId page = control_.table(index)->id(static_cast<std::size_t>(at));
+    if (page >= 0) plan.page_delta.insert(plan.page_delta.end(), {plan.slots.back(), at, page});
+  }
   plan.context_lens.push_back(row.from);
   plan.sampled.push_back(row.samples ? 1 : 0);
   plan.drafts.push_back(row.drafts);
@@ -261,12 +271,10 @@ void Scheduler::write_row(Plan& plan) const {
 std::int32_t Scheduler::acquire(RequestIndex index, std::int32_t tokens, Plan& plan) {
   const Record& record = control_.record(index);
   const std::int32_t end = record.planned + tokens;
-  while (record.pages * config_.page_size < end && !short_ && find_page(index, plan)) {
-    const PageId page = *control_.pool().next();
-    if (!control_.acquire(index, page)) break;
-    plan.page_delta.insert(plan.page_delta.end(), {control_.slot(index), record.pages - 1, page});
+  while (record.holds < end && !short_ && find_page(index, plan)) {
+    if (!control_.acquire(index, *control_.pool().next())) break;
   }
-  return std::min(tokens, record.pages * config_.page_size - record.planned);
+  return std::min(tokens, record.holds - record.planned);
 }
 
 // Is a page free? If not, the cached one goes that is least likely to be missed, or the last
@@ -329,7 +337,7 @@ std::int64_t Scheduler::lacks(RequestIndex index, std::int32_t held) const noexc
 // Does what was found when it did not fit still show that it does not? Costs nothing while no page
 // becomes held; then it looks at one page more.
 bool Scheduler::still_held_back(RequestIndex index, HeldBack& known) const {
-  if (known.arrival != control_.record(index).arrival || config_.window > 0) return false;
+  if (known.arrival != control_.record(index).arrival || control_.gaps()) return false;
   if (known.gained != control_.index().gained()) {
     known.gained = control_.index().gained();
     if (!control_.deepen(known.held, index)) known.arrival = -1;
@@ -356,14 +364,9 @@ bool Scheduler::admit(RequestIndex index, Plan& plan) {
   if (control_.host().total() > 0 && fetch(index, true, plan)) return false;
   // What copies touch will be free, but its first row wants a page now: nobody hears of a request
   // in a step that has no row.
-  if (control_.host().total() > 0 && !page_beside(control_.cached(index).at)) return false;
+  if (control_.host().total() > 0 && !page_beside(control_.cached(index).at[0])) return false;
   if (!control_.admit(index)) return false;
-  const std::int32_t slot = control_.slot(index);
-  for (std::int32_t at = record.slid; at < record.pages; ++at) {
-    const PageId page = control_.table(index)->id(static_cast<std::size_t>(at));
-    plan.page_delta.insert(plan.page_delta.end(), {slot, at, page});
-  }
-  plan.joined.insert(plan.joined.end(), {slot, record.number});
+  plan.joined.insert(plan.joined.end(), {control_.slot(index), record.number});
   plan.cached.push_back(record.planned);
   if (first) {
     counts_.prefix_queries += record.known();

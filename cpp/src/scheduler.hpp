@@ -32,6 +32,8 @@ struct SchedulerConfig {
   std::int32_t host_pages = 0;         // a second home for cached pages; 0: there is none
   std::int32_t draft_tokens = 0;       // guesses of a request in a step, at most
   std::int32_t window = 0;             // tokens that one sees, itself included; 0: all before it
+  std::int32_t full_groups = 0;        // cache groups whose layers see all, whatever the window
+  std::int32_t window_groups = 1;      // cache groups whose layers have the window
 };
 
 // A number of the configuration: its name, where it is, and from what to what it may be. Within
@@ -53,6 +55,8 @@ inline constexpr Setting kSettings[] = {
     {"context_max", &SchedulerConfig::context_max, 2, 1 << 24},
     {"host_pages", &SchedulerConfig::host_pages, 0, 1 << 24},
     {"window", &SchedulerConfig::window, 0, 1 << 24},
+    {"full_groups", &SchedulerConfig::full_groups, 0, kGroupsMax / 2},
+    {"window_groups", &SchedulerConfig::window_groups, 1, kGroupsMax / 2},
     {"overlap", &SchedulerConfig::overlap, 0, 64},
     {"itl_budget_us", &SchedulerConfig::itl_budget_us, 0, 60'000'000},
     {"draft_tokens", &SchedulerConfig::draft_tokens, 0, 1 << 10},
@@ -78,15 +82,15 @@ struct Plan {
   std::vector<std::int32_t> context_lens;
   std::vector<std::uint8_t> sampled;
   std::vector<std::int32_t> drafts;
-  std::vector<std::int32_t> page_delta;  // [changes, 3]: slot, index, page
+  std::vector<std::int32_t> page_delta;  // [changes, 3]: slot, index of all groups in turn, page
   std::vector<std::int64_t> joined;      // [joined, 2]: slot, number
   std::vector<std::int32_t> cached;      // [joined]: prompt tokens found in the prefix cache
   std::vector<std::int64_t> preempted;
   std::vector<std::int64_t> stores;  // [copies, 3]: ticket, device page, host page
   std::vector<std::int64_t> loads;   // [copies, 3]: likewise
 
-  // Makes room for any decode step, and for prefill of as many tokens.
-  void reserve(std::size_t rows, std::size_t tokens);
+  // Makes room for any decode step with so many cache groups, and for prefill of as many tokens.
+  void reserve(std::size_t rows, std::size_t tokens, std::size_t groups);
   void clear() noexcept;
 };
 using PlanPointer = Recycler<Plan>::Pointer;
@@ -227,7 +231,7 @@ class Scheduler final {
   void decode(RequestIndex index, Plan& plan);
   bool yields(RequestIndex index);
   std::int32_t schedule(RequestIndex index, std::int32_t tokens, Plan& plan);
-  void write_row(Plan& plan) const;
+  void write_row(Plan& plan);
   std::int32_t draftable(RequestIndex index) const noexcept;
   void guess_all(Plan& plan);
   std::int32_t guess(RequestIndex index, std::int32_t drafts, Plan& plan);

@@ -45,11 +45,9 @@ void Scheduler::guess_all(Plan& plan) {
 std::int32_t Scheduler::guess(RequestIndex index, std::int32_t drafts, Plan& plan) {
   if (drafts < 1) return 0;
   const Record& record = control_.record(index);
-  const auto room = [&] { return record.pages * config_.page_size - record.planned; };
+  const auto room = [&] { return record.holds - record.planned; };
   while (room() < 1 + drafts && page_for_drafts()) {
-    const PageId page = *control_.pool().next();
-    if (!control_.reserve(index, page)) break;
-    plan.page_delta.insert(plan.page_delta.end(), {control_.slot(index), record.pages - 1, page});
+    if (!control_.reserve(index, *control_.pool().next())) break;
   }
   const std::int32_t count = std::min(drafts, room() - 1);
   if (!control_.speculate(index, count)) return 0;

@@ -40,7 +40,7 @@ class World {
     Holder holder;
     const auto found = index_.look("", prompt, kLength);
     holder.root = index_.enter("");
-    holder.cursor = found.pages > 0 ? found.at : holder.root;
+    holder.cursor = found.pages > 0 ? found.at[0] : holder.root;
     holder.pages = static_cast<std::size_t>(found.pages);
     index_.hold(found, holder.table, 0);
     const std::size_t most = 1 + upto(kLength);

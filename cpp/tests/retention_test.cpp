@@ -37,7 +37,7 @@ class World {
     PageTable table;
     const auto found = index_.look("", tokens, tokens.size());
     const auto root = index_.enter("");
-    auto cursor = found.pages > 0 ? found.at : root;
+    auto cursor = found.pages > 0 ? found.at[0] : root;
     const bool revisits = index_.hold(found, table, id);
     if (session) sessions_.took(*session, supersedes);
     for (auto at = static_cast<std::size_t>(found.pages); at < tokens.size(); ++at) {

@@ -72,9 +72,10 @@ constexpr std::int32_t kSteps = 200;
 // Results for the steps that are in flight, in memory that was there before.
 class Driver {
  public:
-  Driver(std::int32_t overlap, std::int32_t host_pages, std::int32_t drafts, std::int32_t window)
+  Driver(std::int32_t overlap, std::int32_t host_pages, std::int32_t drafts, std::int32_t window,
+         std::int32_t full)
       : overlap_(overlap),
-        scheduler_(config(overlap, host_pages, drafts, window)),
+        scheduler_(config(overlap, host_pages, drafts, window, full)),
         draft_(static_cast<std::size_t>(drafts), 1) {
     tickets_.reserve(4096);
     good_.resize(4096, 1);
@@ -120,10 +121,10 @@ class Driver {
 
  private:
   static SchedulerConfig config(std::int32_t overlap, std::int32_t host_pages, std::int32_t drafts,
-                                std::int32_t window) {
+                                std::int32_t window, std::int32_t full) {
     SchedulerConfig config;
     config.page_size = kPage;
-    config.pages = kRows * pages_for(kPrompt + kSteps + 40, kPage);
+    config.pages = kRows * pages_for(kPrompt + kSteps + 40, kPage) * (full + 1);
     config.slots = kRows;
     config.step_tokens = 4 * kRows;
     config.context_max = kPrompt + kSteps + 40;
@@ -132,6 +133,7 @@ class Driver {
     config.host_pages = host_pages;
     config.draft_tokens = drafts;
     config.window = window;
+    config.full_groups = full;
     return config;
   }
 
@@ -153,14 +155,16 @@ void submit(Scheduler& scheduler, std::int64_t number, std::int32_t output) {
   if (scheduler.submit(number, prompt, output, salt).refused()) fail("a request was refused", -1);
 }
 
-void run(std::int32_t overlap, std::int32_t host_pages, std::int32_t drafts, std::int32_t window) {
-  Driver driver(overlap, host_pages, drafts, window);
+void run(std::int32_t overlap, std::int32_t host_pages, std::int32_t drafts, std::int32_t window,
+         std::int32_t full = 0) {
+  Driver driver(overlap, host_pages, drafts, window, full);
   Scheduler& scheduler = driver.scheduler();
   std::int64_t number = 0;
   while (number < 2 * kRows) submit(scheduler, number++, kSteps);  // they fill the cache and go
   while (driver.turn() > 0) {
   }
-  if (scheduler.stats().pages_free > kRows) fail("the cache should be almost full", overlap);
+  if (scheduler.stats().pages_free > kRows * (full + 1))
+    fail("the cache should be almost full", overlap);
   while (number < 3 * kRows) submit(scheduler, number++, kSteps + 40);
   while (scheduler.stats().waiting > 0 || driver.turn() < kRows) {
     driver.turn();
@@ -192,6 +196,7 @@ int main() {
     for (const std::int32_t host_pages : {0, 64}) run(overlap, host_pages, 0, 0);
   }
   for (const std::int32_t overlap : {0, 1, 2}) run(overlap, 0, 0, 50);
+  for (const std::int32_t overlap : {0, 1}) run(overlap, 0, 0, 50, 1);
   for (const std::int32_t host_pages : {0, 64}) run(0, host_pages, 2, 0);
   std::printf("no allocation in a steady step\n");
 }

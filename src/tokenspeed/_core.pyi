@@ -144,6 +144,8 @@ class Scheduler:
         host_pages: int = 0,
         draft_tokens: int = 0,
         window: int = 0,
+        full_groups: int = 0,
+        window_groups: int = 1,
     ) -> None: ...
     def submit(
         self,

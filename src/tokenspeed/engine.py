@@ -88,8 +88,8 @@ class Engine:
         self.tokenizer = tokenizer
         self.chat_encoder = chat
         self.vocab_size = model.config.vocab_size
+        model = models.in_cache_groups(model, config)
         self.pages = config.pages or models.default_pages(model, config)
-        window = models.cache_window(model, config)
         self.context_max = models.context_max(model, config, self.pages)
         self._bounds = Bounds(self.vocab_size, self.context_max)
         host_pages = models.host_pages(model, config)
@@ -108,7 +108,7 @@ class Engine:
             session_pages_max=config.kept_pages_max(self.pages),
             host_pages=host_pages,
             draft_tokens=config.drafts_max,
-            window=window,
+            **model.kv.groups.settings,
         )
         self._kv_log = make_kv_log(config.kv_events, self._scheduler, time.time())
         self._executor = Executor(

@@ -57,7 +57,8 @@ class StepPlan:
             logits are sampled, one after the other, as long as they say what was guessed.
         page_delta: int32[changes, 3]; (slot, index, page): page-table entries that changed since
             the last plan, to be applied in order before the step. Position p of a slot lies in
-            page table[slot, p // page_size] at offset p % page_size.
+            page table[slot, p // page_size] at offset p % page_size. With several cache groups
+            these take turns: in page table[slot, p // page_size * groups + group] for its layers.
         joined: requests that take a slot with this step; the slot's sampler state starts anew.
         stores: int64[copies, 3]; (ticket, device page, host page): pages to copy to the host.
         loads: int64[copies, 3]; likewise: pages to copy back. Copies are made beside the steps, in

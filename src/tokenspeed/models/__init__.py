@@ -6,11 +6,11 @@ code beyond its table of names.
 
 from tokenspeed.models.build import Model as Model
 from tokenspeed.models.build import build as build
-from tokenspeed.models.build import cache_window as cache_window
 from tokenspeed.models.build import compile_config as compile_config
 from tokenspeed.models.build import context_max as context_max
 from tokenspeed.models.build import default_pages as default_pages
 from tokenspeed.models.build import host_pages as host_pages
+from tokenspeed.models.build import in_cache_groups as in_cache_groups
 from tokenspeed.models.checkpoint import Checkpoint as Checkpoint
 from tokenspeed.models.checkpoint import open_checkpoint as open_checkpoint
 from tokenspeed.models.config import LlamaConfig as LlamaConfig

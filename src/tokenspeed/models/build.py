@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, final
 
+import attrs
 import torch
 from attrs import frozen
 from torch import Tensor
@@ -22,7 +23,7 @@ from tokenspeed.models.config import ModelConfig
 from tokenspeed.models.families import Family
 from tokenspeed.spmd.collectives import Communicator
 from tokenspeed.spmd.compile import Program, compile_model
-from tokenspeed.spmd.kv import KVSpec
+from tokenspeed.spmd.kv import CacheGroups, KVSpec
 from tokenspeed.spmd.mesh import Mesh
 from tokenspeed.spmd.params import (
     Constant,
@@ -39,14 +40,17 @@ from tokenspeed.spmd.placement import REPLICATED
 __all__ = [
     "Model",
     "build",
-    "cache_window",
     "compile_config",
     "context_max",
     "default_pages",
     "host_pages",
+    "in_cache_groups",
 ]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_TRACE = ("trace_lifecycle", None)  # which is judged of a window alone
+_WITHOUT_WINDOWS = (("host_pages", 0), ("host_memory_gb", None), ("kv_events", None), _TRACE)
+"""Settings, and what they must be where pages slide away."""
 _AVERAGE_REQUEST_TOKENS = 1024
 _MEMORY_SHARE = 0.25
 
@@ -132,7 +136,7 @@ def default_pages(model: Model, config: EngineConfig) -> int:
     tokens = max(context, config.slots * min(context, _AVERAGE_REQUEST_TOKENS))
     page_bytes = model.kv.token_bytes * config.page_size
     fitting = int(_free_bytes(model.kv.device) * _MEMORY_SHARE) // page_bytes
-    return max(1, min(-(-tokens // config.page_size), fitting))
+    return max(1, min(-(-tokens // config.page_size) * len(model.kv.groups.windows), fitting))
 
 
 def host_pages(model: Model, config: EngineConfig) -> int:
@@ -155,31 +159,47 @@ def host_pages(model: Model, config: EngineConfig) -> int:
     return pages
 
 
-def cache_window(model: Model, config: EngineConfig) -> int:
-    """Tokens behind which no layer sees anything, so that pages go back; 0: some layer sees all.
+def in_cache_groups(model: Model, config: EngineConfig) -> Model:
+    """The model with the cache groups of its layers, so that pages behind windows are given back.
+
+    Where some layers see all, and a setting has no form for pages that go, it is as if all did.
 
     Raises:
-        ConfigError: the engine has no form of a setting for such a model.
+        ConfigError: the engine has no form of a setting for a model whose every layer slides.
     """
-    window = model.config.slides
-    if window is None:
-        return 0
+    groups = CacheGroups.of(model.config.layer_windows)
+    window = groups.windows[-1]
+    wrong = next(
+        (entry for entry in _WITHOUT_WINDOWS if getattr(config, entry[0]) != entry[1]), None
+    )
+    traced = wrong == _TRACE and groups.windows == (window,) and not config.drafts_max
+    if not window or wrong is None or traced:
+        return attrs.evolve(model, kv=attrs.evolve(model.kv, groups=groups))
+    if len(groups.windows) > 1:
+        return model
+    name, none = wrong
     gone = f"pages that slide out of the model's window of {window} tokens are not followed there"
-    for name, none in (("host_pages", 0), ("host_memory_gb", None), ("speculate", None)):
-        if getattr(config, name) != none:
-            raise ConfigError(name, getattr(config, name), f"{none}: {gone}")
-    if config.kv_events is not None:
-        raise ConfigError("kv_events", config.kv_events, f"no file: {gone}")
-    return window
+    raise ConfigError(name, getattr(config, name), f"{none}: {gone}")
 
 
 def context_max(model: Model, config: EngineConfig, pages: int) -> int:
     """Tokens of the longest request: what the model was made for, and what the pool can hold.
 
-    Where all layers slide, the pool need not hold more than a window at once.
+    Of a group that slides the pool need not hold more than a window at once.
     """
     most = min(config.context_max or model.config.context_max, model.config.context_max)
-    return most if model.config.slides else min(most, pages * config.page_size)
+    windows = model.kv.groups.windows
+    beside = sum(_pages_within(window, config.page_size) for window in windows if window)
+    full = windows.count(0)
+    if beside <= pages and not full:
+        return most
+    held = max(pages // len(windows), (pages - beside) // full if full else 0)
+    return min(most, held * config.page_size)
+
+
+def _pages_within(tokens: int, page_size: int) -> int:
+    """That as many tokens in a row may lie in."""
+    return 1 if tokens == 1 else (tokens - 2) // page_size + 2
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -88,9 +88,9 @@ class ModelConfig:
     fp8_block: tuple[int, int] | None = None
 
     @property
-    def slides(self) -> int | None:
-        """Tokens that the layer which sees most sees, if each has a window; None: all."""
-        return None
+    def layer_windows(self) -> tuple[int | None, ...]:
+        """Of each layer, how many tokens a query sees, its own included; None: all before it."""
+        return (None,) * self.layers
 
     @property
     def rotary_dim(self) -> int:
@@ -132,10 +132,9 @@ class LlamaConfig(ModelConfig):
         return self.head_dim
 
     @property
-    def slides(self) -> int | None:
+    def layer_windows(self) -> tuple[int | None, ...]:
         """See ModelConfig."""
-        spans = [window for window in self.windows if window is not None]
-        return max(spans) if spans and len(spans) == self.layers else None
+        return self.windows or (None,) * self.layers
 
     @classmethod
     def checked(cls, path: Path, **values: Any) -> Self:

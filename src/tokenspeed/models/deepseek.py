@@ -87,12 +87,13 @@ def attention(
     turned, key = kernels.rope(q[..., nope:], turning, batch.positions, cos_sin, interleaved)
     c = kernels.rms_norm(compressed, params["kv_norm"], LATENT_EPS)
     each = kv_pages[:, :, None]
-    kernels.kv_write(each[..., :latent], each[..., latent:], c[:, None], key, batch.locations)
+    (paged,) = batch.groups  # all layers see all
+    kernels.kv_write(each[..., :latent], each[..., latent:], c[:, None], key, paged.locations)
     mixed = kernels.latent_attention(
         torch.cat((q[..., :nope], turned), dim=-1),
         kv_pages,
         params["kv_up"].view(-1, nope + value, latent),
-        batch.attention,
+        paged.attention,
         latent=latent,
         scale=scale,
     )

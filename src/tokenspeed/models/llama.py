@@ -71,6 +71,7 @@ def attention(
     pages: LayerKV,
     *,
     head_dim: int,
+    layer: int,
     window: int | None,
     eps: float,
 ) -> Tensor:
@@ -79,6 +80,7 @@ def attention(
     With a window, to so many tokens, its own included (Jiang et al., 2023).
     """
     k_pages, v_pages = pages
+    paged = batch.of(layer)
     kv_heads = k_pages.shape[2]
     qkv = kernels.linear(x, params["qkv"], params.get("qkv_bias"))
     qkv = qkv.view(x.shape[0], -1, head_dim)
@@ -88,8 +90,8 @@ def attention(
         q = kernels.rms_norm(q.reshape(-1, head_dim), params["q_norm"], eps).view(q.shape)
         k = kernels.rms_norm(k.reshape(-1, head_dim), params["k_norm"], eps).view(k.shape)
     q, k = kernels.rope(q, k, batch.positions, cos_sin)
-    kernels.kv_write(k_pages, v_pages, k, v, batch.locations)
-    mixed = kernels.paged_attention(q, k_pages, v_pages, batch.attention, window)
+    kernels.kv_write(k_pages, v_pages, k, v, paged.locations)
+    mixed = kernels.paged_attention(q, k_pages, v_pages, paged.attention, window)
     return kernels.linear(mixed.reshape(x.shape[0], -1), params["out"])
 
 
@@ -108,6 +110,7 @@ def forward(params: Any, batch: Any, kv: Any, *, config: LlamaConfig) -> tuple[A
             batch,
             kv[index],
             head_dim=config.head_dim,
+            layer=index,
             window=config.window(index),
             eps=eps,
         )

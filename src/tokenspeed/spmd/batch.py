@@ -18,7 +18,21 @@ from tokenspeed.kernels import AttentionPlan
 from tokenspeed.plan import FROM_DEVICE, StepPlan
 from tokenspeed.spmd.kv import KVSpec
 
-__all__ = ["Batch", "Slots"]
+__all__ = ["Batch", "Paged", "Slots"]
+
+
+@final
+@frozen(eq=False)
+class Paged:
+    """Where the KV of a step lies, for the layers of a cache group.
+
+    Attributes:
+        locations: int64[tokens]; page * page_size + offset where each token's KV is written.
+        attention: the kernel's plan of the step.
+    """
+
+    locations: Tensor
+    attention: AttentionPlan
 
 
 @final
@@ -29,17 +43,21 @@ class Batch:
     Attributes:
         token_ids: int64[tokens].
         positions: int64[tokens]; of each token in its sequence.
-        locations: int64[tokens]; page * page_size + offset where its KV is written.
         sampled_rows: int64[sampled + drafts]; indices of the tokens whose logits are wanted: of a
             sampled row the last one, and before it those that its drafts follow.
-        attention: the kernel's plan of the step.
+        groups: of each cache group, where the KV lies.
+        places: of each layer, its group and its row: see CacheGroups.
     """
 
     token_ids: Tensor
     positions: Tensor
-    locations: Tensor
     sampled_rows: Tensor
-    attention: AttentionPlan
+    groups: tuple[Paged, ...]
+    places: tuple[tuple[int, int], ...]
+
+    def of(self, layer: int) -> Paged:
+        """Where a layer's KV lies."""
+        return self.groups[self.places[layer][0]]
 
 
 @final
@@ -56,7 +74,8 @@ class Slots:
     def __init__(self, slots: int, pages_max: int, page_size: int, kv: KVSpec) -> None:
         self._page_size = page_size
         self._device = kv.device
-        self._pages = np.zeros((slots, pages_max), np.int32)
+        self._groups = kv.groups
+        self._pages = np.zeros((slots, pages_max * len(kv.groups.windows)), np.int32)
         self._last_token = torch.zeros(slots, dtype=torch.int64, device=kv.device)
 
     def patch(self, plan: StepPlan) -> None:
@@ -71,10 +90,6 @@ class Slots:
         rows = np.repeat(np.arange(plan.rows), lengths)
         positions = np.arange(plan.tokens, dtype=np.int64) + (contexts - starts[:-1])[rows]
         slots = plan.slots[rows]
-        page, offset = np.divmod(positions, self._page_size)
-        locations = self._pages[slots, page] * np.int64(self._page_size) + offset
-        contexts_after = contexts + lengths
-        widest = -(-int(contexts_after.max()) // self._page_size)
         token_ids = self._to_device(plan.token_ids.astype(np.int64))
         if (plan.token_ids == FROM_DEVICE).any():
             known = self._last_token[self._to_device(slots.astype(np.int64))]
@@ -82,15 +97,31 @@ class Slots:
         return Batch(
             token_ids=token_ids,
             positions=self._to_device(positions),
-            locations=self._to_device(locations),
             sampled_rows=self._to_device(_wanted(plan)),
-            attention=AttentionPlan(
-                query_start=self._to_device(starts),
-                context_lens=self._to_device(contexts),
-                page_table=self._to_device(self._pages[plan.slots, :widest]),
-                page_size=self._page_size,
-            ),
+            groups=self._paged(plan, slots, positions),
+            places=self._groups.places,
         )
+
+    def _paged(
+        self, plan: StepPlan, slots: NDArray[Any], positions: NDArray[Any]
+    ) -> tuple[Paged, ...]:
+        """By group; in the table of a slot the groups take turns."""
+        page, offset = np.divmod(positions, self._page_size)
+        widest = -(-int((plan.context_lens + np.diff(plan.query_start)).max()) // self._page_size)
+        starts, contexts = map(self._to_device, (plan.query_start, plan.context_lens))
+        groups = len(self._groups.windows)
+        paged = []
+        for group in range(groups):
+            table = self._pages[:, group::groups]
+            plan_of_group = AttentionPlan(
+                query_start=starts,
+                context_lens=contexts,
+                page_table=self._to_device(table[plan.slots, :widest]),
+                page_size=self._page_size,
+            )
+            locations = table[slots, page] * np.int64(self._page_size) + offset
+            paged.append(Paged(self._to_device(locations), plan_of_group))
+        return tuple(paged)
 
     def remember(self, slots: Tensor, token_ids: Tensor) -> None:
         """Keep the sampled tokens int64[sampled] of these slots for FROM_DEVICE."""
