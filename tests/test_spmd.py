@@ -41,7 +41,7 @@ from tokenspeed.spmd import (
 )
 from tokenspeed.spmd.batch import Slots
 from tokenspeed.spmd.moves import Kind, Moves
-from tokenspeed.spmd.params import Constant, Parameter, Source
+from tokenspeed.spmd.params import Constant, Parameter, Source, local_shape, own_sources
 
 SMOLLM2 = LlamaConfig(
     architecture="llama",
@@ -483,3 +483,18 @@ def test_boundaries_that_leave_different_axes_open_are_refused() -> None:
         module(inputs={"x": tokens()}, outputs=tokens(tp=Partial()))(lambda params, x: x)
     with pytest.raises(PlacementError, match="routed is 'y'"):
         module(inputs={"x": tokens()}, routed="y")(lambda params, x, y: x)
+
+
+def test_groups_of_sources_are_dealt_out_whole() -> None:
+    """Experts: dim 0 counts the groups, and dims beyond it are those of each source."""
+    names = [f"{e}.{part}" for e in range(4) for part in ("gate", "up")]
+    stack = Parameter(tuple(Source(name, (6, 3)) for name in names), stacked=4)
+    assert stack.shape == (4, 12, 3)
+    mesh = Mesh.of(ep=2, tp=2, rank=3)
+    lies = layout(ep=Shard(0), tp=Shard(1))
+    own = own_sources(stack, lies, mesh, ("experts",))
+    assert [source.name for source, _ in own] == names[4:]
+    assert all(part == (slice(3, 6), slice(0, 3)) for _, part in own)
+    assert local_shape(stack, lies, mesh, ("experts",)) == (2, 6, 3)
+    with pytest.raises(PlacementError, match=r"experts.*4 units of 1 over 3 ranks"):
+        own_sources(stack, lies, Mesh.of(ep=3), ("experts",))

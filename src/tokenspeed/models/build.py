@@ -33,6 +33,7 @@ from tokenspeed.spmd.params import (
     Tree,
     allocate,
     leaves,
+    own_sources,
     shard_slice,
 )
 from tokenspeed.spmd.placement import REPLICATED
@@ -267,11 +268,11 @@ def _load(
         key = (leaf, lies.within(program.mesh))
         if key not in shared:
             shared[key] = target = allocate(leaf, lies, program.mesh, path, **kind)
-            row = 0
-            for source in leaf.sources:
-                part = checkpoint.read(source.name)[shard_slice(source, lies, program.mesh, path)]
-                target[row : row + part.shape[0]].copy_(part)
-                row += part.shape[0]
+            joined, row = target.flatten(0, 1) if leaf.stacked else target, 0
+            for source, part in own_sources(leaf, lies, program.mesh, path):
+                rows = checkpoint.read(source.name)[part]
+                joined[row : row + rows.shape[0]].copy_(rows)
+                row += rows.shape[0]
         done += sum(checkpoint.tensors[source.name].size_bytes for source in leaf.sources)
         filled[path] = shared[key]
         progress(done, total)

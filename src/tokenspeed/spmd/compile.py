@@ -18,12 +18,12 @@ from torch import Tensor
 from tokenspeed.errors import PlacementError
 from tokenspeed.spmd.collectives import Communicator, local_slice
 from tokenspeed.spmd.cost import Costs
-from tokenspeed.spmd.dispatch import combine, dispatch, own_rows
+from tokenspeed.spmd.dispatch import combine, count_own, dispatch
 from tokenspeed.spmd.forms import Form, Sent
 from tokenspeed.spmd.mesh import Mesh
 from tokenspeed.spmd.module import Module
 from tokenspeed.spmd.moves import Move
-from tokenspeed.spmd.params import Parameter, Path, Tree, leaves, shard_slice
+from tokenspeed.spmd.params import Parameter, Path, Tree, leaves, own_rows, own_sources
 from tokenspeed.spmd.placement import REPLICATED, Layout, as_batch
 from tokenspeed.spmd.solve import Solution, solve
 from tokenspeed.spmd.trace import Bucket, Call, Ref, Trace, Value
@@ -152,8 +152,7 @@ def compile_model(
         )
     for path, leaf in leaves(params):
         if isinstance(leaf, Parameter):
-            for source in leaf.sources:
-                shard_slice(source, trace.param_layouts.get(path, REPLICATED), mesh, path)
+            own_sources(leaf, trace.param_layouts.get(path, REPLICATED), mesh, path)
     plan = solve(trace, result, as_batch(), mesh=mesh, batch=batch, costs=costs or Costs())
     linker = _Linker(mesh, communicator, plan)
     for at, (call, form) in enumerate(zip(trace.calls, plan.forms, strict=True)):
@@ -345,21 +344,20 @@ class _Linker:
         key = call.module.indices[argument]
         subtree = call.arguments[next(iter(call.arguments))]
         leaf, lies = subtree.tree[key], call.module.params.get(key, REPLICATED)
-        part = shard_slice(leaf.sources[0], lies, self.mesh, (*subtree.path, key))[0]
-        rows = part.stop - part.start
+        first, rows = own_rows(leaf, lies, self.mesh, (*subtree.path, key))
         if rows == leaf.shape[0]:
             return name
-        if len(leaf.sources) != 1:
+        if len(leaf.sources) != 1 and not leaf.stacked:
             raise PlacementError(
                 f"{call.path}: {argument} counts rows of {key}, which is joined of "
                 f"{len(leaf.sources)} tensors; sharded rows can be counted in one alone"
             )
-        if (name, part.start) not in self.own:
-            self.own[name, part.start] = target = f"i{len(self.own)}"
-            function = f"own_rows_{part.start}_{rows}"
-            self.names[function] = partial(own_rows, first=part.start, rows=rows)
+        if (name, first) not in self.own:
+            self.own[name, first] = target = f"i{len(self.own)}"
+            function = f"count_own_{first}_{rows}"
+            self.names[function] = partial(count_own, first=first, rows=rows)
             self._write([target], function, [name], (name,))
-        return self.own[name, part.start]
+        return self.own[name, first]
 
 
 def _refuse_to_run(op: str, axis: str, *_: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tokenspeed.spmd.collectives import Communicator
 
-__all__ = ["Away", "combine", "dispatch", "own_rows"]
+__all__ = ["Away", "combine", "count_own", "dispatch"]
 
 
 @final
@@ -34,7 +34,7 @@ class Away:
     count: int
 
 
-def own_rows(ids: Tensor, *, first: int, rows: int) -> Tensor:
+def count_own(ids: Tensor, *, first: int, rows: int) -> Tensor:
     """Row numbers of a whole table as numbers of the `rows` from `first` on; -1: elsewhere."""
     return torch.where((ids >= first) & (ids < first + rows), ids - first, -1)
 

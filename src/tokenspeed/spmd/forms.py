@@ -17,7 +17,7 @@ from attrs import evolve, frozen
 from tokenspeed.errors import PlacementError
 from tokenspeed.spmd.cost import Costs
 from tokenspeed.spmd.mesh import Mesh
-from tokenspeed.spmd.placement import Layout, Partial, Placement, Replicate, Rest, Shard
+from tokenspeed.spmd.placement import REPLICATED, Layout, Partial, Placement, Replicate, Rest, Shard
 from tokenspeed.spmd.trace import Call, Value
 
 __all__ = ["Form", "Sent", "forms"]
@@ -111,7 +111,7 @@ def _sending(call: Call, form: Form, mesh: Mesh, batch: Layout, costs: Costs) ->
     if module.routed is None:
         return
     table = call.arguments[next(iter(call.arguments))].tree[module.indices[module.routed]]
-    lies = module.params[module.indices[module.routed]].within(mesh)
+    lies = module.params.get(module.indices[module.routed], REPLICATED).within(mesh)
     axes = [axis for axis, placement in lies.axes if placement.is_shard(0)]
     if len(axes) != 1:
         return

@@ -23,8 +23,11 @@ __all__ = [
     "Path",
     "Source",
     "Tree",
+    "allocate",
     "leaves",
     "local_shape",
+    "own_rows",
+    "own_sources",
     "path_name",
     "shard_slice",
 ]
@@ -59,16 +62,21 @@ class Parameter:
     Attributes:
         sources: in the checkpoint.
         dtype: of the tensor, whatever the model's; None: the model's.
+        stacked: where not 0, the sources are so many groups of equal shapes, one after the other
+            (of experts, say). Each group is joined for itself, and dim 0 of the parameter counts
+            the groups: sharding dim 0 deals out whole groups, and dim d + 1 is dim d of a source.
     """
 
     sources: tuple[Source, ...]
     dtype: torch.dtype | None = None
+    stacked: int = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The whole parameter's shape."""
-        rows = sum(source.shape[0] for source in self.sources)
-        return (rows, *self.sources[0].shape[1:])
+        group = self.sources[: len(self.sources) // self.stacked if self.stacked else None]
+        shape = (sum(source.shape[0] for source in group), *self.sources[0].shape[1:])
+        return (self.stacked, *shape) if self.stacked else shape
 
 
 @final
@@ -122,13 +130,48 @@ def shard_slice(source: Source, lies: Layout, mesh: Mesh, path: Path) -> tuple[s
     return tuple(index)
 
 
+def own_rows(parameter: Parameter, lies: Layout, mesh: Mesh, path: Path) -> tuple[int, int]:
+    """(first, count) of this rank's rows, or groups, along dim 0; of several sources, of the first.
+
+    Raises:
+        PlacementError: as `shard_slice`.
+    """
+    dim = Source(path_name(path), (parameter.stacked,)) if parameter.stacked else None
+    outer = Layout(tuple((axis, p) for axis, p in lies.axes if p.is_shard(0)))
+    part = shard_slice(dim or parameter.sources[0], outer if dim else lies, mesh, path)[0]
+    return part.start, part.stop - part.start
+
+
+def own_sources(
+    parameter: Parameter, lies: Layout, mesh: Mesh, path: Path
+) -> list[tuple[Source, tuple[slice, ...]]]:
+    """The sources that this rank reads, in order, and which part of each.
+
+    Raises:
+        PlacementError: as `shard_slice`.
+    """
+    sources = parameter.sources
+    if parameter.stacked:
+        first, count = own_rows(parameter, lies, mesh, path)
+        group = len(sources) // parameter.stacked
+        sources = sources[first * group : (first + count) * group]
+        inner = ((a, p) for a, p in lies.axes if not p.is_shard(0))
+        lies = Layout(tuple((a, Shard(p.dim - 1) if isinstance(p, Shard) else p) for a, p in inner))
+    parts: dict[tuple[tuple[int, ...], int], tuple[slice, ...]] = {}
+    for source in sources:
+        if (source.shape, source.granule) not in parts:
+            parts[source.shape, source.granule] = shard_slice(source, lies, mesh, path)
+    return [(source, parts[source.shape, source.granule]) for source in sources]
+
+
 def local_shape(parameter: Parameter, lies: Layout, mesh: Mesh, path: Path) -> tuple[int, ...]:
     """Shape of this rank's part of a parameter. Raises PlacementError, as `shard_slice`."""
-    rows, rest = 0, ()
-    for source in parameter.sources:
-        part = shard_slice(source, lies, mesh, path)
-        rows += part[0].stop - part[0].start
-        rest = tuple(p.stop - p.start for p in part[1:])
+    own = own_sources(parameter, lies, mesh, path)
+    rows = sum(part[0].stop - part[0].start for _, part in own)
+    rest = tuple(p.stop - p.start for p in own[0][1][1:])
+    if parameter.stacked:
+        groups = own_rows(parameter, lies, mesh, path)[1]
+        return groups, rows // groups, *rest
     return rows, *rest
 
 
