@@ -53,6 +53,7 @@ def busy(overlap: int = 1) -> Path:
         world.turn()
         world.propose(0, 1, 1)
     world.abort(3)
+    world.scheduler.prefetch("a turn's", 9)
     world.scheduler.end_session("a turn's")
     world.clear_cache()
     world.finish()

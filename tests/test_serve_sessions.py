@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -70,6 +71,41 @@ def test_a_key_and_a_salt_have_their_own_sessions(engine: Engine, tmp_path: Any)
             gone.append(http.delete(f"/v1/sessions/chat{query}", headers=headers).status_code)
         assert gone == [200, 404, 404, 200, 200, 404]
         assert engine.stats().sessions == before
+
+
+def test_pages_of_the_next_turn_are_fetched_ahead() -> None:
+    config = EngineConfig(
+        dtype="float32", slots=2, prefill_chunk=64, pages=16, host_pages=64, context_max=256
+    )
+    with Engine.from_pretrained(config=config) as engine, served(engine) as url:
+        ids = engine.tokenizer.encode("A session has turns. " * 12, special=True)
+        body = {"model": engine.model_name, "prompt": ids, "max_tokens": 2, "session_id": "a/b"}
+        assert httpx.post(url + TEXT, json=body).status_code == 200
+        fill = {**body, "prompt": [5] * (16 * engine.config.page_size - 1), "max_tokens": 1}
+        del fill["session_id"]
+        assert httpx.post(url + TEXT, json=fill).status_code == 200
+        assert everything_back(engine)
+        where = f"{url}/v1/sessions/a/b/prefetch"
+        pages = len(ids) // engine.config.page_size
+        answer = httpx.post(where)
+        assert answer.json() == {"id": "a/b", "object": "session.prefetch", "pages": pages}
+        deadline_s = time.monotonic() + 20
+        while engine.stats().host_prefetches < pages and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+        assert engine.stats().host_prefetches == engine.stats().host_loads == pages
+        shown = httpx.get(url + "/metrics").text
+        assert f"tokenspeed:kv_host_prefetches_total {pages}.0" in shown
+        again = httpx.post(url + TEXT, json=body).json()
+        found = again["usage"]["prompt_tokens_details"]["cached_tokens"]
+        assert found == pages * engine.config.page_size
+        assert engine.stats().host_loads == pages, "it was on the device already"
+        assert httpx.post(f"{url}/v1/sessions/b/prefetch").status_code == 404
+        assert httpx.delete(f"{url}/v1/sessions/a/prefetch").status_code == 404
+        for wrong in ({"session_ttl_s": 0}, {"session_ttl_s": -1}, {"session_ttl_s": "x"}):
+            refused = httpx.post(where, json=wrong)
+            assert refused.status_code == 400
+            assert refused.json()["error"]["param"] == "session_ttl_s"
+        assert httpx.post(where, json={"session_ttl_s": 5}).status_code == 200
 
 
 @pytest.mark.parametrize("field", ["session_ttl_s", "session_supersede"])

@@ -367,6 +367,7 @@ PYBIND11_MODULE(_core, m) {
       .def_readonly("host_pages_cached", &Stats::host_pages_cached)
       .def_readonly("stores", &Stats::stores)
       .def_readonly("loads", &Stats::loads)
+      .def_readonly("prefetches", &Stats::prefetches)
       .def_readonly("copies_failed", &Stats::copies_failed)
       .def_readonly("copies_unknown", &Stats::copies_unknown)
       .def_readonly("drafts", &Stats::drafts)
@@ -408,6 +409,15 @@ PYBIND11_MODULE(_core, m) {
             return self.run([&](Scheduler& s) { return s.end_session(session); });
           },
           py::arg("session"))
+      .def(
+          "prefetch",
+          [](Native& self, const std::string& session, Microseconds keep_us) {
+            const Prefetched out =
+                self.run([&](Scheduler& s) { return s.prefetch(session, keep_us); });
+            if (!out.error.empty()) throw py::value_error(out.error);
+            return out.known ? std::optional(out.pages) : std::nullopt;
+          },
+          py::arg("session"), py::arg("keep_us"))
       .def("acknowledge", &acknowledge, py::arg("tickets"), py::arg("good"))
       .def(
           "abort",

@@ -382,6 +382,10 @@ bool Control::release(RequestIndex index) {
     if constexpr (lifecycle::can(Action::Release, S)) {
       auto verdict = lifecycle::permit_Release(*this, handle<S>(index));
       if (!verdict) return false;
+      const Record& record = records_[index];
+      if (record.session && config_.host_pages > 0) {
+        record.session->trail = index_.trail(record.cursors[0]);
+      }
       auto out = lifecycle::Release(*this, take<S>(index), std::move(verdict).take());
       end_turn(index, give_back(records_[index], std::move(out.pages), std::move(out.slot)));
       retire(index);

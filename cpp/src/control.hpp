@@ -281,6 +281,11 @@ class Control final {
   void awaits_tool(RequestIndex index) noexcept { records_[index].awaits_tool = true; }
   bool end_session(std::string_view name) { return sessions_.forget(name); }
   const Sessions& sessions() const noexcept { return sessions_; }
+  Session* session(std::string_view name) { return sessions_.find(name); }
+  Retention& retention() noexcept { return index_.retention(); }
+  Retention::Name keep(NodeId node, Kind as, Microseconds until) {
+    return index_.keep(node, as, until);
+  }
 
   // --- what a scheduler looks at
   const Record& record(RequestIndex index) const noexcept { return records_[index]; }
@@ -296,8 +301,8 @@ class Control final {
   const PrefixIndex& index() const noexcept { return index_; }
   const HostTier& host() const noexcept { return host_; }
   std::optional<HostPage> oldest_on_host() { return host_.oldest(); }
-  std::optional<PageId> next_evictable_but(NodeId spared) {
-    return index_.next_evictable_but(spared);
+  std::optional<PageId> next_evictable_but(NodeId spared, bool unwanted = false) {
+    return index_.next_evictable_but(spared, unwanted);
   }
   // Host pages that continue what was found on the device.
   void look_further(RequestIndex index, std::vector<HostPage>& out);

@@ -197,11 +197,12 @@ std::optional<PageId> PrefixIndex::next_evictable() const noexcept {
   return node < 0 ? std::nullopt : std::optional(nodes_[index(node)].page);
 }
 
-std::optional<PageId> PrefixIndex::next_evictable_but(NodeId spared) {
-  if (spared < 0 || is_root(spared)) return next_evictable();
-  pin(spared);
-  const auto page = next_evictable();
-  unpin(spared);
+std::optional<PageId> PrefixIndex::next_evictable_but(NodeId spared, bool unwanted) {
+  const bool spare = spared >= 0 && !is_root(spared);
+  if (spare) pin(spared);
+  const bool none = unwanted && retention_.victim_is_wanted();
+  const auto page = none ? std::nullopt : next_evictable();
+  if (spare) unpin(spared);
   return page;
 }
 
@@ -431,6 +432,36 @@ void PrefixIndex::beyond(const Found& found, std::span<const Token> wanted, std:
     if (at < 0 || nodes_[index(at)].host < 0 || nodes_[index(at)].page >= 0) return;
     out.push_back(nodes_[index(at)].host);
   }
+}
+
+PrefixIndex::Trail PrefixIndex::trail(Cursor end) const {
+  Trail out;
+  std::int64_t climb = 1;
+  for (Place& place : out) {
+    if (end < 0 || is_root(end)) break;
+    place = {end, nodes_[index(end)].born};
+    for (std::int64_t step = 0; step < climb && !is_root(end); ++step) end = parent(end);
+    climb *= 2;
+  }
+  return out;
+}
+
+std::vector<PrefixIndex::Place> PrefixIndex::on_host(const Trail& trail) const {
+  std::vector<Place> out;
+  const auto left = std::ranges::find_if(trail, [this](const Place& each) { return there(each); });
+  if (left == trail.end()) return out;
+  for (NodeId at = left->node; !is_root(at) && page(at) < 0; at = parent(at)) {
+    out.push_back({at, nodes_[index(at)].born});
+  }
+  std::ranges::reverse(out);
+  return out;
+}
+
+Retention::Name PrefixIndex::keep(NodeId node, Kind as, Microseconds until) {
+  const TailId tail = nodes_[index(node)].tail;
+  if (tail < 0) return {};  // somebody holds it
+  retention_.place(tail, as, until);
+  return retention_.name(tail);
 }
 
 // --- nodes by parent and content

@@ -118,8 +118,9 @@ class PrefixIndex final {
 
   // Of the pages that nobody holds and nothing hangs from, the one that goes first.
   std::optional<PageId> next_evictable() const noexcept;
-  // The same, with one spared and what is above it; -1 spares none.
-  std::optional<PageId> next_evictable_but(NodeId spared);
+  // The same, with one spared and what is above it; -1 spares none. Of what nobody waits for or
+  // has asked to be kept alone, if `unwanted` says so.
+  std::optional<PageId> next_evictable_but(NodeId spared, bool unwanted = false);
   // Let such a page go to `pool`; false if it is not one.
   bool evict(PageId page, PagePool& pool);
 
@@ -152,6 +153,23 @@ class PrefixIndex final {
   // The pages after those found that the host alone has.
   void beyond(const Found& found, std::span<const Token> tokens, std::size_t most,
               std::string_view salt, std::vector<HostPage>& out) const;
+
+  // A node by name: its memory is used again, its birth is not.
+  struct Place {
+    NodeId node = -1;
+    std::uint64_t born = 0;
+  };
+  bool there(const Place& place) const noexcept {
+    return place.node >= 0 && nodes_[index(place.node)].born == place.born;
+  }
+  // The end of a path, and pages of it at doubling distances above: so that when leaves are gone,
+  // what is left of the path is found again but for as many pages.
+  using Trail = std::array<Place, 24>;
+  Trail trail(Cursor end) const;
+  // The pages of what is left of it that the host alone has, from above.
+  std::vector<Place> on_host(const Trail& trail) const;
+  // What the tail of a page that nobody holds is from now on, and its name.
+  Retention::Name keep(NodeId node, Kind as, Microseconds until);
 
   // For checks: references that the index counts for a node, and its page.
   std::int32_t references(NodeId node) const { return nodes_[index(node)].references; }

@@ -57,6 +57,8 @@ class Retention final {
   void must_stay(TailId tail);
   // The end of the tail that goes first; -1: none may go.
   NodeId victim() const noexcept;
+  // Does a turn wait for that one, or has somebody asked to keep it?
+  bool victim_is_wanted() const noexcept { return victim() >= 0 && at(next_).as >= kind::kAwaited; }
 
   // --- sessions tell what a tail is
   // From now on; kept until a time if that is yet to come and the bound allows it.

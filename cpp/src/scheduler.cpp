@@ -149,6 +149,7 @@ Refusal Scheduler::submit(std::int64_t number, std::span<const Token> prompt,
     return {"max_tokens", "needs " + std::to_string(pages) + " pages, the pool has " +
                               std::to_string(config_.pages)};
   }
+  if (!prefetches_.empty()) cancel_prefetch(turn.session, false);
   return {};
 }
 
@@ -157,7 +158,10 @@ Refusal Scheduler::submit(std::int64_t number, std::span<const Token> prompt,
 
 PlanPointer Scheduler::plan() {
   if (control_.launched().full()) return {};
-  if (control_.running().empty() && control_.queue().empty() && to_store_.empty()) return {};
+  if (control_.running().empty() && control_.queue().empty() && to_store_.empty() &&
+      !prefetching()) {
+    return {};
+  }
   short_ = false;
   PlanPointer plan = plans_.take([this](Plan& made) {
     made.reserve(static_cast<std::size_t>(config_.slots),
@@ -171,6 +175,7 @@ PlanPointer Scheduler::plan() {
   if (schedule_running(*plan, left)) admit_waiting(*plan, left);
   if (!short_ && config_.host_pages > 0) fetch_ahead(*plan);
   if (!guessing_.empty()) guess_all(*plan);
+  if (!prefetches_.empty()) prefetch_all(*plan);
   if (!to_store_.empty()) store(*plan);
   if (control_.launch()) {
     work_of(plan->step) = work_;
@@ -461,6 +466,7 @@ Cleared Scheduler::clear_cache() {
     if (control_.host()[block].taken) condemned_.push_back(block);
   }
   to_store_.clear();
+  prefetches_.clear();
   const Cleared out = control_.clear();
   counts_.evictions += out.evicted;
   return out;

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <deque>
 #include <map>
 #include <memory>
 #include <span>
@@ -110,6 +111,13 @@ struct Committed {
 };
 using CommittedPointer = Recycler<Committed>::Pointer;
 
+// What became of the wish that pages be fetched for a session's next turn.
+struct Prefetched {
+  std::string error;       // not empty: it was refused
+  bool known = false;      // the session is
+  std::int64_t pages = 0;  // that come as far as there is room for them
+};
+
 // What telling of copies did: of how many, and how many tickets were unknown or told before.
 struct Acknowledged {
   std::int64_t taken = 0;
@@ -134,8 +142,9 @@ struct Stats {
   std::int64_t host_pages_total = 0;
   std::int64_t host_pages_free = 0;
   std::int64_t host_pages_cached = 0;
-  std::int64_t stores = 0;  // copies to the host that were acknowledged as good
-  std::int64_t loads = 0;   // copies back
+  std::int64_t stores = 0;      // copies to the host that were acknowledged as good
+  std::int64_t loads = 0;       // copies back
+  std::int64_t prefetches = 0;  // of them, for turns that had not come
   std::int64_t copies_failed = 0;
   std::int64_t copies_unknown = 0;  // tickets that no copy waited for
   std::int64_t drafts = 0;          // tokens, of rows that were not dropped
@@ -179,7 +188,11 @@ class Scheduler final {
   // Time passes: microseconds since whenever. It is a hint, and never runs backwards.
   void advance(Microseconds now_us) { control_.advance(now_us); }
   // No next turn will come. False if the session is unknown.
-  bool end_session(std::string_view name) { return control_.end_session(name); }
+  bool end_session(std::string_view name);
+  // The next turn is near: what the last one left on the host alone comes back, as long as nobody
+  // waits and into pages that nobody is promised, and is kept for so long like what a turn asks to
+  // be kept. Until the turn comes, the session ends, or the time is over.
+  Prefetched prefetch(std::string_view session, Microseconds keep_us);
   // Evicts every cached page that no request holds, leaves first. What a request holds stays.
   Cleared clear_cache();
 
@@ -218,6 +231,19 @@ class Scheduler final {
     std::vector<HostPage> from;
     std::vector<std::int64_t> tickets;
   };
+  // Of an idle session, until a time: the path that its next turn will want, from above.
+  struct Prefetch {
+    std::uint64_t session = 0;
+    Microseconds until = 0;
+    Kind as = kind::kTurn;  // what pages become when the time is over
+    PrefixIndex::Trail trail;
+    std::vector<PrefixIndex::Place> path;
+    std::size_t next = 0;                // of the path, to be loaded
+    std::deque<std::int64_t> tickets{};  // of the copies under way
+    std::vector<Retention::Name> come{};
+    bool done() const noexcept { return next == path.size(); }
+  };
+  static constexpr std::size_t kPrefetchesMax = 64;
   static ControlConfig constants(const SchedulerConfig& config);
   Allowance allowance() noexcept;
   bool schedule_running(Plan& plan, Allowance& left);
@@ -255,6 +281,12 @@ class Scheduler final {
   bool start_load(HostPage from, Plan& plan);
   std::optional<PageId> page_beside(NodeId above);
   bool fetching(RequestIndex index) noexcept;
+  bool prefetching() const noexcept;
+  void prefetch_all(Plan& plan);
+  bool prefetch_next(Prefetch& each, Plan& plan);
+  std::optional<PageId> page_nobody_wants(NodeId above);
+  void prefetched(std::int64_t ticket, NodeId node);
+  void cancel_prefetch(std::string_view session, bool forget);
   void end_copies();
   bool end_copy(HostPage block, bool good);
   void drop_condemned();
@@ -276,6 +308,7 @@ class Scheduler final {
   std::int32_t drafts_left_ = 0;        // that the plan being made has room for
   std::vector<PageId> to_store_;        // published, or given up, and perhaps not yet on the host
   std::vector<Fetch> fetches_;          // of the first in the queue, at most kFetchesMax
+  std::vector<Prefetch> prefetches_;    // at most kPrefetchesMax, the oldest first
   std::vector<HostPage> condemned_;     // that came back wrong, and what hangs from them
   Stats counts_;
 };

@@ -170,8 +170,10 @@ void Scheduler::end_copies() {
 
 bool Scheduler::end_copy(HostPage block, bool good) {
   const bool load = control_.host()[block].kind == HostTier::Kind::Loading;
+  const std::int64_t ticket = control_.host()[block].ticket;
   if (!(load ? control_.load_end(block, good) : control_.store_end(block, good))) return false;
   if (good) ++(load ? counts_.loads : counts_.stores);
+  if (good && load && !prefetches_.empty()) prefetched(ticket, control_.host()[block].node);
   if (load && !good && std::ranges::find(condemned_, block) == condemned_.end()) {
     condemned_.push_back(block);
   }

@@ -83,6 +83,11 @@ void Sessions::leave(Session& session, Microseconds keep_us) {
   erase(idle_.front());
 }
 
+Session* Sessions::find(std::string_view name) {
+  const auto known = by_name_.find(name);
+  return known == by_name_.end() ? nullptr : &*known->second;
+}
+
 bool Sessions::forget(std::string_view name) {
   const auto known = by_name_.find(name);
   if (known == by_name_.end()) return false;

@@ -11,6 +11,7 @@
 #include <string_view>
 #include <unordered_map>
 
+#include "prefix_index.hpp"
 #include "retention.hpp"
 
 namespace tokenspeed {
@@ -21,6 +22,7 @@ struct Session {
   std::int32_t live = 0;     // turns that wait or run
   bool ended = false;        // no next turn will come
   Retention::Name tail;      // of the last turn
+  PrefixIndex::Trail trail;  // of the same, wherever its pages are
   Microseconds since = 0;    // it is idle
   bool awaits_tool = false;  // what comes next is a tool's result, not a person's answer
   Kind as = kind::kTurn;     // what its last turn was
@@ -50,6 +52,8 @@ class Sessions final {
   // No next turn will come: what is cached of the last one goes first. False if it is unknown.
   bool forget(std::string_view name);
 
+  // Null if it is unknown.
+  Session* find(std::string_view name);
   std::size_t size() const noexcept { return by_name_.size(); }
 
  private:

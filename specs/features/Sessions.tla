@@ -5,8 +5,10 @@
 (* Rule: a finished turn may ask that its pages be kept, within a bound and   *)
 (* for a time.  Kept pages go last, but they go: whoever is let in counts     *)
 (* them as room, so a hint never blocks a request.  A newer turn supersedes   *)
-(* the older one; a hint is its last turn's.  Pages are fetched for a turn    *)
-(* that has not come only from what nobody is promised.                       *)
+(* the older one; a hint is its last turn's, or says that the next is near.   *)
+(* Pages are fetched for a turn that has not come only while nobody waits,    *)
+(* from what nobody is promised or has asked to be kept; what is on its way   *)
+(* counts as room, too.                                                       *)
 EXTENDS Naturals, FiniteSets
 
 CONSTANTS Session, Page, Null, Need, Bound, Ttl, Turns  \* Need: pages of a turn
@@ -28,9 +30,15 @@ Hits(s)   == {p \in Cached : of[p] = s}
 Running   == {s \in Session : st[s] = "Running"}
 Lacks(s)  == st[s] = "Running" /\ Cardinality(holds[s]) < Need
 Promised  == Need * Cardinality(Running) - Cardinality(UNION {holds[s] : s \in Running})
-Room      == Cardinality(Free \cup Cached)
+Spare     == Cardinality(Free \cup Cached)
+Room      == Spare + Cardinality(loading)
 AllKept   == UNION {kept[s] : s \in Session}
 Starved   == Free = {} /\ \E s \in Session : Lacks(s)
+NoneWaits == \A s \in Session : st[s] # "Waiting" /\ ~Lacks(s)
+MayFetch(s) == /\ left[s] > 0 /\ st[s] = "Idle"
+               /\ Cardinality({q \in Page : of[q] = s}) < Need
+               /\ NoneWaits
+               /\ Promised < Spare
 
 Submit(s) ==     \* the next turn; it supersedes one that waits or runs
   /\ turn[s] < Turns
@@ -55,7 +63,7 @@ Acquire(s, p) ==
   /\ UNCHANGED <<st, turn, kept, left, loading>>
 Evict(p) ==      \* what somebody asked for goes after everything else
   /\ p \in Cached
-  /\ Starved
+  /\ Starved \/ (Free = {} /\ ~Kept(p) /\ \E s \in Session : MayFetch(s) /\ of[p] # s)
   /\ Kept(p) => Cached \subseteq AllKept
   /\ of' = [of EXCEPT ![p] = Null]
   /\ kept' = [s \in Session |-> kept[s] \ {p}]
@@ -80,19 +88,24 @@ Tick ==          \* time passes, for all alike
   /\ left' = [s \in Session |-> IF left[s] > 0 THEN left[s] - 1 ELSE 0]
   /\ kept' = [s \in Session |-> IF left[s] > 1 THEN kept[s] ELSE {}]
   /\ UNCHANGED <<st, turn, of, holds, loading>>
+Expect(s) ==     \* the client says that the next turn is near
+  /\ st[s] = "Idle" /\ turn[s] > 0 /\ left[s] = 0
+  /\ left' = [left EXCEPT ![s] = Ttl]
+  /\ UNCHANGED <<st, turn, of, holds, kept, loading>>
 Prefetch(s, p) == \* a page that the next turn will want, from a slower tier
-  /\ left[s] > 0 /\ st[s] = "Idle"
-  /\ Cardinality({q \in Page : of[q] = s}) < Need
+  /\ MayFetch(s)
   /\ p \in Free
-  /\ Promised < Room
   /\ of' = [of EXCEPT ![p] = s]
   /\ loading' = loading \cup {p}
   /\ UNCHANGED <<st, turn, holds, kept, left>>
-Fetched(p, good) ==
+Fetched(p, good) ==   \* kept like what a turn asks to be kept, if there is room and time
   /\ p \in loading
   /\ loading' = loading \ {p}
   /\ of' = IF good THEN of ELSE [of EXCEPT ![p] = Null]
-  /\ UNCHANGED <<st, turn, holds, kept, left>>
+  /\ kept' = [s \in Session |-> IF good /\ s = of[p] /\ st[s] = "Idle" /\ left[s] > 0
+                                     /\ Cardinality(AllKept) < Bound
+                                  THEN kept[s] \cup {p} ELSE kept[s]]
+  /\ UNCHANGED <<st, turn, holds, left>>
 
 Init ==
   /\ st = [s \in Session |-> "Idle"] /\ turn = [s \in Session |-> 0]
@@ -100,14 +113,14 @@ Init ==
   /\ holds = [s \in Session |-> {}] /\ kept = [s \in Session |-> {}]
   /\ left = [s \in Session |-> 0]
 Next ==
-  \/ \E s \in Session : \/ Submit(s) \/ Admit(s) \/ Finish(s) \/ Drop(s)
+  \/ \E s \in Session : \/ Submit(s) \/ Admit(s) \/ Finish(s) \/ Drop(s) \/ Expect(s)
                         \/ \E p \in Page : Acquire(s, p) \/ Prefetch(s, p)
   \/ \E p \in Page : Evict(p) \/ (\E good \in BOOLEAN : Fetched(p, good))
   \/ Tick
 Fairness ==
   /\ \A s \in Session : /\ WF_vars(Admit(s)) /\ WF_vars(Finish(s))
                         /\ WF_vars(\E p \in Page : Acquire(s, p))
-  /\ WF_vars(\E p \in Page : Evict(p)) /\ WF_vars(Tick)
+  /\ WF_vars(Starved /\ \E p \in Page : Evict(p)) /\ WF_vars(Tick)
   /\ \A p \in Page : WF_vars(\E good \in BOOLEAN : Fetched(p, good))
 Spec == Init /\ [][Next]_vars /\ Fairness
 
@@ -129,5 +142,7 @@ HintsEnd == \A s \in Session : left[s] > 0 ~> left[s] = 0
 
 NeverKeptEvicted == [][\A p \in AllKept : of'[p] # Null]_vars
 NeverSuperseded == [][\A s \in Session : st[s] = "Running" => st'[s] # "Waiting"]_vars
+NeverMadeRoom == \* a cached page goes for one that is fetched ahead
+  [][\A p \in Cached : of'[p] = Null => Starved]_vars
 NeverPrefetched == [][\A p \in loading : p \in loading' \/ of'[p] = Null]_vars
 =============================================================================

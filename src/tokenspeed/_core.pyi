@@ -109,6 +109,8 @@ class Stats:
     @property
     def loads(self) -> int: ...
     @property
+    def prefetches(self) -> int: ...
+    @property
     def copies_failed(self) -> int: ...
     @property
     def copies_unknown(self) -> int: ...
@@ -208,6 +210,18 @@ class Scheduler:
 
     def end_session(self, session: str) -> bool:
         """No next turn will come: its cached pages go first. False if the session is unknown."""
+
+    def prefetch(self, session: str, keep_us: int) -> int | None:
+        """The next turn is near: pages of the last one that come back from the host.
+
+        They come while nobody waits, as far as there are pages that nobody is promised, wants or
+        has asked to be kept, and are kept for so long, within `session_pages_max`: until the turn
+        comes, the session ends, or the time is over. 0 if all is there, nothing is left, or a turn
+        runs; None if the session is unknown.
+
+        Raises:
+            ValueError: the time is out of bounds.
+        """
 
     def acknowledge(self, tickets: NDArray[np.int64], good: NDArray[np.bool_]) -> tuple[int, int]:
         """Say what became of copies, in any order: how many were awaited, and how many were not.

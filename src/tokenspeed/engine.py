@@ -42,6 +42,7 @@ from tokenspeed.request import (
     FinishReason,
     Request,
     SamplingParams,
+    Session,
     session_key,
 )
 from tokenspeed.sequence import LiveSequence
@@ -279,6 +280,22 @@ class Engine:
         key = session_key(owner, name)
         return self._ask(lambda: self._scheduler.end_session(key)).result()
 
+    def prefetch_session(self, session: Session) -> int | None:
+        """The next turn of a session is near: pages of the last one that come back from the host.
+
+        They come while nobody waits, as far as there are pages that nobody is promised, wants or
+        has asked to be kept, and are kept for `session.ttl_s`, until the turn comes, or until the
+        session ends. None: not known.
+
+        Raises:
+            RequestError: `ttl_s` is 0.
+            EngineStopped: the engine has closed, or has failed.
+        """
+        if session.ttl_s == 0:
+            raise RequestError("ttl_s", "ttl_s: got 0; expected how long pages are to be kept")
+        keep_us = max(1, round(1e6 * session.ttl_s))
+        return self._ask(lambda: self._scheduler.prefetch(session.key, keep_us)).result()
+
     def _ask(self, question: Callable[[], T]) -> Future[T]:
         """Have the engine's thread call something between two steps."""
         done: Future[T] = Future()
@@ -304,6 +321,7 @@ class Engine:
             prefix_cache_hits_host=native.prefix_hits_host,
             host_stores=native.stores,
             host_loads=native.loads,
+            host_prefetches=native.prefetches,
             host_copies_failed=native.copies_failed,
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,

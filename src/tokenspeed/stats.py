@@ -31,6 +31,7 @@ class Stats:
     host_pages_cached: int
     host_stores: int
     host_loads: int
+    host_prefetches: int
     host_copies_failed: int
     preemptions: int
     drafts: int

@@ -6,7 +6,7 @@ With or without a second home for cached pages, whose copies end late, in any or
 
 The cache may be cleared at any time; and what the KV events say, replayed from nothing, is what is
 cached, at every step. Sessions may say what they like, and time may pass: what is kept for them
-stays within its bound, and nobody waits for it.
+stays within its bound, and nobody waits for it. The next turn may be said to be near at any time.
 """
 
 from __future__ import annotations
@@ -92,6 +92,11 @@ class Scheduling(RuleBasedStateMachine):
     @rule(session=SESSIONS)
     def end_session(self, session: str) -> None:
         self.world.scheduler.end_session(session)
+
+    @rule(session=SESSIONS, seconds=st.sampled_from([1, 100]))
+    def prefetch(self, session: str, seconds: int) -> None:
+        pages = self.world.scheduler.prefetch(session, seconds * 1_000_000)
+        assert pages is None or 0 <= pages <= self.world.scheduler.stats().host_pages_cached
 
     @precondition(lambda self: self.world.clients)
     @rule(data=st.data())

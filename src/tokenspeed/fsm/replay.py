@@ -55,6 +55,7 @@ CALLS: Mapping[str, Mapping[str, DTypeLike | None]] = {
     "acknowledge": {"tickets": np.int64, "good": np.bool_},
     "advance": {"now_us": None},
     "end_session": {"session": None},
+    "prefetch": {"session": None, "keep_us": None},
     "abort": {"number": None},
     "clear_cache": {},
 }  # fmt: skip

@@ -65,6 +65,11 @@ def create_app(engine: Engine, config: ServeConfig) -> Starlette:
         Route("/v1/models/{model:path}", _guarded(openai.models)),
         Route("/v1/chat/completions", _guarded(openai.chat), methods=["POST"]),
         Route("/v1/completions", _guarded(openai.completions), methods=["POST"]),
+        Route(
+            "/v1/sessions/{session:path}/prefetch",
+            _guarded(openai.prefetch_session),
+            methods=["POST"],
+        ),
         Route("/v1/sessions/{session:path}", _guarded(openai.end_session), methods=["DELETE"]),
     ]
     keys = read_keys(config)

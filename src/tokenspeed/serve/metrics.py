@@ -51,6 +51,7 @@ class _EngineCollector(Collector):
             "prefix_cache_hits_host": (stats.prefix_cache_hits_host, "of them, from host memory"),
             "kv_host_stores": (stats.host_stores, "pages copied to host memory"),
             "kv_host_loads": (stats.host_loads, "pages copied back"),
+            "kv_host_prefetches": (stats.host_prefetches, "of them, for turns that had not come"),
             "kv_host_copies_failed": (stats.host_copies_failed, "copies that failed, either way"),
             "num_preemptions": (stats.preemptions, "requests that gave their pages up"),
             "spec_decode_num_draft_tokens": (stats.drafts, "tokens guessed"),

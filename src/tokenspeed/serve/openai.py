@@ -35,7 +35,7 @@ from tokenspeed.serve.http import (
     while_here,
 )
 from tokenspeed.serve.metrics import Metrics, Stopwatch
-from tokenspeed.serve.wire import ChatRequest, CompletionRequest, decode
+from tokenspeed.serve.wire import ChatRequest, CompletionRequest, PrefetchRequest, decode
 from tokenspeed.stream import Stream, join
 
 __all__ = ["OpenAI"]
@@ -280,10 +280,19 @@ class OpenAI:
         name = request.path_params["session"]
         whose = owner(request, request.query_params.get("cache_salt", ""))
         if not await asyncio.to_thread(self._engine.end_session, name, whose):
-            raise HttpError(
-                404, f"session_id: no session {name[:128]!r} is known here", param="session_id"
-            )
+            raise _unknown_session(name)
         return json_response({"id": name, "object": "session", "deleted": True})
+
+    async def prefetch_session(self, request: Request) -> Response:
+        """POST /v1/sessions/{id}/prefetch: its next turn is near. The body may be empty."""
+        name = request.path_params["session"]
+        body = await read_body(request, self._config)
+        whose = owner(request, request.query_params.get("cache_salt", ""))
+        session = decode(body or b"{}", PrefetchRequest).session(name, whose)
+        pages = await asyncio.to_thread(self._engine.prefetch_session, session)
+        if pages is None:
+            raise _unknown_session(name)
+        return json_response({"id": name, "object": "session.prefetch", "pages": pages})
 
     def _encode(self, prompts: list[str] | list[list[int]]) -> list[list[int]]:
         encode, most = self._engine.tokenizer.encode, self._engine.context_max
@@ -402,6 +411,11 @@ class OpenAI:
         if usage:
             yield _event({**head, "choices": [], "usage": answer.usage(usages)})
         yield b"data: [DONE]\n\n"
+
+
+def _unknown_session(name: str) -> HttpError:
+    said = f"session_id: no session {name[:128]!r} is known here"
+    return HttpError(404, said, param="session_id")
 
 
 def _failure(delta: Delta) -> HttpError | None:

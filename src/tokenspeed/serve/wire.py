@@ -27,7 +27,9 @@ from tokenspeed.request import (
     shown,
 )
 
-__all__ = ["CHOICES_MAX", "ChatRequest", "CompletionRequest", "Message", "decode"]
+__all__ = [
+    "CHOICES_MAX", "ChatRequest", "CompletionRequest", "Message", "PrefetchRequest", "decode",
+]  # fmt: skip
 
 CHOICES_MAX = 8
 MESSAGES_MAX = 4096
@@ -99,17 +101,12 @@ class _Common:
                 if getattr(self, name) is not None:
                     raise RequestError(name, f"{name}: only with session_id")
             return None
-        try:
-            return Session(
-                name=self.session_id,
-                ttl_s=self.session_ttl_s or 0.0,
-                supersedes=bool(self.session_supersede),
-                owner=owner,
-            )
-        except RequestError as error:  # under the names of the protocol
-            field = {"name": "session_id", "ttl_s": "session_ttl_s"}[str(error.field)]
-            message = field + error.message.removeprefix(str(error.field))
-            raise RequestError(field, message) from error
+        return _session(
+            name=self.session_id,
+            ttl_s=self.session_ttl_s or 0.0,
+            supersedes=bool(self.session_supersede),
+            owner=owner,
+        )
 
     def _params(self, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
         given = {name: value for name in _PLAIN if (value := getattr(self, name)) is not None}
@@ -236,6 +233,29 @@ TOLERATED = {
     "store", "user", "verbosity",
 }  # fmt: skip
 """Fields that do not change what is generated."""
+
+
+@frozen(kw_only=True)
+class PrefetchRequest:
+    """How long what is fetched for a session's next turn is kept for it, in seconds."""
+
+    session_ttl_s: float = 60.0
+
+    def session(self, name: str, owner: str) -> Session:
+        """The session that is meant. Raises RequestError."""
+        if self.session_ttl_s == 0:
+            raise RequestError("session_ttl_s", "session_ttl_s: got 0; expected more")
+        return _session(name=name, ttl_s=self.session_ttl_s, owner=owner)
+
+
+def _session(**given: Any) -> Session:
+    """A session; what is wrong with it goes by the names of the protocol."""
+    try:
+        return Session(**given)
+    except RequestError as error:
+        field = {"name": "session_id", "ttl_s": "session_ttl_s"}[str(error.field)]
+        message = field + error.message.removeprefix(str(error.field))
+        raise RequestError(field, message) from error
 
 
 def decode(body: bytes, kind: type[T]) -> T:
