@@ -15,9 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import tiny
 from models_here import DATA
 from stepping import Stepper
 from test_models import fed, logits
+from test_spmd import logits_of, on_threads
 from tokenspeed import models
 from tokenspeed.errors import CheckpointError
 from tokenspeed.kernels.latent import absorbs
@@ -158,6 +160,34 @@ def test_tensors_of_further_layers_and_of_eyes_are_left_out(tmp_path: Path) -> N
     nested = {"model_type": "kimi_k25", "text_config": raw}
     (tmp_path / "config.json").write_text(json.dumps(nested))
     assert torch.equal(logits(tmp_path, ids, chunk=9), before)
+
+
+@pytest.mark.parametrize(
+    "axes", [{"tp": 2}, {"ep": 4}, {"tp": 2, "ep": 2}, {"dp": 2, "ep": 2}], ids=str
+)
+@pytest.mark.parametrize(
+    "changes", [{}, {"q_lora_rank": None, "n_shared_experts": 0, "attention_bias": True}], ids=str
+)
+def test_ranks_equal_one_rank(
+    axes: dict[str, int], changes: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = tiny.write(tmp_path, **{**tiny.DEEPSEEK, **changes})
+    alone = logits_of(folder, Mesh.single())
+    for got in on_threads(Mesh.of(**axes), lambda c: logits_of(folder, c.mesh, c)):
+        torch.testing.assert_close(got, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_experts_are_dealt_out_and_latents_are_not(tmp_path: Path) -> None:
+    checkpoint = models.open_checkpoint(tiny.write(tmp_path, **tiny.DEEPSEEK))
+    whole = models.build(checkpoint, Mesh.single())
+    part = models.build(checkpoint, Mesh.of(tp=2, ep=4, rank=5))  # the second of two, of four
+    own, every = part.params["layers"][1]["experts"], whole.params["layers"][1]["experts"]
+    assert every["gate_up"].shape == (8, 32, 32)
+    assert own["gate_up"].shape == (2, 16, 32)
+    gate, up = every["gate_up"][2:4, 8:16], every["gate_up"][2:4, 24:]
+    assert torch.equal(own["gate_up"], torch.cat((gate, up), dim=1))
+    assert torch.equal(own["down"], every["down"][2:4, :, 8:])
+    assert part.kv == whole.kv
 
 
 needs_tiny = pytest.mark.skipif(

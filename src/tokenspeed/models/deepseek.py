@@ -27,9 +27,7 @@ from tokenspeed.models.blocks import (
     BATCH,
     COLUMNS,
     ROWS,
-    SUMMANDS,
     TOKENS,
-    WHOLE,
     Cached,
     Params,
     add_bias,
@@ -47,9 +45,21 @@ from tokenspeed.spmd.batch import Batch
 from tokenspeed.spmd.kv import LayerKV
 from tokenspeed.spmd.module import module
 from tokenspeed.spmd.params import Constant, Parameter, Source
-from tokenspeed.spmd.placement import REPLICATED, Partial, alike, as_batch
+from tokenspeed.spmd.placement import (
+    REPLICATED,
+    Partial,
+    Replicate,
+    Shard,
+    alike,
+    as_batch,
+    layout,
+    tokens,
+)
 
 __all__ = ["cached", "forward", "parameters", "unused"]
+
+AT_EXPERTS = tokens(tp=Replicate(), ep=Replicate())
+"""Each token wherever some of its experts are."""
 
 LATENT_EPS = 1e-6
 """Of the norms on latents, whatever `rms_norm_eps` says of the others."""
@@ -134,15 +144,15 @@ def route(
 
 
 @module(
-    inputs={"x": WHOLE, "chosen": WHOLE, "weights": WHOLE},
-    outputs=SUMMANDS,
-    params={"gate_up": ROWS, "down": COLUMNS},
+    inputs={"x": AT_EXPERTS, "chosen": AT_EXPERTS, "weights": AT_EXPERTS},
+    outputs=tokens(tp=Partial(), ep=Partial()),
+    params={"gate_up": layout(ep=Shard(0), tp=Shard(1)), "down": layout(ep=Shard(0), tp=Shard(2))},
+    indices={"chosen": "gate_up"},
+    routed="chosen",
 )
 def experts(params: Params, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
     """What the chosen experts make of x[tokens, hidden], weighted and added up."""
-    down = params["down"].view(-1, x.shape[1], params["down"].shape[1])
-    gate_up = params["gate_up"].view(down.shape[0], -1, x.shape[1])
-    return kernels.moe_mlp(x, chosen, weights, gate_up, down)
+    return kernels.moe_mlp(x, chosen, weights, params["gate_up"], params["down"])
 
 
 @module(inputs={"a": alike(), "b": alike()}, outputs=alike())
@@ -249,7 +259,10 @@ def _layer(config: DeepseekConfig, at: str, dense: bool) -> dict[str, Any]:
     layer |= {
         "router": router,
         "experts": {
-            name: Parameter(tuple(source for expert in each for source in expert[name].sources))
+            name: Parameter(
+                tuple(source for expert in each for source in expert[name].sources),
+                stacked=config.experts,
+            )
             for name in ("gate_up", "down")
         },
     }
