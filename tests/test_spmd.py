@@ -310,7 +310,11 @@ def logits_of(folder: Path, mesh: Mesh, communicator: Communicator | None = None
     return torch.cat(outputs)
 
 
-@pytest.mark.parametrize("axes", [{"tp": 2}, {"dp": 2, "tp": 2}, {"tp": 2, "ep": 1}])
+@pytest.mark.parametrize(
+    "axes",
+    [{"tp": 2}, {"dp": 2, "tp": 2}, {"tp": 2, "ep": 1}, {"pp": 2}, {"tp": 2, "pp": 2}],
+    ids=str,
+)
 @pytest.mark.parametrize("tied", [False, True])
 def test_ranks_equal_one_rank(tmp_path: Path, axes: dict[str, int], tied: bool) -> None:
     folder = tiny.write(tmp_path, tie_word_embeddings=tied, attention_bias=True, mlp_bias=True)
@@ -498,3 +502,42 @@ def test_groups_of_sources_are_dealt_out_whole() -> None:
     assert local_shape(stack, lies, mesh, ("experts",)) == (2, 6, 3)
     with pytest.raises(PlacementError, match=r"experts.*4 units of 1 over 3 ranks"):
         own_sources(stack, lies, Mesh.of(ep=3), ("experts",))
+
+
+# --- stages ---------------------------------------------------------------------------------------
+
+
+def test_each_stage_has_its_own_layers(tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path)
+    checkpoint = models.open_checkpoint(folder)
+    layers = checkpoint.config.layers
+    held: list[int] = []
+    for mesh in (Mesh.of(pp=2, rank=0), Mesh.of(pp=2, rank=1)):
+        model = models.build(checkpoint, mesh)
+        here = list(model.step.held_layers)
+        held += here
+        for index, layer in enumerate(model.params["layers"]):
+            assert (layer["mlp"]["down"].numel() > 0) == (index in here)
+        assert (model.params["embed"]["weight"].numel() > 0) == (mesh.rank == 0)
+        assert (model.params["head"]["weight"].numel() > 0) == (mesh.rank == 1)
+        kv = model.kv.allocate(4, 2)
+        assert [bool(kv[index]) for index in range(layers)] == [i in here for i in range(layers)]
+        whole = models.build(checkpoint, Mesh.single()).kv.token_bytes
+        assert model.kv.token_bytes * layers == whole * len(here)
+        ops = [one.op for one in model.step.collectives]
+        assert ops == (["send", "send", "broadcast"] if mesh.rank == 0 else ["broadcast"])
+    assert held == list(range(layers))
+
+
+def test_more_stages_than_layers_are_refused() -> None:
+    with pytest.raises(PlacementError, match=r"30 layers .* over 31 stages .* from 1 to 30"):
+        models.compile_config(SMOLLM2, Mesh.of(pp=31))
+
+
+def test_what_is_sent_between_stages_is_cut_where_that_is_cheaper() -> None:
+    """The residual goes as it lies: along tokens, a part a rank, if there are many."""
+    few, many = (smollm2(Mesh.of(pp=2, tp=4), tokens) for tokens in (16, 16384))
+    for program, parts in ((few, 1), (many, 4)):
+        sent = [one for one in program.collectives if one.op == "send"]
+        rows = program.bucket.tokens or 0
+        assert sent[-1].bytes == rows * SMOLLM2.hidden * 2 // parts

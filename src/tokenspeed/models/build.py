@@ -40,6 +40,7 @@ from tokenspeed.spmd.params import (
     shard_slice,
 )
 from tokenspeed.spmd.placement import REPLICATED
+from tokenspeed.spmd.trace import Bucket
 
 __all__ = [
     "Model",
@@ -146,11 +147,13 @@ def build(
         raise ConfigError("dtype", dtype, f"one of {', '.join(_DTYPES)}")
     config = checkpoint.config
     tree = Family.of(config).parameters(config)
-    program = compile_config(config, mesh, communicator)
+    bucket = Bucket(dtype=_DTYPES[dtype])
+    program = compile_config(config, mesh, communicator, bucket=bucket)
     _check_tensors(checkpoint, tree)
     kind: dict[str, Any] = {"dtype": _DTYPES[dtype], "device": torch.device(device)}
     params = _load(checkpoint, tree, program, kind, progress or _silent)
-    kv = KVSpec(layers=config.layers, parts=_cached(config, mesh), **kind)
+    held = program.held_layers
+    kv = KVSpec(layers=config.layers, parts=_cached(config, mesh), held=held, **kind)
     return Model(config=config, step=program, params=params, kv=kv)
 
 
@@ -284,6 +287,9 @@ def _load(
     for path, leaf in leaves(tree):
         if isinstance(leaf, Constant):
             filled[path] = leaf.make().to(kind["device"])
+            continue
+        if not program.holds(path):
+            filled[path] = torch.empty(0, **kind)
             continue
         lies = program.param_layouts.get(path, REPLICATED)
         key = (leaf, lies.within(program.mesh))

@@ -7,7 +7,9 @@ involves exactly `mesh.peers(axis)`. Models never call these: the compiler does.
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from queue import Queue
 from typing import Any, Protocol, TypeVar, cast, final
 
 import torch
@@ -38,6 +40,18 @@ class Communicator(Protocol):
 
     def all_to_all(self, x: Tensor, *, axis: str, dim: int, from_dim: int) -> Tensor:
         """Cut along a tensor dim instead of `from_dim`; each rank gets its slice of the new cut."""
+        ...
+
+    def send(self, x: Tensor, *, axis: str) -> None:
+        """Give a tensor to the next rank along the axis."""
+        ...
+
+    def receive(self, empty: Tensor, *, axis: str) -> Tensor:
+        """What the rank before this one along the axis sends; `empty` has its shape and dtype."""
+        ...
+
+    def broadcast(self, x: Tensor, *, axis: str, root: int) -> Tensor:
+        """What the rank at a coordinate of the axis has, on all; `x` has its shape and dtype."""
         ...
 
     def exchange_counts(self, counts: Sequence[int], *, axis: str) -> list[int]:
@@ -123,6 +137,23 @@ class ProcessGroups:
         dist.all_to_all_single(got, sent, group=self._groups[axis])
         return torch.cat(got.unbind(0), from_dim)
 
+    def send(self, x: Tensor, *, axis: str) -> None:
+        """See Communicator."""
+        to = self._mesh.peers(axis)[self._mesh.coordinate(axis) + 1]
+        dist.send(x.contiguous(), to, group=self._groups[axis])
+
+    def receive(self, empty: Tensor, *, axis: str) -> Tensor:
+        """See Communicator."""
+        before = self._mesh.peers(axis)[self._mesh.coordinate(axis) - 1]
+        dist.recv(empty, before, group=self._groups[axis])
+        return empty
+
+    def broadcast(self, x: Tensor, *, axis: str, root: int) -> Tensor:
+        """See Communicator."""
+        everywhere = x.clone(memory_format=torch.contiguous_format)
+        dist.broadcast(everywhere, self._mesh.peers(axis)[root], group=self._groups[axis])
+        return everywhere
+
     def exchange_counts(self, counts: Sequence[int], *, axis: str) -> list[int]:
         """See Communicator."""
         group = self._groups[axis]
@@ -156,7 +187,9 @@ class _Board:
     """Where the ranks of one axis show each other what they have, one exchange at a time."""
 
     barrier: threading.Barrier
+    timeout_s: float
     shown: dict[int, Any] = field(factory=dict)
+    pipes: defaultdict[int, Queue[Tensor]] = field(factory=lambda: defaultdict(Queue))
 
     def exchange(self, at: int, mine: T, combine: Callable[[list[T]], R]) -> R:
         self.shown[at] = mine
@@ -181,7 +214,10 @@ class ThreadGroups:
     def of(cls, mesh: Mesh, *, timeout_s: float = 30.0) -> list[ThreadGroups]:
         """Communicators of all ranks; one that waits longer than `timeout_s` breaks the others."""
         keys = {(a, mesh.at(r).peers(a)) for a, _ in mesh.axes for r in range(mesh.ranks)}
-        boards = {key: _Board(threading.Barrier(len(key[1]), timeout=timeout_s)) for key in keys}
+        boards = {
+            key: _Board(threading.Barrier(len(key[1]), timeout=timeout_s), timeout_s)
+            for key in keys
+        }
         return [cls(mesh.at(rank), boards) for rank in range(mesh.ranks)]
 
     @property
@@ -209,6 +245,21 @@ class ThreadGroups:
         got = self._exchange(parts, axis, lambda shown: [some[at] for some in shown])
         return torch.cat(got, from_dim)
 
+    def send(self, x: Tensor, *, axis: str) -> None:
+        """See Communicator."""
+        self._board(axis).pipes[self._mesh.coordinate(axis) + 1].put(x)
+
+    def receive(self, empty: Tensor, *, axis: str) -> Tensor:
+        """See Communicator."""
+        board = self._board(axis)
+        x = board.pipes[self._mesh.coordinate(axis)].get(timeout=board.timeout_s)
+        assert (x.shape, x.dtype) == (empty.shape, empty.dtype)
+        return x
+
+    def broadcast(self, x: Tensor, *, axis: str, root: int) -> Tensor:
+        """See Communicator."""
+        return self._exchange(x, axis, lambda shown: shown[root])
+
     def exchange_counts(self, counts: Sequence[int], *, axis: str) -> list[int]:
         """See Communicator."""
         at = self._mesh.coordinate(axis)
@@ -224,5 +275,7 @@ class ThreadGroups:
         return tuple(got)
 
     def _exchange(self, mine: T, axis: str, combine: Callable[[list[T]], R]) -> R:
-        board = self._boards[axis, self._mesh.peers(axis)]
-        return board.exchange(self._mesh.coordinate(axis), mine, combine)
+        return self._board(axis).exchange(self._mesh.coordinate(axis), mine, combine)
+
+    def _board(self, axis: str) -> _Board:
+        return self._boards[axis, self._mesh.peers(axis)]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, final
 
+import torch
 from attrs import define, field, frozen
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from tokenspeed.spmd.moves import Move
 from tokenspeed.spmd.params import Parameter, Path, Tree, leaves, own_rows, own_sources
 from tokenspeed.spmd.placement import REPLICATED, Layout, as_batch
 from tokenspeed.spmd.solve import Solution, solve
+from tokenspeed.spmd.stages import AXIS, HOP, held_layers, split
 from tokenspeed.spmd.trace import Bucket, Call, Ref, Trace, Value
 
 __all__ = ["Collective", "Program", "Step", "compile_model"]
@@ -40,7 +42,8 @@ class Collective:
     """An operation between modules.
 
     Attributes:
-        op: all_reduce, all_gather, reduce_scatter, all_to_all or slice (which sends nothing).
+        op: all_reduce, all_gather, reduce_scatter, all_to_all, send, broadcast, or slice (which
+            sends nothing).
         axis: of the mesh.
         dim: of the tensor that is joined or cut; None for all_reduce.
         given: layout before.
@@ -49,7 +52,8 @@ class Collective:
         at: number of that call among the program's; the number of calls for the output.
         layer: of the model, that made what is moved; None outside of all layers.
         bytes: what one rank takes part with: the tensor before all_reduce and reduce_scatter, after
-            all_gather, and all that a rank sends in all_to_all, its own share included.
+            all_gather, what is sent or broadcast, and all that a rank sends in all_to_all, its own
+            share included.
         cost_s: by the model.
     """
 
@@ -79,6 +83,9 @@ class Program:
         forms: how each of them is made.
         collectives: what was inserted, in order.
         param_layouts: how each parameter lies, by path.
+        held_params: paths of those that this rank's calls want.
+        held_layers: whose KV this rank has.
+        result: how the result lies.
         cost_s: of all collectives and of what modules read and write, by the model.
     """
 
@@ -90,7 +97,14 @@ class Program:
     forms: tuple[Form, ...]
     collectives: tuple[Collective, ...]
     param_layouts: Mapping[Path, Layout]
+    held_params: frozenset[Path]
+    held_layers: range
+    result: Layout
     cost_s: float
+
+    def holds(self, path: Path) -> bool:
+        """Whether this rank has a part of a parameter: not if only other stages want it."""
+        return path in self.held_params or path not in self.param_layouts
 
     def __call__(self, params: Tree, batch: Any, kv: Any) -> tuple[Tensor, Any]:
         """Run one step. `kv` is donated: use the one that is returned."""
@@ -141,23 +155,28 @@ def compile_model(
     Raises:
         PlacementError: two boundaries cannot be joined, or a parameter cannot be split.
     """
+    held = held_layers(layers, mesh)
     trace = Trace(bucket or Bucket())
     kv = Ref(trace, "kv", [()] * layers)
     result, kv_out = function(Ref(trace, "params", params), Ref(trace, "batch"), kv)
     if not isinstance(result, Value) or kv_out is not kv:
         raise PlacementError("a model returns (the output of a module, the kv it was given)")
-    if not all(placement.is_shard(0) for _, placement in batch.axes):
+    if not all(p.is_shard(0) and axis != AXIS for axis, p in batch.axes):
         raise PlacementError(
-            f"a batch lies {batch}, expected Shard(0) or Replicate along each axis"
+            f"a batch lies {batch}, expected Shard(0) or Replicate along each axis but {AXIS}"
         )
+    split(trace, layers, mesh)
     for path, leaf in leaves(params):
         if isinstance(leaf, Parameter):
             own_sources(leaf, trace.param_layouts.get(path, REPLICATED), mesh, path)
-    plan = solve(trace, result, as_batch(), mesh=mesh, batch=batch, costs=costs or Costs())
-    linker = _Linker(mesh, communicator, plan)
+    plan = solve(
+        trace, result, as_batch(), mesh=mesh, batch=batch, costs=(costs or Costs()).on(mesh)
+    )
+    linker = _Linker(mesh, communicator, plan, batch.within(mesh))
     for at, (call, form) in enumerate(zip(trace.calls, plan.forms, strict=True)):
         linker.link(at, call, form)
-    linker.finish(len(trace.calls), result)
+    linker.finish(trace.calls, result)
+    here = mesh.coordinate(AXIS)
     return Program(
         mesh=mesh,
         bucket=trace.bucket,
@@ -167,6 +186,9 @@ def compile_model(
         forms=plan.forms,
         collectives=tuple(linker.collectives),
         param_layouts=trace.param_layouts,
+        held_params=frozenset(p for c in trace.calls if c.stage == here for p in c.params),
+        held_layers=held,
+        result=plan.result,
         cost_s=plan.cost_s,
     )
 
@@ -178,6 +200,7 @@ class _Linker:
     mesh: Mesh
     communicator: Communicator | None
     plan: Solution
+    batch: Layout
     lines: list[str] = field(factory=lambda: ["kv = kv.donate()"])
     names: dict[str, Any] = field(factory=dict)
     functions: dict[int, str] = field(factory=dict)
@@ -197,7 +220,16 @@ class _Linker:
         return "def step(params, batch, kv):\n" + "".join(f"    {line}\n" for line in body)
 
     def link(self, at: int, call: Call, form: Form) -> None:
-        """Write a module call after the collectives that its inputs want."""
+        """Write a module call after the collectives that its inputs want, if it is ours."""
+        layers = [self.made_in.get(value.number) for value in call.uses.values()]
+        made_in = layers[0] if call.module is HOP else call.layer
+        self.made_in |= {value.number: made_in for value in call.outputs}
+        if call.module is HOP:
+            self._hop(at, call, form)
+        elif call.stage == self.mesh.coordinate(AXIS):
+            self._call(at, call, form)
+
+    def _call(self, at: int, call: Call, form: Form) -> None:
         moved = {
             name: self._convert(value, form.inputs[name], call.path, at)
             for name, value in call.uses.items()
@@ -213,18 +245,64 @@ class _Linker:
                 argument.source if isinstance(argument, Ref) else repr(argument)
             )
             arguments.append(f"{name}={text}")
-        self.made_in |= {value.number: call.layer for value in call.outputs}
         targets = [value.name for value in call.outputs]
         self._write(targets, self._function(call.module), arguments, tuple(moved.values()))
         if form.sent is not None and away is not None:
             name = f"combine_{form.sent.axis}"
-            self.names[name] = self._communicated(combine, axis=form.sent.axis)
+            self.names[name] = self._sending(combine, axis=form.sent.axis)
             self._write(targets, name, [away, *targets], (away, *targets), unpack=True)
-            self._note("all_to_all", form.sent.axis, at, call, form, form.sent.bytes[1])
+            self._note("all_to_all", form.sent.axis, at, call, form.outputs[0], form.sent.bytes[1])
 
-    def finish(self, at: int, result: Value) -> None:
-        """Write the return of the model's output."""
-        name = self._convert(result, self.plan.result, "output", at)
+    def _hop(self, at: int, call: Call, form: Form) -> None:
+        """Write this rank's side of a send, if it has one."""
+        here, lies, value = self.mesh.coordinate(AXIS), form.outputs[0], call.outputs[0]
+        if here == call.stage - 1:
+            name = self._convert(call.uses["x"], lies, call.path, at)
+            self.names["send"] = self._communicated("send")
+            self._use(name)
+            self.lines.append(f"send({name})")
+            self._note("send", AXIS, at, call, lies, round(value.kind.local_bytes(lies, self.mesh)))
+        elif here == call.stage:
+            name = f"receive_{value.name}"
+            self.names[name] = partial(
+                _receive, self._communicated("receive"), self._blank(value, lies)
+            )
+            self._write([value.name], name, ["batch.token_ids"], ())
+
+    def _blank(self, value: Value, lies: Layout) -> Callable[[Tensor], Tensor]:
+        """Makes a tensor like this rank's part of a value, with a row for each of another's."""
+        assert value.meta is not None
+        shape = tuple(
+            size // lies.parts(self.mesh, dim) for dim, size in enumerate(value.meta.shape)
+        )
+        return partial(
+            _blank,
+            shape=shape[1:],
+            dtype=value.meta.dtype,
+            times=self.batch.parts(self.mesh, 0),
+            parts=lies.parts(self.mesh, 0),
+        )
+
+    def finish(self, calls: list[Call], result: Value) -> None:
+        """Write the return of the model's output, which all stages have."""
+        last, lies = next(call for call in calls if result in call.outputs), self.plan.result
+        here, name = self.mesh.coordinate(AXIS), result.name
+        if here == last.stage:
+            name = self._convert(result, lies, "output", len(calls))
+        if self.mesh.size(AXIS) > 1:
+            if result.meta is None:
+                raise PlacementError(
+                    f"{last.path}: the shape of the result is not known, and all stages of {AXIS} "
+                    "want it; declare @module(meta=...)"
+                )
+            self.names["broadcast"] = self._communicated("broadcast", root=last.stage)
+            if here != last.stage:
+                self.names["blank"] = self._blank(result, lies)
+                self._write([name], "blank", ["batch.sampled_rows"], ())
+            self._write(["result"], "broadcast", [name], (name,))
+            size = round(result.kind.local_bytes(lies, self.mesh))
+            self._note("broadcast", AXIS, len(calls), last, lies, size)
+            name = "result"
         self._use(name)
         self.lines.append(f"return {name}, kv")
 
@@ -301,15 +379,18 @@ class _Linker:
         if move.op == "slice":
             size, at = self.mesh.size(move.axis), self.mesh.coordinate(move.axis)
             self.names[name] = partial(local_slice, size=size, at=at, **known)
-        elif self.communicator is None:
-            self.names[name] = partial(_refuse_to_run, move.op, move.axis)
         else:
-            self.names[name] = partial(getattr(self.communicator, move.op), axis=move.axis, **known)
+            self.names[name] = self._communicated(move.op, move.axis, **known)
         return name
 
-    def _communicated(
-        self, function: Callable[..., Any], axis: str, **more: Any
-    ) -> Callable[..., Any]:
+    def _communicated(self, op: str, axis: str = AXIS, **more: Any) -> Callable[..., Any]:
+        """A method of the communicator along an axis."""
+        if self.communicator is None:
+            return partial(_refuse_to_run, op, axis)
+        return partial(getattr(self.communicator, op), axis=axis, **more)
+
+    def _sending(self, function: Callable[..., Any], axis: str, **more: Any) -> Callable[..., Any]:
+        """`dispatch` or `combine` along an axis."""
         if self.communicator is None:
             return partial(_refuse_to_run, "all_to_all", axis)
         return partial(function, communicator=self.communicator, axis=axis, **more)
@@ -321,22 +402,22 @@ class _Linker:
         assert call.module.routed is not None
         routed = list(moved).index(call.module.routed)
         name = f"dispatch_{sent.axis}_{sent.rows}_{routed}"
-        self.names[name] = self._communicated(
+        self.names[name] = self._sending(
             dispatch, axis=sent.axis, ranks=self.mesh.size(sent.axis), rows=sent.rows, routed=routed
         )
         there = {argument: f"s{at}_{index}" for index, argument in enumerate(moved)}
         away = f"a{at}"
         sources = tuple(moved.values())
         self._write([*there.values(), away], name, list(sources), sources)
-        self._note("all_to_all", sent.axis, at, call, form, sent.bytes[0])
+        self._note("all_to_all", sent.axis, at, call, form.outputs[0], sent.bytes[0])
         return there, away
 
-    def _note(self, op: str, axis: str, at: int, call: Call, form: Form, size: int) -> None:
-        """Record a collective that is part of a call's form."""
-        lies = form.outputs[0]
+    def _note(self, op: str, axis: str, at: int, call: Call, lies: Layout, size: int) -> None:
+        """Record a collective that is no move."""
         cost = self.plan.costs.link(axis, self.mesh).seconds(op, self.mesh.size(axis), size)
+        layer = self.made_in.get(call.outputs[0].number)
         self.collectives.append(
-            Collective(op, axis, 0, lies, lies, call.path, at, call.layer, size, cost)
+            Collective(op, axis, None, lies, lies, call.path, at, layer, size, cost)
         )
 
     def _own_rows(self, call: Call, argument: str, name: str) -> str:
@@ -360,7 +441,20 @@ class _Linker:
         return self.own[name, first]
 
 
-def _refuse_to_run(op: str, axis: str, *_: Tensor) -> Tensor:
+def _blank(
+    like: Tensor, *, shape: tuple[int, ...], dtype: torch.dtype, times: int, parts: int
+) -> Tensor:
+    """Uninitialised memory with `times` rows in `parts` for each row of `like`."""
+    return torch.empty((like.shape[0] * times // parts, *shape), dtype=dtype, device=like.device)
+
+
+def _receive(
+    receive: Callable[[Tensor], Tensor], blank: Callable[[Tensor], Tensor], like: Tensor
+) -> Tensor:
+    return receive(blank(like))
+
+
+def _refuse_to_run(op: str, axis: str, *_: Any) -> Any:
     raise PlacementError(
         f"{op} over {axis}: this program was compiled without a communicator and can "
         "only be described; pass compile_model(communicator=...)"

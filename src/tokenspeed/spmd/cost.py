@@ -19,7 +19,7 @@ import math
 from collections.abc import Mapping
 from typing import Self, final
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from tokenspeed.errors import ConfigError
 from tokenspeed.spmd.mesh import Mesh
@@ -83,7 +83,7 @@ class Costs:
     """The machine that a program is compiled for.
 
     Attributes:
-        links: by axis; an axis that is not named has `default_link`.
+        links: by axis; an axis that is not named has NVLINK or NETWORK.
         memory_bytes_per_s: of a rank's own memory.
         host_ranks: ranks with NVLink between them, numbered one after the other.
     """
@@ -107,6 +107,10 @@ class Costs:
             for first in range(mesh.ranks)
         }
         return NETWORK if True in hosts else NVLINK
+
+    def on(self, mesh: Mesh) -> Costs:
+        """The same with a link for every axis of a mesh, so that none is looked for again."""
+        return evolve(self, links={axis: self.link(axis, mesh) for axis, _ in mesh.axes})
 
     def touched_s(self, size_bytes: float) -> float:
         """Reading or writing so many bytes of a rank's own memory."""

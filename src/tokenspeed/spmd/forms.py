@@ -18,6 +18,7 @@ from tokenspeed.errors import PlacementError
 from tokenspeed.spmd.cost import Costs
 from tokenspeed.spmd.mesh import Mesh
 from tokenspeed.spmd.placement import REPLICATED, Layout, Partial, Placement, Replicate, Rest, Shard
+from tokenspeed.spmd.stages import AXIS, HOP
 from tokenspeed.spmd.trace import Call, Value
 
 __all__ = ["Form", "Sent", "forms"]
@@ -73,7 +74,10 @@ def forms(call: Call, mesh: Mesh, batch: Layout, costs: Costs) -> list[Form]:
         for one in (form, *_sending(call, form, mesh, batch, costs)):
             if all(v.kind.admits(lies, mesh) for v, lies in _placed(call, one)):
                 touched = sum(v.kind.local_bytes(lies, mesh) for v, lies in _placed(call, one))
-                found.append(evolve(one, cost_s=one.cost_s + costs.touched_s(touched)))
+                cost = one.cost_s + costs.touched_s(touched)
+                if call.module is HOP:
+                    cost += costs.link(AXIS, mesh).seconds("send", 2, touched / 2)
+                found.append(evolve(one, cost_s=cost))
     return found
 
 
@@ -91,7 +95,7 @@ def _choices(call: Call, mesh: Mesh, batch: Layout) -> Iterator[Layout]:
         yield Layout()
         return
     named = {axis for axis, _ in free.named}
-    open_axes = [a for a, size in mesh.axes if size > 1 and a not in named and a != "pp"]
+    open_axes = [a for a, size in mesh.axes if size > 1 and a not in named and a != AXIS]
     any_count = next(iter((*call.uses.values(), *call.outputs))).kind.any_count
     options: list[list[Placement]] = []
     for axis in open_axes:

@@ -96,6 +96,7 @@ class KVSpec:
             a head), or one of (elements of a latent,).
         dtype, device: of the pages.
         groups: which layers share a page table; all, if nothing is said.
+        held: the layers whose KV this rank has; None: all. Others have no pages here.
     """
 
     layers: int
@@ -105,18 +106,28 @@ class KVSpec:
     groups: CacheGroups = field(
         default=Factory(lambda self: CacheGroups.one(self.layers), takes_self=True)
     )
+    held: range | None = None
 
     @property
     def token_bytes(self) -> int:
         """Bytes that one token takes in a page: over all layers, if there is one group."""
-        return self.groups.rows * sum(map(math.prod, self.parts)) * self.dtype.itemsize
+        return len(self._rows) * sum(map(math.prod, self.parts)) * self.dtype.itemsize
+
+    @property
+    def _rows(self) -> frozenset[int]:
+        """Those that this rank has of a page."""
+        places = self.groups.places
+        held = range(len(places)) if self.held is None else self.held
+        return frozenset(places[layer][1] for layer in held)
 
     def allocate(self, pages: int, page_size: int) -> KV:
         """Zeroed pages of `page_size` tokens. Layers in the same row have the same tensors."""
         kind: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
         rows = [
             tuple(torch.zeros((pages, page_size, *part), **kind) for part in self.parts)
-            for _ in range(self.groups.rows)
+            if row in self._rows
+            else ()
+            for row in range(self.groups.rows)
         ]
         return KV(tuple(rows[row] for _, row in self.groups.places))
 

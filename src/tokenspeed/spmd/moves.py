@@ -205,7 +205,9 @@ class Moves:
 
     def _moves(self, given: Layout, cut: frozenset[str]) -> Iterator[Move]:
         """Every single move from a layout."""
-        for axis, _ in self.mesh.axes:
+        for axis, size in self.mesh.axes:
+            if size == 1 or axis == "pp":  # stages hold different values, not parts of one
+                continue
             have = given.on(axis)
             if isinstance(have, Shard):
                 if not self._innermost(given, axis, have.dim):

@@ -63,6 +63,8 @@ class Call:
         arguments: by name, as they were given.
         uses: the arguments that have a placement.
         outputs: one Value a result.
+        params: paths of its parameters.
+        stage: of the `pp` axis; of a hop, the one that receives.
     """
 
     module: Module
@@ -71,6 +73,8 @@ class Call:
     arguments: Mapping[str, Any]
     uses: Mapping[str, Value]
     outputs: tuple[Value, ...]
+    params: tuple[Path, ...] = ()
+    stage: int = 0
 
 
 @define(eq=False)
@@ -179,14 +183,14 @@ def _record(trace: Trace, module: Module, arguments: Mapping[str, Any]) -> Any:
     where = path_name(at) or ("model" if layer is None else f"layers.{layer}")
     path = f"{where}:{module.name}"
     uses = _uses(trace, module, arguments, path)
-    if isinstance(first, Ref) and isinstance(first.tree, dict):
-        _place_params(trace, module, first, path)
+    subtree = isinstance(first, Ref) and isinstance(first.tree, dict)
+    placed = _place_params(trace, module, first, path) if subtree else ()
     metas = _metas(trace, module, arguments, path)
     outputs = tuple(
         trace.value(boundary, meta, path, f"v{len(trace.values)}")
         for boundary, meta in zip(module.outputs, metas, strict=True)
     )
-    trace.calls.append(Call(module, path, layer, arguments, uses, outputs))
+    trace.calls.append(Call(module, path, layer, arguments, uses, outputs, placed))
     return outputs[0] if module.single else outputs
 
 
@@ -261,14 +265,18 @@ def _meta(trace: Trace, argument: Any) -> Any:
     return trace.parameter(argument.tree) if isinstance(argument.tree, Parameter) else None
 
 
-def _place_params(trace: Trace, module: Module, subtree: Ref, path: str) -> None:
+def _place_params(trace: Trace, module: Module, subtree: Ref, path: str) -> tuple[Path, ...]:
+    """Note where the parameters of a call lie; their paths."""
+    paths = []
     for key, leaf in subtree.tree.items():
         if not isinstance(leaf, Parameter):
             continue
+        paths.append((*subtree.path, key))
         lies = module.params.get(key, REPLICATED)
-        known = trace.param_layouts.setdefault((*subtree.path, key), lies)
+        known = trace.param_layouts.setdefault(paths[-1], lies)
         if known != lies:
             raise PlacementError(
                 f"{path}: parameter {key} is placed {lies} here and {known} by another module; "
                 "give both the same placement, or list the parameter twice in the tree"
             )
+    return tuple(paths)
