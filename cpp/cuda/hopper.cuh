@@ -60,6 +60,29 @@ __device__ inline unsigned load_acquire(const unsigned* at) {
   return value;
 }
 
+// 16 bytes to shared memory, there after wait_for_copies of this thread.
+__device__ inline void copy_16(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address(to)), "l"(from)
+               : "memory");
+}
+
+__device__ inline void wait_for_copies() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+// --- One launch after the other
+// -------------------------------------------------------------------
+
+// The next launch of the stream may begin, up to its own wait_for_launches.
+__device__ inline void let_launch() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+// Until the launch before is over, and what it wrote is there.
+__device__ inline void wait_for_launches() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
 // --- Copies of boxes
 // ------------------------------------------------------------------------------
 
@@ -73,6 +96,10 @@ __device__ inline uint64_t evict_normal() {
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
   return policy;
+}
+
+__device__ inline void prefetch_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
 // What lies outside the tensor arrives as zeros, and counts as bytes.
@@ -121,17 +148,24 @@ __device__ inline void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers));
 }
 
-// An operand in shared memory whose rows of 64 columns run along the sum: 8 rows lie 1024 bytes
-// apart.
-__device__ inline uint64_t rows_of(const uint8_t* at) {
-  return uint64_t((address(at) & 0x3ffff) >> 4) | uint64_t(1) << 16 | uint64_t(64) << 32 |
-         uint64_t(1) << 62;
+// Operands in shared memory are named by 32 bits that add up: `operand + bytes_on(n)` lies n bytes
+// further on. What they share, eight rows 1024 bytes apart and the swizzle, is the upper half of a
+// descriptor. The same for all threads of a warp, and the compiler has to know: what it does not it
+// moves to the uniform registers before each product, which then waits for that and not for data.
+constexpr uint32_t kOperand = 0x40000040;
+
+__device__ constexpr uint32_t bytes_on(int bytes) {
+  return uint32_t(bytes) >> 4;
 }
 
-// One whose rows are what is summed over: `next` bytes on lie the next 64 columns.
-__device__ inline uint64_t columns_of(const uint8_t* at, int next) {
-  return uint64_t((address(at) & 0x3ffff) >> 4) | uint64_t(next >> 4) << 16 | uint64_t(64) << 32 |
-         uint64_t(1) << 62;
+// Whose rows of 64 columns run along the sum.
+__device__ inline uint32_t rows_of(const uint8_t* at) {
+  return __shfl_sync(~0u, address(at) >> 4 | 1u << 16, 0);
+}
+
+// Whose rows are what is summed over: `next` bytes on lie the next 64 columns.
+__device__ inline uint32_t columns_of(const uint8_t* at, int next) {
+  return __shfl_sync(~0u, address(at) >> 4 | uint32_t(next >> 4) << 16, 0);
 }
 
 __device__ inline void wgmma_fence() {
@@ -162,29 +196,39 @@ __device__ inline float exp2_fast(float x) {
 }
 
 // d[64, 64] = a[64, 16] b[64, 16]^T (+ d).
-__device__ inline void wgmma_64x64(float (&d)[32], uint64_t a, uint64_t b, int add) {
+__device__ inline void wgmma_64x64(float (&d)[32], uint32_t a, uint32_t b, int add) {
   asm volatile(
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"
+      "{\n.reg .pred add;\n.reg .b64 a, b;\nsetp.ne.b32 add, %34, 0;\n"
+      "mov.b64 a, {%32, %35};\nmov.b64 b, {%33, %35};\n"
       "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
       "%0, %1, %2, %3, %4, %5, %6, %7, "
       "%8, %9, %10, %11, %12, %13, %14, %15, "
       "%16, %17, %18, %19, %20, %21, %22, %23, "
       "%24, %25, %26, %27, %28, %29, %30, %31"
-      "}, %32, %33, add, 1, 1, 0, 0;\n}"
+      "}, a, b, add, 1, 1, 0, 0;\n}"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
         "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
         "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),
         "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),
         "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-      : "l"(a), "l"(b), "r"(add));
+      : "r"(a), "r"(b), "r"(add), "n"(kOperand));
 }
 
-// d[64, 128] = a[64, 16] b[16, 128] (+ d), d from register `At` on.
+// Four matrices of 8 x 8 of bfloat16, of rows whose 16 bytes each lane points to.
+__device__ inline void load_matrices(uint32_t (&to)[4], const uint8_t* at) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(address(at))
+               : "memory");
+}
+
+// d[64, 128] = a[64, 16] b[16, 128] (+ d), a in registers, d from register `At` on.
 template <int At, int Count>
-__device__ inline void wgmma_64x128(float (&d)[Count], uint64_t a, uint64_t b, int add) {
+__device__ inline void wgmma_64x128(float (&d)[Count], const uint32_t (&a)[4], uint32_t b,
+                                    int add) {
   static_assert(At + 64 <= Count);
   asm volatile(
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
+      "{\n.reg .pred add;\n.reg .b64 b;\nsetp.ne.b32 add, %69, 0;\nmov.b64 b, {%68, %70};\n"
       "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
       "%0, %1, %2, %3, %4, %5, %6, %7, "
       "%8, %9, %10, %11, %12, %13, %14, %15, "
@@ -194,7 +238,7 @@ __device__ inline void wgmma_64x128(float (&d)[Count], uint64_t a, uint64_t b, i
       "%40, %41, %42, %43, %44, %45, %46, %47, "
       "%48, %49, %50, %51, %52, %53, %54, %55, "
       "%56, %57, %58, %59, %60, %61, %62, %63"
-      "}, %64, %65, add, 1, 1, 0, 1;\n}"
+      "}, {%64, %65, %66, %67}, b, add, 1, 1, 1;\n}"
       : "+f"(d[At + 0]), "+f"(d[At + 1]), "+f"(d[At + 2]), "+f"(d[At + 3]), "+f"(d[At + 4]),
         "+f"(d[At + 5]), "+f"(d[At + 6]), "+f"(d[At + 7]), "+f"(d[At + 8]), "+f"(d[At + 9]),
         "+f"(d[At + 10]), "+f"(d[At + 11]), "+f"(d[At + 12]), "+f"(d[At + 13]), "+f"(d[At + 14]),
@@ -208,7 +252,7 @@ __device__ inline void wgmma_64x128(float (&d)[Count], uint64_t a, uint64_t b, i
         "+f"(d[At + 50]), "+f"(d[At + 51]), "+f"(d[At + 52]), "+f"(d[At + 53]), "+f"(d[At + 54]),
         "+f"(d[At + 55]), "+f"(d[At + 56]), "+f"(d[At + 57]), "+f"(d[At + 58]), "+f"(d[At + 59]),
         "+f"(d[At + 60]), "+f"(d[At + 61]), "+f"(d[At + 62]), "+f"(d[At + 63])
-      : "l"(a), "l"(b), "r"(add));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(add), "n"(kOperand));
 }
 
 }  // namespace

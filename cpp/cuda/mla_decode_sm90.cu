@@ -5,15 +5,15 @@
 // One block an SM, for good. A block walks its share of the keys (mla_plan.cuh) page by page:
 //   producer    one warp: nine boxes of 64 keys x 64 columns a page, by TMA, two pages ahead
 //   scores      one warpgroup: S = Q K^T, the running maximum and sum; P goes where the page's
-//   rotary
-//               columns were, which nobody reads any more
-//   values      two warpgroups: each has half of the columns of O and adds P V to it
+//               rotary columns were, which nobody reads any more
+//   values      two warpgroups: each takes P into registers, and adds P V to its half of O
 // A tile is 64 rows, a row is a query token and a head, so that a key is read once for all of them.
 // What is split over blocks they merge in the same launch (mla_merge.cuh).
 
 #include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
+#include <stddef.h>
 #include <stdint.h>
 
 #include "hopper.cuh"
@@ -29,13 +29,15 @@ constexpr int kStages = 2;
 // are done with their first pieces, 0 and 1, before they are done with 2 and 3.
 constexpr int kPieces = 5;
 constexpr int kThreads = 512;
+// Of a thread; four groups of 128 have 65,536 together.
+constexpr int kLoadRegisters = 40, kScoreRegisters = 104, kMixRegisters = 184;
 // A maximum may lag behind by 2 before O is rescaled. The more it may, the less the heaviest weight
 // is like 1, which alone is not rounded: the error is 1.85e-3 at 2^0, 1.9e-3 at 2^1, 2.1e-3 at 2^8.
 constexpr float kLazy = 1.0f;
 
 // Where one thread of a warp arrives, a product of the warp is done. Where all threads arrive, they
 // have read or written shared memory themselves.
-struct Shared {
+struct alignas(1024) Shared {
   uint8_t q[kPage];
   uint8_t pages[kStages][kPage];
   float fade[kStages][kRows];
@@ -111,92 +113,112 @@ __device__ void clear_keys(uint8_t* page, int from) {
     *reinterpret_cast<uint4*>(page + i / chunks * kBox + from * 128 + i % chunks * 16) = uint4{};
 }
 
+// Scores the keys of a page, piece by piece as they come; under way when this returns.
+__device__ void score_page(float (&s)[32], Shared& shared, int turn) {
+  const int stage = turn % kStages;
+  const uint32_t q = rows_of(shared.q), keys = rows_of(shared.pages[stage]);
+#pragma unroll
+  for (int piece = 0; piece < kPieces; ++piece) {
+    wait(&shared.full[stage][piece], turn / kStages & 1);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < boxes_of(piece) * 4; ++k) {
+      const uint32_t on = bytes_on((box_of(piece) + k / 4) * kBox + k % 4 * 32);
+      wgmma_64x64(s, q + on, keys + on, piece + k != 0);
+    }
+  }
+  wgmma_commit();
+}
+
+// Of a thread's two rows of a tile.
+struct Rows {
+  int mine[2], limit[2];
+  float best[2], total[2];
+};
+
+// Scores become weights, where the page's rotary columns were.
+__device__ void weigh(const Call& call, Shared& shared, Rows& rows, float (&s)[32], int turn,
+                      int block) {
+  const int lane = threadIdx.x % 32, stage = turn % kStages;
+  const int key = block * kKeys + lane % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    if ((block + 1) * kKeys > rows.limit[i]) {
+#pragma unroll
+      for (int n = 0; n < 16; ++n)
+        if (key + n / 2 * 8 + n % 2 >= rows.limit[i]) s[n / 2 * 4 + i * 2 + n % 2] = -INFINITY;
+    }
+    float high = -INFINITY;
+#pragma unroll
+    for (int n = 0; n < 16; ++n) high = fmaxf(high, s[n / 2 * 4 + i * 2 + n % 2]);
+    high = fmaxf(high, __shfl_xor_sync(~0u, high, 1));
+    high = fmaxf(high, __shfl_xor_sync(~0u, high, 2)) * call.scale_log2;
+    float fade = 1.0f;
+    float& best = rows.best[i];
+    if (high > best + kLazy) {
+      fade = exp2_fast(best - high);
+      best = high;
+    }
+    const float base = best == -INFINITY ? 0.0f : best;
+    float sum = 0.0f;
+#pragma unroll
+    for (int n = 0; n < 16; ++n) {
+      float& p = s[n / 2 * 4 + i * 2 + n % 2];
+      p = exp2_fast(p * call.scale_log2 - base);
+      sum += p;
+    }
+    rows.total[i] = rows.total[i] * fade + sum;
+    if (lane % 4 == 0) shared.fade[stage][rows.mine[i]] = fade;
+  }
+  uint8_t* p_box = shared.pages[stage] + 8 * kBox;
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      const __nv_bfloat162 pair = __floats2bfloat162_rn(s[n * 4 + i * 2], s[n * 4 + i * 2 + 1]);
+      const int at = rows.mine[i] * 128 + ((n * 16 + lane % 4 * 4) ^ (rows.mine[i] % 8 * 16));
+      *reinterpret_cast<__nv_bfloat162*>(p_box + at) = pair;
+    }
+}
+
 __device__ void score(const Call& call, Shared& shared) {
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-  const int mine[2] = {warp * 16 + lane / 4, warp * 16 + lane / 4 + 8};
   int turn = 0, tiles_loaded = 0, tiles = 0;
   for (Items walk(call.plan, blockIdx.x); walk.next(); ++tiles) {
     const Item& item = walk.item;
-    float best[2] = {-INFINITY, -INFINITY}, total[2] = {};
-    int limit[2];
-    for (int i = 0; i < 2; ++i) limit[i] = item.keys_seen(mine[i], call.heads);
+    Rows rows{.best = {-INFINITY, -INFINITY}, .total = {}};
+    for (int i = 0; i < 2; ++i) {
+      rows.mine[i] = warp * 16 + lane / 4 + i * 8;
+      rows.limit[i] = item.keys_seen(rows.mine[i], call.heads);
+    }
     if (item.first < item.last) wait(&shared.q_full, tiles_loaded++ & 1);
     for (int block = item.first; block < item.last; ++block, ++turn) {
-      const int stage = turn % kStages;
-      uint8_t* page = shared.pages[stage];
       float s[32];
-#pragma unroll
-      for (int piece = 0; piece < kPieces; ++piece) {
-        wait(&shared.full[stage][piece], turn / kStages & 1);
-        wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < boxes_of(piece) * 4; ++k) {
-          const int at = (box_of(piece) + k / 4) * kBox + k % 4 * 32;
-          wgmma_64x64(s, rows_of(shared.q + at), rows_of(page + at), piece + k != 0);
-        }
-      }
-      wgmma_commit();
+      score_page(s, shared, turn);
       wgmma_wait<0>();
       keep(s);
       if (block + 1 == item.last && lane == 0) arrive(&shared.q_empty);
-
-      const int key = block * kKeys + lane % 4 * 2;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if ((block + 1) * kKeys > limit[i]) {
-#pragma unroll
-          for (int n = 0; n < 16; ++n)
-            if (key + n / 2 * 8 + n % 2 >= limit[i]) s[n / 2 * 4 + i * 2 + n % 2] = -INFINITY;
-        }
-        float high = -INFINITY;
-#pragma unroll
-        for (int n = 0; n < 16; ++n) high = fmaxf(high, s[n / 2 * 4 + i * 2 + n % 2]);
-        high = fmaxf(high, __shfl_xor_sync(~0u, high, 1));
-        high = fmaxf(high, __shfl_xor_sync(~0u, high, 2)) * call.scale_log2;
-        float fade = 1.0f;
-        if (high > best[i] + kLazy) {
-          fade = exp2_fast(best[i] - high);
-          best[i] = high;
-        }
-        const float base = best[i] == -INFINITY ? 0.0f : best[i];
-        float sum = 0.0f;
-#pragma unroll
-        for (int n = 0; n < 16; ++n) {
-          float& p = s[n / 2 * 4 + i * 2 + n % 2];
-          p = exp2_fast(p * call.scale_log2 - base);
-          sum += p;
-        }
-        total[i] = total[i] * fade + sum;
-        if (lane % 4 == 0) shared.fade[stage][mine[i]] = fade;
-      }
-      // Only when all four warps are done with the keys may P take their place.
+      // Only when all four warps are done with the keys may weights take their place.
       sync_group(2, 128);
-      uint8_t* p_box = page + 8 * kBox;
-#pragma unroll
-      for (int i = 0; i < 2; ++i)
-#pragma unroll
-        for (int n = 0; n < 8; ++n) {
-          const __nv_bfloat162 pair = __floats2bfloat162_rn(s[n * 4 + i * 2], s[n * 4 + i * 2 + 1]);
-          const int at = mine[i] * 128 + ((n * 16 + lane % 4 * 4) ^ (mine[i] % 8 * 16));
-          *reinterpret_cast<__nv_bfloat162*>(p_box + at) = pair;
-        }
-      if ((block + 1) * kKeys > item.length) clear_keys(page, item.length - block * kKeys);
+      weigh(call, shared, rows, s, turn, block);
+      if ((block + 1) * kKeys > item.length)
+        clear_keys(shared.pages[turn % kStages], item.length - block * kKeys);
       fence_async();
-      arrive(&shared.p_full[stage]);
+      arrive(&shared.p_full[turn % kStages]);
     }
     wait(&shared.sum_empty, (tiles & 1) ^ 1);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float sum = total[i] + __shfl_xor_sync(~0u, total[i], 1);
+      float sum = rows.total[i] + __shfl_xor_sync(~0u, rows.total[i], 1);
       sum += __shfl_xor_sync(~0u, sum, 2);
       if (lane % 4 == 0) {
-        shared.inverse[mine[i]] = sum > 0.0f ? 1.0f / sum : 0.0f;
-        const float log = sum > 0.0f ? best[i] + log2f(sum) : -INFINITY;
-        if (mine[i] < item.rows) {
+        shared.inverse[rows.mine[i]] = sum > 0.0f ? 1.0f / sum : 0.0f;
+        const float log = sum > 0.0f ? rows.best[i] + log2f(sum) : -INFINITY;
+        if (rows.mine[i] < item.rows) {
           if (item.into < 0)
-            call.lse[item.first_row + mine[i]] = log * 0.6931471805599453f;
+            call.lse[item.first_row + rows.mine[i]] = log * 0.6931471805599453f;
           else
-            call.part_lse[(item.into + mine[i]) * 4] = log;
+            call.part_lse[(item.into + rows.mine[i]) * 4] = log;
         }
       }
     }
@@ -243,25 +265,30 @@ __device__ void mix(const Call& call, Shared& shared, int half) {
 #pragma unroll
         for (int n = 0; n < 128; ++n) o[n] *= fade[n / 2 % 2];
       }
-      keep(o);
-      wgmma_fence();
       const uint8_t* p = shared.pages[stage] + 8 * kBox;
+      uint32_t weights[4][4];
+      const int p_row = warp * 16 + lane % 16;
 #pragma unroll
       for (int k = 0; k < 4; ++k)
-        wgmma_64x128<0>(o, rows_of(p + k * 32), columns_of(values + k * 2048, kBox),
-                        !first || k != 0);
+        load_matrices(weights[k], p + p_row * 128 + ((k * 2 + lane / 16) ^ (p_row % 8)) * 16);
+      const uint32_t value = columns_of(values, kBox);
+      // The weights are read: rotary columns may take their place.
+      arrive(&shared.empty[stage][4]);
+      keep(o);
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        wgmma_64x128<0>(o, weights[k], value + bytes_on(k * 2048), !first || k != 0);
       wgmma_commit();
 #pragma unroll
       for (int k = 0; k < 4; ++k)
-        wgmma_64x128<64>(o, rows_of(p + k * 32), columns_of(values + 2 * kBox + k * 2048, kBox),
-                         !first || k != 0);
+        wgmma_64x128<64>(o, weights[k], value + bytes_on(2 * kBox + k * 2048), !first || k != 0);
       wgmma_commit();
       wgmma_wait<1>();
       if (lane == 0) arrive(&shared.empty[stage][half]);
       wgmma_wait<0>();
       keep(o);
       if (lane == 0) arrive(&shared.empty[stage][2 + half]);
-      arrive(&shared.empty[stage][4]);
     }
     wait(&shared.sum_full, tiles & 1);
     const float inverse[2] = {shared.inverse[mine[0]], shared.inverse[mine[1]]};
@@ -311,30 +338,37 @@ __global__ void __launch_bounds__(kThreads, 1)
     make_barrier(&shared.sum_full, 128);
     make_barrier(&shared.sum_empty, 256);
     fence_barriers();
+    prefetch_map(&q_map);
+    prefetch_map(&page_map);
   }
   __syncthreads();
+  wait_for_launches();
+  let_launch();
   const int group = threadIdx.x / 128;
   if (group == 0) {
-    give_registers<40>();
+    give_registers<kLoadRegisters>();
     if (threadIdx.x < 32) load(call, shared, &q_map, &page_map);
   } else if (group == 1) {
-    give_registers<104>();
+    give_registers<kScoreRegisters>();
     if constexpr (OnlyLoad) {
       only_take(call, shared);
     } else {
+      const unsigned launch = launches_before(call);
       score(call, shared);
-      merge(call, *reinterpret_cast<Merging*>(shared.q));
+      merge(call, *reinterpret_cast<Merging*>(&shared), launch);
     }
   } else {
-    take_registers<184>();
+    take_registers<kMixRegisters>();
     if constexpr (OnlyLoad) {
       only_take(call, shared);
     } else {
       mix(call, shared, group - 2);
-      merge(call, *reinterpret_cast<Merging*>(shared.q));
+      merge(call, *reinterpret_cast<Merging*>(&shared), 0);
     }
   }
 }
+
+static_assert(sizeof(Merging) <= offsetof(Shared, fade));
 
 }  // namespace
 
@@ -386,16 +420,18 @@ extern "C" int mla_decode_sm90(const void* q, const void* pages, const int* quer
   cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return int(error);
-  cudaLaunchAttribute together;
-  together.id = cudaLaunchAttributeCooperative;
-  together.val.cooperative = 1;
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeCooperative;
+  attributes[0].val.cooperative = 1;
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(call.plan.grid);
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = bytes;
   config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &together;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  config.numAttrs = 2;
   error = cudaLaunchKernelEx(&config, kernel, call, q_map, page_map);
   return int(error);
 }

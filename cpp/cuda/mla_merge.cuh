@@ -16,9 +16,11 @@ namespace {
 constexpr int kConsumers = 384;
 constexpr int kWarps = kConsumers / 32;  // that merge
 constexpr int kFew = 12;                 // parts that a warp sums by whole rows
+constexpr int kSlots = 24;               // halves of rows on their way to a warp
 
-// Lies where Q was.
+// Lies where Q and the pages were.
 struct Merging {
+  uint4 slots[kWarps][kSlots][32];
   float4 weights[kWarps][2 * kBlocksMax];  // lse, then the weights of the halves
   float sums[kWarps][8][32];
   unsigned launch;  // of this plan, from 0 on
@@ -82,11 +84,11 @@ __device__ Split own_parts(const Call& call, const Item& item, int q_row) {
   return split;
 }
 
-// A warp sums `Wide` halves of one row over every `groups`th part; groups of warps share a row. The
-// first values are on their way while the weights of all parts come.
+// A warp sums `Wide` halves of one row over every `groups`th part; groups of warps share a row. All
+// that fits is on its way at once: waiting for memory is what merging costs.
 template <int Wide, bool Joins>
 __device__ void merge_tile(const Call& call, const Item& item, Merging& shared, int groups) {
-  constexpr int kSome = 6 / Wide;  // parts at a time
+  constexpr int kSome = kSlots / Wide;  // parts at a time
   const int warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32;
   const int group = warp % groups, at_once = kWarps / groups;
   const int cuts = 2 / Wide, units = item.rows * cuts, step = item.parts * at_once;
@@ -95,12 +97,10 @@ __device__ void merge_tile(const Call& call, const Item& item, Merging& shared, 
     const int unit = base + warp / groups, row = unit / cuts, half = unit % cuts;
     const int q_row = item.first_row + row;
     float sum[Wide][8] = {};
-    int from_part = group, every = groups;
-    // Not known before: what follows from them must not be kept in registers across the loop.
-    asm volatile("" : "+r"(from_part), "+r"(every));
     if (unit < units) {
       float high = -INFINITY, total = 0.0f;
       float4* weights = shared.weights[warp];
+      uint4(*slots)[32] = shared.slots[warp];
       const Split split(call.plan, item.phase, lanes, item.start, item.parts, item.tile, row,
                         q_row);
       const Split own = Joins ? own_parts(call, item, q_row) : split;
@@ -108,28 +108,28 @@ __device__ void merge_tile(const Call& call, const Item& item, Merging& shared, 
       const auto place = [&](int part) {
         return Joins && part >= split.count ? own.at(part - split.count) : split.at(part);
       };
-      __syncwarp();
-      uint4 some[kSome][Wide];
       const auto fetch = [&](int first) {
+        const int some = min(kSome, (parts - first + groups - 1) / groups);
+#pragma unroll 4
+        for (int j = 0; j < some; ++j) {
+          const uint4* from = call.part_out + place(first + j * groups) * 64 + half * 32 + lane;
 #pragma unroll
-        for (int j = 0; j < kSome; ++j)
-#pragma unroll
-          for (int i = 0; i < Wide; ++i) {
-            const int part = first + j * every;
-            const unsigned at = place(part) * 64 + (half + i) * 32 + lane;
-            some[j][i] = part < parts ? __ldcg(call.part_out + at) : uint4{};
-          }
+          for (int i = 0; i < Wide; ++i) copy_16(&slots[j * Wide + i][lane], from + i * 32);
+        }
       };
-      fetch(from_part);
+      // All lanes are done with the weights of the row before.
+      __syncwarp();
 #pragma unroll 2
-      for (int part = lane; part < parts; part += 32) {
-        const float4* from = reinterpret_cast<const float4*>(call.part_lse) + place(part);
-        weights[part] = __ldcg(from);
-        high = fmaxf(high, weights[part].x);
-      }
+      for (int part = lane; part < parts; part += 32)
+        copy_16(&weights[part], reinterpret_cast<const float4*>(call.part_lse) + place(part));
+      fetch(group);
+      wait_for_copies();
+      __syncwarp();
+#pragma unroll 2
+      for (int part = lane; part < parts; part += 32) high = fmaxf(high, weights[part].x);
       for (int i = 16; i; i /= 2) high = fmaxf(high, __shfl_xor_sync(~0u, high, i));
       const float from = high == -INFINITY ? 0.0f : high;
-#pragma unroll 1
+#pragma unroll 2
       for (int part = lane; part < parts; part += 32) {
         const float weight = exp2_fast(weights[part].x - from);
         weights[part].y *= weight, weights[part].z *= weight;
@@ -138,14 +138,20 @@ __device__ void merge_tile(const Call& call, const Item& item, Merging& shared, 
       for (int i = 16; i; i /= 2) total += __shfl_xor_sync(~0u, total, i);
       __syncwarp();
       const float inverse = total > 0.0f ? 1.0f / total : 0.0f;
-      for (int first = from_part;;) {
-#pragma unroll
+      for (int first = group; first < parts; first += kSome * groups) {
+        if (first != group) {
+          fetch(first);
+          wait_for_copies();
+        }
+#pragma unroll 4
         for (int j = 0; j < kSome; ++j) {
-          const int part = first + j * every;
+          const int part = first + j * groups;
+          if (part >= parts) break;
 #pragma unroll
           for (int i = 0; i < Wide; ++i) {
-            const float weight = part < parts ? (&weights[part].y)[half + i] * inverse : 0.0f;
-            const __half2* pairs = reinterpret_cast<const __half2*>(&some[j][i]);
+            const float weight = (&weights[part].y)[half + i] * inverse;
+            const uint4 eight = slots[j * Wide + i][lane];
+            const __half2* pairs = reinterpret_cast<const __half2*>(&eight);
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
               const float2 two = __half22float2(pairs[k]);
@@ -153,9 +159,6 @@ __device__ void merge_tile(const Call& call, const Item& item, Merging& shared, 
             }
           }
         }
-        first += kSome * every;
-        if (first >= parts) break;
-        fetch(first);
       }
       if (group == 0 && half == 0 && lane == 0)
         call.lse[q_row] = total > 0.0f ? (high + log2f(total)) * 0.6931471805599453f : -INFINITY;
@@ -214,19 +217,30 @@ __device__ void merge_item(const Call& call, const Item& item, Merging& shared) 
   sync_group(1, kConsumers);
 }
 
-__device__ void merge(const Call& call, Merging& shared) {
-  __threadfence();
+// How often the plan was used before. Every block of a tile comes by once a launch, so that the
+// counts of those that came tell, as long as this block did not.
+__device__ unsigned launches_before(const Call& call) {
+  for (Items walk(call.plan, blockIdx.x); walk.next();) {
+    const Item& item = walk.item;
+    if (item.into >= 0)
+      return load_acquire(call.plan.counter(item.phase, item.row, item.tile)) / item.parts;
+  }
+  return 0;
+}
+
+// `launch` is thread 128's, from launches_before.
+__device__ void merge(const Call& call, Merging& shared, unsigned launch) {
   sync_group(1, kConsumers);
   const bool speaks = threadIdx.x == 128;
+  if (speaks) {
+    shared.launch = launch;
+    __threadfence();
+  }
   bool merges = false;
   for (Items walk(call.plan, blockIdx.x); walk.next();) {
     const Item& item = walk.item;
     if (item.into < 0) continue;
-    // Every block of the tile comes by once a launch: the count tells which launch this is.
-    if (speaks) {
-      unsigned* counter = call.plan.counter(item.phase, item.row, item.tile);
-      shared.launch = atomicAdd(counter, 1u) / item.parts;
-    }
+    if (speaks) atomicAdd(call.plan.counter(item.phase, item.row, item.tile), 1u);
     merges |= item.merges();
   }
   if (!merges) return;
