@@ -52,6 +52,7 @@ def busy(overlap: int = 1) -> Path:
     for _ in range(5):
         world.turn()
         world.propose(0, 1, 1)
+        world.scheduler.guess(np.arange(1, 4))
     world.abort(3)
     world.scheduler.prefetch("a turn's", 9)
     world.scheduler.end_session("a turn's")

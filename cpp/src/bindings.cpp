@@ -398,6 +398,13 @@ PYBIND11_MODULE(_core, m) {
           },
           py::arg("number"), py::arg("draft"))
       .def(
+          "guess",
+          [](Native& self, const arrays::Input<std::int64_t>& numbers) {
+            const auto span = numbers.span();
+            return self.run([&](Scheduler& s) { return s.guess(span); });
+          },
+          py::arg("numbers"))
+      .def(
           "advance",
           [](Native& self, Microseconds now_us) {
             self.run([&](Scheduler& s) { s.advance(now_us); });

@@ -7,6 +7,7 @@
 #include <array>
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <optional>
 #include <set>
 #include <span>
@@ -18,6 +19,7 @@
 #include <vector>
 
 #include "host_tier.hpp"
+#include "ngrams.hpp"
 #include "prefix_index.hpp"
 #include "sessions.hpp"
 #include "tokenspeed/lifecycle.hpp"
@@ -98,6 +100,7 @@ struct alignas(64) Record {
   bool awaits_tool = false;  // what its session does next
   std::vector<Token> draft;  // guesses of what comes after the known tokens; of those in its row,
                              // if there is one with any, the first are these
+  std::unique_ptr<Ngrams> ngrams;  // of `tokens`, if it is guessed from them
   std::int32_t known() const noexcept { return static_cast<std::int32_t>(tokens.size()); }
 };
 
@@ -275,6 +278,8 @@ class Control final {
   // Guesses what comes after the known tokens of a request; how many are kept. Forgotten when more
   // is known.
   std::int32_t propose(RequestIndex index, std::span<const Token> draft);
+  // The same with what followed the last time that its text ended as it does now: O(new tokens).
+  std::int32_t guess(RequestIndex index);
 
   // --- hints: they order what `Evict` takes, and change no action
   void advance(Microseconds now) { index_.retention().advance(now); }

@@ -31,6 +31,17 @@ std::int32_t Control::propose(RequestIndex index, std::span<const Token> draft) 
   return static_cast<std::int32_t>(draft.size());
 }
 
+std::int32_t Control::guess(RequestIndex index) {
+  Record& record = records_[index];
+  if (record.state != State::Decoding || record.guessing) return 0;
+  if (!record.ngrams) record.ngrams = std::make_unique<Ngrams>();
+  record.ngrams->extend(record.tokens);
+  record.draft.clear();
+  record.ngrams->guess(record.tokens, static_cast<std::size_t>(config_.drafts_max), record.draft);
+  record.offered = !record.draft.empty();
+  return static_cast<std::int32_t>(record.draft.size());
+}
+
 bool Control::reserve(RequestIndex index, PageId id) {
   if (!may_guess(index) || !NoneLacks()) return false;
   return with(index, [&]<State S>() -> bool {

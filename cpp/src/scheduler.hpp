@@ -172,6 +172,8 @@ class Scheduler final {
   // tokens are known; until then it is not planned ahead. How many are kept; 0 if it does not
   // decode. Forgotten when it says something.
   std::int32_t propose(std::int64_t number, std::span<const Token> draft);
+  // The same for each of these, with what its own text suggests (ngrams.hpp): drafts in all.
+  std::int64_t guess(std::span<const std::int64_t> numbers);
   // A stop flag a row, and a run of as many tokens as the row has drafts, and one: the drafts that
   // are right, the token that was sampled after them, and -1 from there on.
   // `duration_us`: from the completion before this one, or from when there was work again; 0 if

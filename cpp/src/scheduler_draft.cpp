@@ -11,6 +11,14 @@ std::int32_t Scheduler::propose(std::int64_t number, std::span<const Token> draf
   return index ? control_.propose(*index, draft) : 0;
 }
 
+std::int64_t Scheduler::guess(std::span<const std::int64_t> numbers) {
+  std::int64_t drafts = 0;
+  for (const std::int64_t number : numbers) {
+    if (const auto index = control_.find(number)) drafts += control_.guess(*index);
+  }
+  return drafts;
+}
+
 // Drafts that a request could have in the plan being made.
 std::int32_t Scheduler::draftable(RequestIndex index) const noexcept {
   const Record& record = control_.record(index);

@@ -186,6 +186,13 @@ class Scheduler:
         it is not planned ahead. They are forgotten when it says something, or is preempted.
         """
 
+    def guess(self, numbers: NDArray[np.int64]) -> int:
+        """The same for each of these, with what followed the last time that its text ended alike.
+
+        How many guesses are kept in all. Of the four latest places where the last three tokens
+        stand, the one with the longest match is taken. It costs O(new tokens).
+        """
+
     def commit(
         self,
         step: int,

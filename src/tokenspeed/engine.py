@@ -484,13 +484,11 @@ class Engine:
                 stop[row] = self._accept_run(sequence, run, result)
         self._scheduler.commit(plan.step, result.token_ids, stop, took_us)
         if self.config.drafts_max:
-            self._propose(numbers)
+            self._scheduler.guess(numbers)
 
     def _start(self, number: int, request: Request, stream: Stream) -> None:
         params = request.params
-        sequence = LiveSequence.start(
-            number, request, stream, self.tokenizer, guessed=self.config.drafts_max > 0
-        )
+        sequence = LiveSequence.start(number, request, stream, self.tokenizer)
         self._sequences[number] = sequence
         if self._closing:
             return
@@ -517,14 +515,6 @@ class Engine:
         if sequence is not None:
             self._scheduler.abort(number)
             self._end(sequence, "abort")
-
-    def _propose(self, numbers: Numbers) -> None:
-        """Guess what comes next for those who were in a step."""
-        for number in numbers.tolist():
-            sequence = self._sequences.get(number)
-            draft = sequence.guess(self.config.drafts_max) if sequence is not None else ()
-            if draft:
-                self._scheduler.propose(number, np.array(draft, np.int32))
 
     def _accept_run(self, sequence: LiveSequence, run: range, result: StepResult) -> bool:
         """Take the tokens of a run; true if the sequence stops there: what follows is dropped."""

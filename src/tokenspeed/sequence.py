@@ -12,7 +12,7 @@ from attrs import define, field
 
 from tokenspeed.request import Delta, FinishReason, Request, TokenLogprob, Usage
 from tokenspeed.stream import Stream
-from tokenspeed.text import Detokenizer, NgramDrafter, Tokenizer
+from tokenspeed.text import Detokenizer, Tokenizer
 
 __all__ = ["LiveSequence"]
 
@@ -24,7 +24,6 @@ class LiveSequence:
 
     Attributes:
         stop_ids: ids that end it.
-        drafter: guesses what it says; None: nobody does.
         cached_tokens: of the prompt, found in the prefix cache when it first ran.
     """
 
@@ -33,7 +32,6 @@ class LiveSequence:
     stream: Stream
     detokenizer: Detokenizer
     stop_ids: frozenset[int]
-    drafter: NgramDrafter | None = None
     cached_tokens: int = 0
     output_ids: list[int] = field(factory=list)
     withheld_ids: deque[int] = field(factory=deque)
@@ -48,10 +46,8 @@ class LiveSequence:
         return (session.key, round(session.ttl_s * 1e6), session.supersedes, priority)
 
     @classmethod
-    def start(
-        cls, number: int, request: Request, stream: Stream, tokenizer: Tokenizer, *, guessed: bool
-    ) -> Self:
-        """A request that has said nothing yet; `guessed`: drafts are wanted of what it will."""
+    def start(cls, number: int, request: Request, stream: Stream, tokenizer: Tokenizer) -> Self:
+        """A request that has said nothing yet."""
         params = request.params
         ends = () if params.ignore_eos else tokenizer.eos_ids
         return cls(
@@ -60,7 +56,6 @@ class LiveSequence:
             stream=stream,
             detokenizer=Detokenizer(tokenizer, params.stop),
             stop_ids=frozenset((*ends, *params.stop_token_ids)),
-            drafter=NgramDrafter(request.prompt_ids) if guessed else None,
         )
 
     def take(
@@ -69,16 +64,10 @@ class LiveSequence:
         """It says this token; with log-probabilities, if they are asked for: see StepResult."""
         self.output_ids.append(token)
         self.withheld_ids.append(token)
-        if self.drafter is not None:
-            self.drafter.extend([token])
         if logprobs is not None:
             chosen, ids, values = logprobs
             top = tuple(zip(ids, values, strict=True))
             self.withheld_logprobs.append(TokenLogprob(token, chosen, top))
-
-    def guess(self, tokens_max: int) -> list[int]:
-        """What it may say next, at most so many tokens."""
-        return [] if self.drafter is None else self.drafter.guess(tokens_max)
 
     def delta(self, text: str, tokens: int) -> Delta:
         """A piece of text with the tokens behind it."""

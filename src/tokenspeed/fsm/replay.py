@@ -47,6 +47,7 @@ CALLS: Mapping[str, Mapping[str, DTypeLike | None]] = {
         "session": None, "keep_us": None, "supersedes": None, "priority": None,
     },
     "propose": {"number": None, "draft": np.int32},
+    "guess": {"numbers": np.int64},
     "plan": {},
     "commit": {
         "step": None, "token_ids": np.int32, "stop": np.bool_, "duration_us": None,

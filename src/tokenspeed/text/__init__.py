@@ -8,5 +8,4 @@ from tokenspeed.text.chat import ChatEncoder as ChatEncoder
 from tokenspeed.text.chat import ChatTemplate as ChatTemplate
 from tokenspeed.text.detokenizer import Detokenizer as Detokenizer
 from tokenspeed.text.detokenizer import Piece as Piece
-from tokenspeed.text.drafts import NgramDrafter as NgramDrafter
 from tokenspeed.text.tokenizer import Tokenizer as Tokenizer
