@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import attrs
 import numpy as np
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from tokenspeed import models
 from tokenspeed.config import EngineConfig
 from tokenspeed.plan import StepPlan
-from tokenspeed.spmd import Mesh
+from tokenspeed.spmd import KV, Mesh
 from tokenspeed.spmd.batch import Slots
 
 transformers = pytest.importorskip("transformers", reason="the referee is not installed")
@@ -89,26 +90,36 @@ def logits(folder: Path, ids: Tensor, *, chunk: int, dtype: str = "float32") -> 
     return fed(models.in_cache_groups(built, EngineConfig()), ids, chunk)
 
 
-def fed(model: models.Model, ids: Tensor, chunk: int) -> Tensor:
-    longest = -(-len(ids) // 8)
+def slots_of(model: models.Model, tokens: int) -> tuple[Slots, KV]:
+    """One slot with pages of 8 for so many tokens, which run backwards, and their KV."""
+    longest = -(-tokens // 8)
     pages = longest * len(model.kv.groups.windows)
-    slots, kv = Slots(1, longest, 8, model.kv), model.kv.allocate(pages + 1, 8)
+    slots = Slots(1, longest, 8, model.kv)
     delta = np.array([(0, index, pages - index) for index in range(pages)], np.int32)
+    slots.patch(attrs.evolve(plan_of(torch.zeros(1), 0), page_delta=delta))
+    return slots, model.kv.allocate(pages + 1, 8)
+
+
+def plan_of(piece: Tensor, start: int) -> StepPlan:
+    """A step that feeds these ids from a position on, and wants the logits of each."""
+    return StepPlan(
+        step=0,
+        slots=np.zeros(1, np.int32),
+        query_start=np.array([0, len(piece)], np.int32),
+        token_ids=piece.numpy().astype(np.int32),
+        context_lens=np.array([start], np.int32),
+        sampled=np.ones(1, np.bool_),
+        page_delta=np.empty((0, 3), np.int32),
+        drafts=np.array([len(piece) - 1], np.int32),
+    )
+
+
+def fed(model: models.Model, ids: Tensor, chunk: int) -> Tensor:
+    slots, kv = slots_of(model, len(ids))
     rows = []
     with torch.inference_mode():
         for start in range(0, len(ids), chunk):
-            piece = ids[start : start + chunk]
-            plan = StepPlan(
-                step=0,
-                slots=np.zeros(1, np.int32),
-                query_start=np.array([0, len(piece)], np.int32),
-                token_ids=piece.numpy().astype(np.int32),
-                context_lens=np.array([start], np.int32),
-                sampled=np.ones(1, np.bool_),
-                page_delta=delta,
-                drafts=np.array([len(piece) - 1], np.int32),  # so that each token has its logits
-            )
-            slots.patch(plan)
+            plan = plan_of(ids[start : start + chunk], start)
             out, kv = model.step(model.params, slots.batch(plan), kv)
             rows.append(out)
     return torch.cat(rows)

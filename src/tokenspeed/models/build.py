@@ -7,7 +7,7 @@ then tensors are read one at a time into their rank's part of the fused paramete
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, final
 
@@ -89,22 +89,27 @@ class Model:
 
 
 def compile_config(
-    config: ModelConfig, mesh: Mesh, communicator: Communicator | None = None, **kind: Any
+    config: ModelConfig,
+    mesh: Mesh,
+    communicator: Communicator | None = None,
+    *,
+    family: Family | None = None,
+    **kind: Any,
 ) -> Program:
     """Compile the model that a configuration describes; reads no weights.
 
     Args:
         config: of any family.
         mesh, communicator, kind: as of `compile_model`.
+        family: another use of the configuration than generating text: see Family.
 
     Raises:
         PlacementError: the model does not fit the mesh.
     """
-    family = Family.of(config)
+    family = family or Family.of(config)
     function, tree = partial(family.forward, config=config), family.parameters(config)
-    return compile_model(
-        function, tree, config.layers, mesh=mesh, communicator=communicator, **kind
-    )
+    layers = family.layers(config)
+    return compile_model(function, tree, layers, mesh=mesh, communicator=communicator, **kind)
 
 
 def open_model(
@@ -128,6 +133,8 @@ def build(
     device: str = "cpu",
     progress: LoadProgress | None = None,
     communicator: Communicator | None = None,
+    family: Family | None = None,
+    fields: Mapping[str, Tensor] | None = None,
 ) -> Model:
     """Compile a checkpoint's model and read its weights.
 
@@ -138,6 +145,8 @@ def build(
         device: a torch device.
         progress: called after every tensor.
         communicator: of the mesh, where it has more than one rank.
+        family: another use of the model than generating text: see Family.
+        fields: of the batch that only this use has: see Bucket.
 
     Raises:
         CheckpointError: tensors are missing, unknown or misshapen; before memory is taken.
@@ -146,14 +155,16 @@ def build(
     if dtype not in _DTYPES:
         raise ConfigError("dtype", dtype, f"one of {', '.join(_DTYPES)}")
     config = checkpoint.config
-    tree = Family.of(config).parameters(config)
-    bucket = Bucket(dtype=_DTYPES[dtype])
-    program = compile_config(config, mesh, communicator, bucket=bucket)
-    _check_tensors(checkpoint, tree)
+    family = family or Family.of(config)
+    tree = family.parameters(config)
+    bucket = Bucket(dtype=_DTYPES[dtype], fields=fields or {})
+    program = compile_config(config, mesh, communicator, family=family, bucket=bucket)
+    _check_tensors(checkpoint, tree, family)
     kind: dict[str, Any] = {"dtype": _DTYPES[dtype], "device": torch.device(device)}
     params = _load(checkpoint, tree, program, kind, progress or _silent)
     held = program.held_layers
-    kv = KVSpec(layers=config.layers, parts=_cached(config, mesh), held=held, **kind)
+    parts = _cached(config, mesh, family)
+    kv = KVSpec(layers=family.layers(config), parts=parts, held=held, **kind)
     return Model(config=config, step=program, params=params, kv=kv)
 
 
@@ -235,27 +246,26 @@ def _free_bytes(device: torch.device) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _cached(config: ModelConfig, mesh: Mesh) -> tuple[tuple[int, ...], ...]:
+def _cached(config: ModelConfig, mesh: Mesh, family: Family) -> tuple[tuple[int, ...], ...]:
     """What this rank keeps of a token in a layer: the shape of each part."""
     parts = []
-    for shape, lies in Family.of(config).cached(config):
+    for shape, lies in family.cached(config):
         index = shard_slice(Source("KV", shape), lies, mesh, ("kv",))
         parts.append(tuple(one.stop - one.start for one in index))
     return tuple(parts)
 
 
-def _check_tensors(checkpoint: Checkpoint, tree: Tree) -> None:
+def _check_tensors(checkpoint: Checkpoint, tree: Tree, family: Family) -> None:
     wanted = {s.name: s.shape for _, leaf in _parameters(tree) for s in leaf.sources}
     held = checkpoint.tensors
     config = checkpoint.config
-    unused = Family.of(config).unused
     problems = [
         f"missing: {name} {list(shape)}" for name, shape in wanted.items() if name not in held
     ]
     problems += [
         f"unknown: {name} {list(held[name].shape)}"
         for name in held
-        if name not in wanted and not unused(config, name)
+        if name not in wanted and not family.unused(config, name)
     ]
     problems += [
         f"misshapen: {name} is {list(held[name].shape)}, expected {list(shape)}"
@@ -323,6 +333,7 @@ class _Counter:
         names = {
             source.name
             for path, leaf in _parameters(tree)
+            if program.holds(path)
             for source, _ in own_sources(
                 leaf, program.param_layouts.get(path, REPLICATED), program.mesh, path
             )

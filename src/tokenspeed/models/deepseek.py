@@ -56,7 +56,16 @@ from tokenspeed.spmd.placement import (
     tokens,
 )
 
-__all__ = ["cached", "forward", "parameters", "unused"]
+__all__ = [
+    "attend",
+    "cached",
+    "forward",
+    "layer_parameters",
+    "moe",
+    "parameters",
+    "trunk",
+    "unused",
+]
 
 AT_EXPERTS = tokens(tp=Replicate(), ep=Replicate())
 """Each token wherever some of its experts are."""
@@ -164,21 +173,26 @@ def add(a: Tensor, b: Tensor) -> Tensor:
 
 def forward(params: Any, batch: Any, kv: Any, *, config: DeepseekConfig) -> tuple[Any, Any]:
     """The model function: (params, batch, kv) -> (logits [sampled rows, vocab], kv)."""
+    x, residual = trunk(params, batch, kv, config=config)
+    return head(params["head"], x, residual, batch.sampled_rows, config.norm_eps), kv
+
+
+def trunk(params: Any, batch: Any, kv: Any, *, config: DeepseekConfig) -> tuple[Any, Any]:
+    """All layers: (what the last one adds to the residual, the residual), [tokens, hidden]."""
     eps = config.norm_eps
     residual = embed(params["embed"], batch.token_ids)
     x = norm(params["layers"][0]["attention_norm"], residual, eps)
     for index, layer in enumerate(params["layers"]):
         if index:
             x, residual = add_norm(layer["attention_norm"], x, residual, eps)
-        x = _attend(config, layer, params["cos_sin"], batch, kv[index], x)
+        x = attend(config, layer, params["cos_sin"], batch, kv[index], x)
         x, residual = add_norm(layer["mlp_norm"], x, residual, eps)
-        x = mlp(layer["mlp"], x) if index < config.dense_layers else _moe(config, layer, x)
-    return head(params["head"], x, residual, batch.sampled_rows, eps), kv
+        x = mlp(layer["mlp"], x) if index < config.dense_layers else moe(config, layer, x)
+    return x, residual
 
 
-def _attend(
-    config: DeepseekConfig, layer: Any, cos_sin: Any, batch: Any, pages: Any, x: Any
-) -> Any:
+def attend(config: DeepseekConfig, layer: Any, cos_sin: Any, batch: Any, pages: Any, x: Any) -> Any:
+    """A layer's attention, as the configuration has it."""
     x = attention(
         layer["attention"],
         x,
@@ -194,7 +208,8 @@ def _attend(
     return add_bias(layer["attention_out"], x) if config.attention_bias else x
 
 
-def _moe(config: DeepseekConfig, layer: Any, x: Any) -> Any:
+def moe(config: DeepseekConfig, layer: Any, x: Any) -> Any:
+    """A layer's experts, routed and shared."""
     chosen, weights = route(layer["router"], x, **attrs.asdict(config.routing))
     mixed = experts(layer["experts"], x, chosen, weights)
     return add(mixed, mlp(layer["shared"], x)) if config.shared_experts else mixed
@@ -224,7 +239,7 @@ def parameters(config: DeepseekConfig) -> dict[str, Any]:
     at, shape = config.prefix, (config.vocab_size, config.hidden)
     embedding = f"{at}model.embed_tokens.weight"
     layers = [
-        _layer(config, f"{at}model.layers.{index}", dense=index < config.dense_layers)
+        layer_parameters(config, f"{at}model.layers.{index}", dense=index < config.dense_layers)
         for index in range(config.layers)
     ]
     return {
@@ -238,7 +253,8 @@ def parameters(config: DeepseekConfig) -> dict[str, Any]:
     }
 
 
-def _layer(config: DeepseekConfig, at: str, dense: bool) -> dict[str, Any]:
+def layer_parameters(config: DeepseekConfig, at: str, dense: bool) -> dict[str, Any]:
+    """A layer's part of the tree, by its name in the checkpoint."""
     hidden = config.hidden
     layer = {
         "attention_norm": {"weight": one(f"{at}.input_layernorm.weight", hidden)},

@@ -24,6 +24,10 @@ SHAPES = Path(__file__).parent / "shapes"
 """Configurations of published models, written from their papers; each is known by its name."""
 
 
+def _all_layers(config: ModelConfig) -> int:
+    return config.layers
+
+
 @final
 @frozen
 class Family:
@@ -34,12 +38,14 @@ class Family:
         parameters: the tree of what it is given, by names in the checkpoint.
         cached: what a layer keeps of a token.
         unused: whether a tensor of a checkpoint is one that the model does without.
+        layers: how many have a KV.
     """
 
     forward: Callable[..., tuple[Any, Any]]
     parameters: Callable[[Any], Tree]
     cached: Callable[[Any], Cached]
     unused: Callable[[Any, str], bool]
+    layers: Callable[[Any], int] = _all_layers
 
     @classmethod
     def of(cls, config: ModelConfig) -> Family:
