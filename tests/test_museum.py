@@ -74,6 +74,19 @@ def test_a_deleted_guard_is_missed(spec: str, name: str, violated: str) -> None:
     assert report.violated == violated
 
 
+def test_one_program_has_every_guard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each begins in a state of its own, so that a program is built for a model and not a guard."""
+    sources = []
+    built = compiled._built
+    monkeypatch.setattr(compiled, "_built", lambda source: sources.append(source) or built(source))
+    for name in ("Release: ~Pinned(r)", "Acquire: p \\in FreePages"):
+        report = without("Lifecycle.tla", name)
+        assert report is not None
+        assert {step.state["off"] for step in report.trace} == {report.trace[0].state["off"]}
+    assert len(sources) == 2
+    assert sources[0] == sources[1]
+
+
 def test_a_search_that_ends_early_says_nothing_of_a_guard() -> None:
     """It is no violation: whoever gives a search too little must not hear that all is missed."""
     with pytest.raises(ConfigError, match=r"limit of states.*raise --memory-mb or --states-max"):
@@ -81,6 +94,7 @@ def test_a_search_that_ends_early_says_nothing_of_a_guard() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("guards")
 @pytest.mark.parametrize(("spec", "name"), GUARDS, ids=lambda part: part)
 def test_every_guard_is_missed_or_its_absence_is_explained(spec: str, name: str) -> None:
     assert (without(spec, name) is None) == (name in MUSEUM.guards[spec].survivors)

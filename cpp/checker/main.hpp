@@ -63,6 +63,8 @@ class Program {
         out.limits.memory_mb = std::strtoull(value, nullptr, 10);
       else if (name == "--states-max")
         out.limits.states_max = static_cast<Index>(std::strtoul(value, nullptr, 10));
+      else if (name == "--initial")
+        out.limits.initial = static_cast<Index>(std::strtoul(value, nullptr, 10));
       else if (name == "--graph")
         out.graph = value;
       else if (name == "--walks")

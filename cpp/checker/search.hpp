@@ -27,6 +27,7 @@ struct Limits {
   int workers = 1;
   std::size_t memory_mb = 4096;
   Index states_max = kNone;
+  Index initial = kNone;  // begin with this state of Init alone, by its place
 };
 
 // Set by SIGINT: whoever searches stops soon, and keeps what was found.
@@ -179,8 +180,10 @@ class Search {
   Outcome start() {
     Canonical<Model> canonical;
     Outcome out;
+    Index place = 0;
     try {
       Model::initial([&](const State& state) {
+        if (limits_.initial != kNone && place++ != limits_.initial) return;
         ++generated_;
         if (out.verdict != Verdict::Ok) return;
         const bool inside = Model::inside(state);

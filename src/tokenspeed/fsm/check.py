@@ -81,12 +81,14 @@ class Settings:
         workers: threads of the compiled model; the counts do not depend on them.
         memory_mb: what the states may take; beyond it the check ends with partial counts.
         states_max: how many states to enter at most, or None.
+        initial: the place of the initial state to begin with, from 0; None begins with all.
         engine: `auto` compiles where there is a compiler.
     """
 
     workers: int = 1
     memory_mb: int = 4096
     states_max: int | None = None
+    initial: int | None = None
     engine: Literal["auto", "compiled", "interpreter"] = "auto"
 
 
@@ -175,6 +177,8 @@ def _options(settings: Settings) -> dict[str, object]:
     options: dict[str, object] = {"workers": settings.workers, "memory_mb": settings.memory_mb}
     if settings.states_max is not None:
         options["states_max"] = settings.states_max
+    if settings.initial is not None:
+        options["initial"] = settings.initial
     return options
 
 
@@ -185,7 +189,7 @@ def _interpreted(model: Model, settings: Settings) -> Report:
     """The same by the interpreter, for small models."""
     begin = time.process_time()
     core = read_model(model)
-    search = Search(core, settings.states_max)
+    search = Search(core, settings.states_max, settings.initial)
     outcome = search.run()
     if outcome.result == "ok" and core.properties.debts:
         outcome = live(core, search)

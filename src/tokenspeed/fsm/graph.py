@@ -98,7 +98,7 @@ def compiled_steps(
 
 
 def _interpreted(model: Model, settings: Settings) -> tuple[list[State], Steps]:
-    search = Search(read_model(model), settings.states_max)
+    search = Search(read_model(model), settings.states_max, settings.initial)
     search.run()
     numbers = {state: at for at, state in enumerate(search.reached)}
     names = model.evaluator.variables

@@ -60,6 +60,7 @@ class Search:
     Args:
         core: the model, read.
         states_max: how many states to enter at most, or None.
+        initial: the place of the initial state to begin with, or None.
 
     Attributes:
         reached: the states; under SYMMETRY one of each class.
@@ -68,7 +69,9 @@ class Search:
         canonical: the state that stands for a state.
     """
 
-    def __init__(self, core: CompiledModel, states_max: int | None) -> None:
+    def __init__(
+        self, core: CompiledModel, states_max: int | None, initial: int | None = None
+    ) -> None:
         evaluator, config, asked = core.model.evaluator, core.model.config, core.asked
         evaluator.single |= _single(core)
         self.reached: Reached = {}
@@ -78,6 +81,7 @@ class Search:
         )
         self.successors = evaluator.successors(config.next)
         self._evaluator, self._config, self._states_max = evaluator, config, states_max
+        self._initial = initial
         self.canonical = canonical(core.symmetric, core.variables, Span(config.path, 1, 1))
         self._initially = [(name, evaluator.expression(e)) for name, e in asked.initially]
         self._invariants = [(name, evaluator.expression(e)) for name, e in asked.invariants]
@@ -130,7 +134,9 @@ class Search:
 
     def _start(self) -> Outcome | None:
         found = None
-        for state in self._evaluator.starts(self._config.init):
+        for place, state in enumerate(self._evaluator.starts(self._config.init)):
+            if self._initial is not None and place != self._initial:
+                continue
             self.generated += 1
             inside = all(holds(state) for holds in self._inside)
             key = self.canonical(state)

@@ -1,7 +1,8 @@
 """The bug museum: known bugs put back into the specification, each to be found by its property.
 
 Rule: an exhibit is an edit of the spec; it counts as found only if the property that its row names
-is violated. Guards are deleted one by one besides, and one that nobody misses must have a reason.
+is violated. Guards are deleted one by one besides, and one that nobody misses must have a reason:
+in one program a model, where a variable `off` that nothing changes names the guard that says yes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import attrs
 import cattrs
 from attrs import field, frozen
 
@@ -173,11 +175,13 @@ def try_guard(
     Raises:
         ConfigError: a check did not come to its end, which says nothing of the guard.
     """
-    source = (specs / spec).read_bytes()
-    text = source[: guard.lies.start] + b"TRUE" + source[guard.lies.stop :]
-    with _changed(specs, spec, text.decode()) as copy:
+    there = guards(specs / spec)
+    alone = attrs.evolve(settings, initial=there.index(guard))
+    with _changed(specs, spec, _switched(specs / spec, there)) as copy:
+        for path in copy.glob("*.tla"):
+            path.write_text(_carrying(path.read_text(encoding="utf-8"), len(there)))
         for module, config in museum.guards[spec].models:
-            report = check(copy / module, copy / config, settings, progress)
+            report = check(copy / module, copy / config, alone, progress)
             if report.result == "error" and report.violated in ENDED_EARLY:
                 raise ConfigError(
                     guard.name, report.violated,
@@ -186,6 +190,27 @@ def try_guard(
             if report.result != "ok":
                 return report
     return None
+
+
+def _switched(spec: Path, there: list[Guard]) -> str:
+    """A spec in which each guard says yes where `off` is its number."""
+    source = spec.read_bytes()
+    for number, guard in reversed([*enumerate(there)]):
+        before = f'(off = "{number:03}" \\/ ('.encode()
+        text = source[guard.lies].replace(b"\n", b"\n" + b" " * len(before))  # lists stay aligned
+        source = source[: guard.lies.start] + before + text + b"))" + source[guard.lies.stop :]
+    return source.decode()
+
+
+def _carrying(text: str, guards: int) -> str:
+    """A module in which no action changes `off`; the root has it, in `guards` initial states."""
+    text = re.sub(r"UNCHANGED (\w+)", r"UNCHANGED <<\1>>", text)
+    text = text.replace("UNCHANGED <<", "UNCHANGED <<off, ")
+    if "\nInit ==\n" not in text:
+        return text
+    numbers = ", ".join(f'"{number:03}"' for number in range(guards))
+    text = text.replace("\nVARIABLES\n", "\nVARIABLE off\nVARIABLES\n")
+    return text.replace("\nInit ==\n", f"\nInit ==\n  /\\ off \\in {{{numbers}}}\n")
 
 
 def _asking(config: str, keyword: str, name: str) -> str:
