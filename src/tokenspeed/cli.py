@@ -241,6 +241,29 @@ def kernels(explain: str | None) -> None:
 
 
 @cli.command()
+@click.argument("model")
+@click.option("--mesh", default="", help="axes and their sizes, as tp=4,ep=4  [default: one rank]")
+@click.option("--tokens", type=int, help="of a step, of all ranks together  [default: 32 each]")
+@click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True)
+@click.option("--link", "links", multiple=True, help="AXIS=µs,GB/s  [default: NVLink and network]")
+@click.option("--json", "as_json", is_flag=True, help="JSON on stdout instead of the table")
+def shard(
+    model: str, mesh: str, tokens: int | None, dtype: str, links: tuple[str, ...], as_json: bool
+) -> None:
+    """What each layer of MODEL sends on a mesh, what that costs, and what a rank holds.
+
+    MODEL is a folder with a config.json, such a file, or the name of a shape that is shipped; no
+    weights are read.
+    """
+    found = _room("tokenspeed.bench.shard").measure(model, mesh, tokens, dtype, links)
+    if as_json:
+        click.echo(json.dumps(found.as_json(), indent=2))
+    else:
+        # A pipe has no width of its own; 80 columns would cut the numbers off.
+        Console(width=None if sys.stdout.isatty() else 110).print(found.table(), highlight=False)
+
+
+@cli.command()
 @click.option("--check", "only_check", is_flag=True, help="write nothing; fail if a file is stale")
 def codegen(only_check: bool) -> None:
     """Print the C++ lifecycle and the Python mirror from specs/Lifecycle.tla (in a checkout)."""

@@ -8,6 +8,8 @@ assignments: no loop, no interpretation.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, final
@@ -24,7 +26,7 @@ from tokenspeed.spmd.forms import Form, Sent
 from tokenspeed.spmd.mesh import Mesh
 from tokenspeed.spmd.module import Module
 from tokenspeed.spmd.moves import Move
-from tokenspeed.spmd.params import Parameter, Path, Tree, leaves, own_rows, own_sources
+from tokenspeed.spmd.params import Parameter, Path, Tree, leaves, local_shape, own_rows, own_sources
 from tokenspeed.spmd.placement import REPLICATED, Layout, as_batch
 from tokenspeed.spmd.solve import Solution, solve
 from tokenspeed.spmd.stages import AXIS, HOP, held_layers, split
@@ -85,7 +87,10 @@ class Program:
         param_layouts: how each parameter lies, by path.
         held_params: paths of those that this rank's calls want.
         held_layers: whose KV this rank has.
+        param_bytes: of this rank's part of each that it holds; one that is there twice counts once.
         result: how the result lies.
+        peak_bytes: of what lies between modules at once, at most; what modules need inside is not
+            known here.
         cost_s: of all collectives and of what modules read and write, by the model.
     """
 
@@ -99,7 +104,9 @@ class Program:
     param_layouts: Mapping[Path, Layout]
     held_params: frozenset[Path]
     held_layers: range
+    param_bytes: Mapping[Path, int]
     result: Layout
+    peak_bytes: int
     cost_s: float
 
     def holds(self, path: Path) -> bool:
@@ -177,6 +184,7 @@ def compile_model(
         linker.link(at, call, form)
     linker.finish(trace.calls, result)
     here = mesh.coordinate(AXIS)
+    held_params = frozenset(p for call in trace.calls if call.stage == here for p in call.params)
     return Program(
         mesh=mesh,
         bucket=trace.bucket,
@@ -186,11 +194,26 @@ def compile_model(
         forms=plan.forms,
         collectives=tuple(linker.collectives),
         param_layouts=trace.param_layouts,
-        held_params=frozenset(p for c in trace.calls if c.stage == here for p in c.params),
+        held_params=held_params,
         held_layers=held,
+        param_bytes=_param_bytes(trace, params, held_params, mesh),
         result=plan.result,
+        peak_bytes=linker.peak_bytes(),
         cost_s=plan.cost_s,
     )
+
+
+def _param_bytes(trace: Trace, params: Tree, held: frozenset[Path], mesh: Mesh) -> dict[Path, int]:
+    seen, found = set[tuple[Any, Layout]](), dict[Path, int]()
+    for path, leaf in leaves(params):
+        if isinstance(leaf, Parameter) and path in held:
+            lies = trace.param_layouts[path].within(mesh)
+            key = (leaf.sources[0].name, leaf.shape), lies
+            shape = local_shape(leaf, lies, mesh, path)
+            itemsize = trace.parameter(leaf).element_size()
+            found[path] = 0 if key in seen else math.prod(shape) * itemsize
+            seen.add(key)
+    return found
 
 
 @define(eq=False)
@@ -209,6 +232,7 @@ class _Linker:
     own: dict[tuple[str, int], str] = field(factory=dict)
     last_use: dict[str, int] = field(factory=dict)
     made_in: dict[int, int | None] = field(factory=dict)
+    sizes: dict[str, tuple[int, float]] = field(factory=dict)
 
     @property
     def source(self) -> str:
@@ -219,11 +243,17 @@ class _Linker:
                 body[line] += f"; del {name}"
         return "def step(params, batch, kv):\n" + "".join(f"    {line}\n" for line in body)
 
+    def peak_bytes(self) -> int:
+        """Bytes of all names that are bound at once, at most; each is freed after its last use."""
+        change = [0.0] * (len(self.lines) + 1)
+        for name, (line, size) in self.sizes.items():
+            change[line] += size
+            change[self.last_use.get(name, line) + 1] -= size
+        return round(max(itertools.accumulate(change)))
+
     def link(self, at: int, call: Call, form: Form) -> None:
         """Write a module call after the collectives that its inputs want, if it is ours."""
-        layers = [self.made_in.get(value.number) for value in call.uses.values()]
-        made_in = layers[0] if call.module is HOP else call.layer
-        self.made_in |= {value.number: made_in for value in call.outputs}
+        self.made_in |= {value.number: call.layer for value in call.outputs}
         if call.module is HOP:
             self._hop(at, call, form)
         elif call.stage == self.mesh.coordinate(AXIS):
@@ -246,12 +276,14 @@ class _Linker:
             )
             arguments.append(f"{name}={text}")
         targets = [value.name for value in call.outputs]
+        for value, lies in zip(call.outputs, form.outputs, strict=True):
+            self.sizes[value.name] = len(self.lines), value.kind.local_bytes(lies, self.mesh)
         self._write(targets, self._function(call.module), arguments, tuple(moved.values()))
         if form.sent is not None and away is not None:
             name = f"combine_{form.sent.axis}"
             self.names[name] = self._sending(combine, axis=form.sent.axis)
             self._write(targets, name, [away, *targets], (away, *targets), unpack=True)
-            self._note("all_to_all", form.sent.axis, at, call, form.outputs[0], form.sent.bytes[1])
+            self._note_sent(at, call, form, form.sent, 1)
 
     def _hop(self, at: int, call: Call, form: Form) -> None:
         """Write this rank's side of a send, if it has one."""
@@ -261,12 +293,14 @@ class _Linker:
             self.names["send"] = self._communicated("send")
             self._use(name)
             self.lines.append(f"send({name})")
-            self._note("send", AXIS, at, call, lies, round(value.kind.local_bytes(lies, self.mesh)))
+            size = round(value.kind.local_bytes(lies, self.mesh))
+            self._note("send", AXIS, at, call, size, form.hop_s, lies)
         elif here == call.stage:
             name = f"receive_{value.name}"
             self.names[name] = partial(
                 _receive, self._communicated("receive"), self._blank(value, lies)
             )
+            self.sizes[value.name] = len(self.lines), value.kind.local_bytes(lies, self.mesh)
             self._write([value.name], name, ["batch.token_ids"], ())
 
     def _blank(self, value: Value, lies: Layout) -> Callable[[Tensor], Tensor]:
@@ -301,7 +335,10 @@ class _Linker:
                 self._write([name], "blank", ["batch.sampled_rows"], ())
             self._write(["result"], "broadcast", [name], (name,))
             size = round(result.kind.local_bytes(lies, self.mesh))
-            self._note("broadcast", AXIS, len(calls), last, lies, size)
+            cost = self.plan.costs.link(AXIS, self.mesh).seconds(
+                "broadcast", self.mesh.size(AXIS), size
+            )
+            self._note("broadcast", AXIS, len(calls), last, size, cost, lies)
             name = "result"
         self._use(name)
         self.lines.append(f"return {name}, kv")
@@ -353,7 +390,8 @@ class _Linker:
             move = next(m for m in self.plan.trees[value.number] if m.wanted == wanted)
             name = self._convert(value, move.given, consumer, at)
             self.converted[key] = target = f"c{len(self.converted)}"
-            self._write([target], self._operation(move, consumer), [name], (name,))
+            self.sizes[target] = len(self.lines), value.kind.local_bytes(wanted, self.mesh)
+            self._write([target], self._operation(move), [name], (name,))
             self.collectives.append(
                 Collective(
                     op=move.op,
@@ -370,7 +408,7 @@ class _Linker:
             )
         return self.converted[key]
 
-    def _operation(self, move: Move, consumer: str) -> str:
+    def _operation(self, move: Move) -> str:
         """The name of the function that carries out a move."""
         parts = (move.op, move.axis, move.from_dim, move.dim)
         name = "_".join(str(part) for part in parts if part is not None)
@@ -406,19 +444,25 @@ class _Linker:
             dispatch, axis=sent.axis, ranks=self.mesh.size(sent.axis), rows=sent.rows, routed=routed
         )
         there = {argument: f"s{at}_{index}" for index, argument in enumerate(moved)}
+        self.sizes[f"s{at}_0"] = len(self.lines), sent.bytes[0]
         away = f"a{at}"
         sources = tuple(moved.values())
         self._write([*there.values(), away], name, list(sources), sources)
-        self._note("all_to_all", sent.axis, at, call, form.outputs[0], sent.bytes[0])
+        self._note_sent(at, call, form, sent, 0)
         return there, away
 
-    def _note(self, op: str, axis: str, at: int, call: Call, lies: Layout, size: int) -> None:
+    def _note(
+        self, op: str, axis: str, at: int, call: Call, size: int, cost_s: float, lies: Layout
+    ) -> None:
         """Record a collective that is no move."""
-        cost = self.plan.costs.link(axis, self.mesh).seconds(op, self.mesh.size(axis), size)
-        layer = self.made_in.get(call.outputs[0].number)
         self.collectives.append(
-            Collective(op, axis, None, lies, lies, call.path, at, layer, size, cost)
+            Collective(op, axis, None, lies, lies, call.path, at, call.layer, size, cost_s)
         )
+
+    def _note_sent(self, at: int, call: Call, form: Form, sent: Sent, way: int) -> None:
+        """Record that tokens go to their ranks (0), or come back (1)."""
+        size, cost_s = sent.bytes[way], sent.cost_s[way]
+        self._note("all_to_all", sent.axis, at, call, size, cost_s, form.outputs[0])
 
     def _own_rows(self, call: Call, argument: str, name: str) -> str:
         """The name of row numbers as this rank counts them."""

@@ -36,15 +36,17 @@ class Link:
     """What joins the ranks along an axis.
 
     Attributes:
-        latency_s: of a message, launch and synchronisation included.
+        latency_s: of a message.
         bytes_per_s: that a rank sends while it receives as much.
+        launch_s: of a collective, whatever it sends.
     """
 
     latency_s: float
     bytes_per_s: float
+    launch_s: float = 0.0
 
     def __attrs_post_init__(self) -> None:
-        if not (self.latency_s >= 0 and self.bytes_per_s > 0):
+        if not (self.latency_s >= 0 and self.launch_s >= 0 and self.bytes_per_s > 0):
             raise ConfigError(
                 "link", (self.latency_s, self.bytes_per_s), "a latency from 0 s and bytes/s above 0"
             )
@@ -62,16 +64,20 @@ class Link:
             "send": ((1, 1.0),),
             "broadcast": ((rounds, rounds),),
         }[op]
-        return LOCAL_S + min(
-            messages * self.latency_s + share * size_bytes / self.bytes_per_s
-            for messages, share in ways
+        return (
+            self.launch_s
+            + LOCAL_S
+            + min(
+                messages * self.latency_s + share * size_bytes / self.bytes_per_s
+                for messages, share in ways
+            )
         )
 
 
-NVLINK = Link(latency_s=3e-6, bytes_per_s=450e9)
+NVLINK = Link(latency_s=3e-6, bytes_per_s=450e9, launch_s=5e-6)
 """Fourth generation, one direction of 18 links (NVIDIA H100 data sheet, 2023)."""
 
-NETWORK = Link(latency_s=10e-6, bytes_per_s=50e9)
+NETWORK = Link(latency_s=10e-6, bytes_per_s=50e9, launch_s=5e-6)
 """400 Gb/s a rank."""
 
 _HOST_RANKS = 8

@@ -32,12 +32,14 @@ class Sent:
     Attributes:
         axis: of the mesh.
         rows: of the parameter on each rank.
-        bytes: expected to be sent and received by a rank, there and back; those that stay count.
+        bytes: expected to be sent by a rank, there and back; what stays counts.
+        cost_s: of going there, the counts included, and of coming back.
     """
 
     axis: str
     rows: int
     bytes: tuple[int, int]
+    cost_s: tuple[float, float]
 
 
 @final
@@ -49,13 +51,20 @@ class Form:
         inputs: by argument.
         outputs: of each result.
         sent: how tokens get to the call, if not as the inputs lie.
-        cost_s: of sending, and of the memory that inputs and outputs take.
+        touched_s: of reading inputs and writing outputs.
+        hop_s: of sending the input to the next stage.
     """
 
     inputs: Mapping[str, Layout]
     outputs: tuple[Layout, ...]
-    sent: Sent | None
-    cost_s: float
+    sent: Sent | None = None
+    touched_s: float = 0.0
+    hop_s: float = 0.0
+
+    @property
+    def cost_s(self) -> float:
+        """Of all of it."""
+        return self.touched_s + self.hop_s + (sum(self.sent.cost_s) if self.sent else 0.0)
 
 
 def forms(call: Call, mesh: Mesh, batch: Layout, costs: Costs) -> list[Form]:
@@ -70,14 +79,14 @@ def forms(call: Call, mesh: Mesh, batch: Layout, costs: Costs) -> list[Form]:
             name: call.module.inputs[name].resolve(batch, chosen).within(mesh) for name in call.uses
         }
         outputs = tuple(b.resolve(batch, chosen).within(mesh) for b in call.module.outputs)
-        form = Form(inputs, outputs, None, 0.0)
+        form = Form(inputs, outputs)
         for one in (form, *_sending(call, form, mesh, batch, costs)):
             if all(v.kind.admits(lies, mesh) for v, lies in _placed(call, one)):
                 touched = sum(v.kind.local_bytes(lies, mesh) for v, lies in _placed(call, one))
-                cost = one.cost_s + costs.touched_s(touched)
+                hop_s = 0.0
                 if call.module is HOP:
-                    cost += costs.link(AXIS, mesh).seconds("send", 2, touched / 2)
-                found.append(evolve(one, cost_s=cost))
+                    hop_s = costs.link(AXIS, mesh).seconds("send", 2, touched / 2)
+                found.append(evolve(one, touched_s=costs.touched_s(touched), hop_s=hop_s))
     return found
 
 
@@ -142,7 +151,10 @@ def _sending(call: Call, form: Form, mesh: Mesh, batch: Layout, costs: Costs) ->
             list(zip(call.outputs, outputs, strict=True)),
         )
     )
-    sizes = (8 * size, *there, *back)  # the counts, then a message for each tensor
-    cost = sum(link.seconds("all_to_all", size, one) for one in sizes)
-    there[0] += sizes[0]
-    yield Form(inputs, outputs, Sent(axis, table.shape[0] // size, (sum(there), sum(back))), cost)
+    counts = 8 * size  # which are exchanged first; then a message for each tensor
+    cost = tuple(
+        sum(link.seconds("all_to_all", size, one) for one in sizes)
+        for sizes in ([counts, *there], back)
+    )
+    sent = Sent(axis, table.shape[0] // size, (counts + sum(there), sum(back)), (cost[0], cost[1]))
+    yield Form(inputs, outputs, sent)

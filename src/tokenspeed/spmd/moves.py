@@ -1,8 +1,9 @@
 """How one value gets from layout to layout: a graph whose edges are collectives, and its trees.
 
 Rule: a move changes one axis by one collective; what several moves make is found by search, the
-cheapest first. A dim that several axes shard is split in mesh order, so only the innermost of them
-can be gathered, scattered or moved. Nothing becomes summands that was not.
+cheapest first. A dim that several axes shard is split along the mesh's axes in order, dim 0 first
+along the batch's; only the innermost of them can be gathered, scattered or moved. Nothing becomes
+summands that was not.
 
     Partial  -> Replicate   all_reduce           Shard(d)  -> Replicate   all_gather
     Partial  -> Shard(d)    reduce_scatter       Shard(a)  -> Shard(b)    all_to_all
@@ -20,7 +21,7 @@ from attrs import define, field, frozen
 
 from tokenspeed.spmd.cost import Costs
 from tokenspeed.spmd.mesh import Mesh
-from tokenspeed.spmd.placement import Layout, Partial, Placement, Replicate, Shard
+from tokenspeed.spmd.placement import REPLICATED, Layout, Partial, Placement, Replicate, Shard
 
 __all__ = ["Kind", "Move", "Moves", "Tree"]
 
@@ -97,11 +98,13 @@ class Moves:
         kind: of the values.
         mesh: whose axes may be moved along.
         costs: of the machine.
+        batch: how the step's batch lies.
     """
 
     kind: Kind
     mesh: Mesh
     costs: Costs
+    batch: Layout = REPLICATED
     _reached: dict[tuple[Layout, frozenset[str]], _Reach] = field(factory=dict, init=False)
     _trees: dict[tuple[Layout, frozenset[Layout]], tuple[float, Tree]] = field(
         factory=dict, init=False
@@ -236,10 +239,12 @@ class Moves:
 
     def _innermost(self, lies: Layout, axis: str, dim: int) -> bool:
         """Whether no axis further in than this one shards the dim."""
-        names = [name for name, _ in self.mesh.axes]
-        return not any(
-            p.is_shard(dim) and names.index(other) > names.index(axis) for other, p in lies.axes
-        )
+        depth = {name: at for at, (name, _) in enumerate(self.mesh.axes)}
+        if dim == 0:
+            depth |= {
+                name: depth[name] - len(depth) for name, _ in self.batch.axes if name in depth
+            }
+        return not any(p.is_shard(dim) and depth[other] > depth[axis] for other, p in lies.axes)
 
     def _move(
         self, op: str, axis: str, from_dim: int | None, given: Layout, after: Placement

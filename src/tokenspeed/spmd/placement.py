@@ -3,7 +3,8 @@
 Rule: along each mesh axis a value is `Replicate()` (every rank has all of it), `Shard(dim)` (the
 ranks have equal slices of a tensor dim) or `Partial()` (the ranks have summands of it). A `Layout`
 says it for every axis; a `Boundary` is what a module declares, and may leave axes open. A dim that
-several axes shard is split along the mesh's axes in order, the outermost first.
+several axes shard is split along the mesh's axes in order, the outermost first; dim 0 of what lies
+between modules along those of the batch before all others.
 """
 
 from __future__ import annotations

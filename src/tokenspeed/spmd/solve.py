@@ -78,7 +78,7 @@ class _Search:
         for value in self.trace.values:
             kind = value.kind
             if kind not in self.moves:
-                self.moves[kind] = Moves(kind, self.mesh, self.costs)
+                self.moves[kind] = Moves(kind, self.mesh, self.costs, self.batch)
             self.of_value[value.number] = self.moves[kind]
         for at, call in enumerate(self.trace.calls):
             for value in call.uses.values():
@@ -190,7 +190,7 @@ def solve(
             raise _unsolvable(search, states, call.uses, known[key], call.path, at)
         states = after
     final = wanted.resolve(batch, Layout()).within(mesh)
-    last = Form({"result": final}, (), None, 0.0)
+    last = Form({"result": final}, ())
     after = search.after(states, len(trace.calls), {"result": result}, [last])
     if not after:
         raise _unsolvable(

@@ -72,6 +72,7 @@ def split(trace: Trace, layers: int, mesh: Mesh) -> None:
             stage = stages - 1
         calls.append(evolve(call, stage=stage))
     last_use = {value.number: call.stage for call in calls for value in call.uses.values()}
+    made_in = {value.number: call.layer for call in calls for value in call.outputs}
     trace.calls.clear()
     here: dict[int, Value] = {}  # what a module made, by its number -> what this stage has of it
     stage = 0
@@ -80,13 +81,13 @@ def split(trace: Trace, layers: int, mesh: Mesh) -> None:
             stage += 1
             for number, value in here.items():
                 if last_use.get(number, -1) >= stage:
-                    here[number] = _hop(trace, value, stage)
+                    here[number] = _hop(trace, value, stage, made_in[number])
         uses = {name: here.get(value.number, value) for name, value in call.uses.items()}
         trace.calls.append(evolve(call, uses=uses))
         here |= {value.number: value for value in call.outputs}
 
 
-def _hop(trace: Trace, value: Value, stage: int) -> Value:
+def _hop(trace: Trace, value: Value, stage: int, layer: int | None) -> Value:
     rows = trace.bucket.tokens or 1
     if value.meta is None or value.meta.shape[0] != rows:
         shape = "of unknown shape" if value.meta is None else list(value.meta.shape)
@@ -97,5 +98,5 @@ def _hop(trace: Trace, value: Value, stage: int) -> Value:
         )
     path = f"{AXIS}.{stage}:send {value.producer}"
     sent = trace.value(HOP.outputs[0], value.meta, path, f"v{len(trace.values)}")
-    trace.calls.append(Call(HOP, path, None, {"x": value}, {"x": value}, (sent,), (), stage))
+    trace.calls.append(Call(HOP, path, layer, {"x": value}, {"x": value}, (sent,), (), stage))
     return sent
