@@ -219,6 +219,66 @@ def test_a_next_turn_finds_the_last_window_though_the_pages_before_are_gone() ->
     assert scheduler.check() == []
 
 
+GROUPS = [{"window": WINDOW}, {"window": WINDOW, "full_groups": 1}]
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+def test_what_waits_is_looked_up_again_only_when_something_on_its_path_changes(
+    groups: dict[str, int],
+) -> None:
+    scheduler = Scheduler(
+        page_size=PAGE_SIZE, pages=20 * len(groups), slots=3, step_tokens=64, context_max=500,
+        **groups,
+    )  # fmt: skip
+
+    def steps(count: int) -> int:
+        """How often something was looked up in so many steps."""
+        before = scheduler.stats().prefix_looks
+        for _ in range(count):
+            plan = scheduler.plan()
+            assert plan is not None
+            rows = len(plan.slots)
+            scheduler.commit(plan.step, np.full(rows, 7, np.int32), np.zeros(rows, np.bool_))
+        return scheduler.stats().prefix_looks - before
+
+    blocked = np.arange(100, 180, dtype=np.int32)
+    scheduler.submit(0, np.arange(60, dtype=np.int32), 60)
+    steps(4)
+    scheduler.submit(1, blocked, 20)
+    assert steps(1) == 1
+    pages = scheduler.stats().pages_cached, scheduler.stats().evictions
+    assert steps(40) == 0, "pages were published, slid away and evicted: none of its own"
+    assert (scheduler.stats().pages_cached, scheduler.stats().evictions) != pages
+    assert scheduler.stats().waiting == 1
+    assert scheduler.check() == []
+    scheduler.submit(2, blocked[: 3 * PAGE_SIZE + 1], 8, priority=-1)
+    assert steps(6) > 1, "it was let in ahead, and published what waits for"
+    while scheduler.stats().waiting:
+        steps(1)
+        assert scheduler.check() == []
+    assert scheduler.stats().running > 0
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+def test_the_memory_of_evicted_prefixes_returns(groups: dict[str, int]) -> None:
+    def nodes(*prompts: np.ndarray) -> int:
+        for number, prompt in enumerate(prompts):
+            run(scheduler, number, prompt, 9)
+        assert scheduler.check() == []
+        return scheduler.stats().prefix_nodes
+
+    sizes = {"page_size": PAGE_SIZE, "slots": 1, "step_tokens": 8, "context_max": 500, "pages": 120}
+    scheduler = Scheduler(**sizes, **groups)
+    prompts = [np.arange(400 * at, 400 * at + 300, dtype=np.int32) for at in range(20)]
+    alone = nodes(prompts[0])
+    assert alone > 300 // PAGE_SIZE
+    assert nodes(*prompts) <= 2 * alone + 2, "of those that were evicted something is remembered"
+    evicted, held = scheduler.clear_cache()
+    assert evicted > 0
+    assert held == scheduler.stats().prefix_nodes == 0
+    assert scheduler.stats().pages_free == 120
+
+
 def test_what_fits_no_window_is_refused_at_the_door() -> None:
     scheduler = Scheduler(
         page_size=PAGE_SIZE,

@@ -358,6 +358,8 @@ PYBIND11_MODULE(_core, m) {
       .def_readonly("sessions", &Stats::sessions)
       .def_readonly("prefix_queries", &Stats::prefix_queries)
       .def_readonly("prefix_hits", &Stats::prefix_hits)
+      .def_readonly("prefix_looks", &Stats::prefix_looks)
+      .def_readonly("prefix_nodes", &Stats::prefix_nodes)
       .def_readonly("preemptions", &Stats::preemptions)
       .def_readonly("evictions", &Stats::evictions)
       .def_readonly("steps", &Stats::steps)

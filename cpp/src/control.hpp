@@ -321,6 +321,7 @@ class Control final {
   const PrefixIndex::Found& cached(RequestIndex index);
   PrefixIndex::Found look(RequestIndex index) const;
   bool deepen(PrefixIndex::Held& held, RequestIndex index) const;
+  void watch(RequestIndex index);
   // Pages without which so many tokens cannot be computed, however slowly: of all groups.
   std::int32_t pages_needed(std::int32_t tokens) const noexcept;
   // Pages of so many tokens that are held at once while they are computed: with a window, fewer.

@@ -94,6 +94,11 @@ std::optional<PrefixIndex::Vacancy> Control::next_vacancy(Record& record) {
   return std::nullopt;
 }
 
+void Control::watch(RequestIndex index) {
+  const Record& record = records_[index];
+  index_.watch(record.salt, record.tokens, matchable(record));
+}
+
 void Control::count_pages(Record& record, std::int32_t pages) noexcept {
   record.pages = pages;
   record.told = std::min(record.told, pages);

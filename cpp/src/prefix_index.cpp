@@ -36,6 +36,7 @@ PrefixIndex::Cursor PrefixIndex::enter(std::string_view salt, std::size_t group)
   Cursor root = find_root(salt, group);
   if (root < 0) {
     root = make();
+    touched_ += watches_roots_ ? 1 : 0;
     nodes_[index(root)].group = static_cast<std::uint8_t>(group);
     roots_[group].emplace(salt, root);
     salts_.emplace(root, salt);
@@ -69,6 +70,7 @@ void PrefixIndex::drop_root_if_unused(NodeId root) {
 
 PrefixIndex::Found PrefixIndex::look(std::string_view salt, std::span<const Token> wanted,
                                      std::size_t most) const {
+  ++looks_;
   if (gaps_) return look_through(salt, wanted, most);
   Found out;
   const auto size = index(page_size_);
@@ -126,6 +128,7 @@ bool PrefixIndex::hold(const Found& found, PageTable& table, std::uint64_t sessi
     }
     Node& node = nodes_[index(id)];
     if (node.references++ == 0) {
+      touch(node);
       --unheld_;
       ++gained_;
       ++version_;
@@ -160,6 +163,7 @@ SharedPage PrefixIndex::publish(Cursor& at, std::span<const Token> content, Vaca
   ++nodes_[index(at)].children;
   if (node.memory >= 0) spare_memories_.push_back(std::exchange(node.memory, -1));
   if (gaps_) {
+    touch(node);
     stay(child);
     --nodes_[index(at)].stays;
   }
@@ -315,6 +319,22 @@ PrefixIndex::Found PrefixIndex::with_held(Found found) const noexcept {
   return found;
 }
 
+void PrefixIndex::watch(std::string_view salt, std::span<const Token> wanted, std::size_t most) {
+  ++watch_;
+  watches_roots_ = false;
+  const auto size = index(page_size_);
+  for (std::size_t group = 0; group < groups_.size(); ++group) {
+    Cursor at = find_root(salt, group);
+    watches_roots_ = watches_roots_ || at < 0;
+    for (std::size_t page = 0; at >= 0; ++page) {
+      nodes_[index(at)].watch = watch_;
+      if (page == most) break;
+      const auto content = wanted.subspan(page * size, size);
+      at = find(at, hash(at, content), content);
+    }
+  }
+}
+
 void PrefixIndex::go(Cursor at) {
   --nodes_[index(at)].stays;
   forget_if_nowhere(at);
@@ -354,6 +374,7 @@ void PrefixIndex::let_go(NodeId id, TailId tail) {
 
 void PrefixIndex::evict_anywhere(NodeId id, PagePool& pool) {
   Node& node = nodes_[index(id)];
+  touch(node);
   if (node.below > 0 || node.stays > 0) remember(id, tokens(id));
   nodes_by_page_[index(node.page)] = -1;
   pool.give_back(ExclusivePage(std::exchange(node.page, -1)));
@@ -531,6 +552,7 @@ NodeId PrefixIndex::make(NodeId parent, std::uint64_t key) {
   const NodeId id = make();
   Node& node = nodes_[index(id)];
   ++nodes_[index(parent)].below;
+  touch(nodes_[index(parent)]);
   node.parent = parent;
   node.hash = key;
   node.born = ++births_;

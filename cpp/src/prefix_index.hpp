@@ -70,6 +70,15 @@ class PrefixIndex final {
   };
   Found look(std::string_view salt, std::span<const Token> tokens, std::size_t most) const;
 
+  // With gaps: from now on `touched` counts what may let more of these tokens' pages be found, or
+  // be held: one on their path came, went or found a holder, or a node was made right behind it.
+  void watch(std::string_view salt, std::span<const Token> tokens, std::size_t most);
+  std::uint64_t touched() const noexcept { return touched_; }
+  // Walks down the index, by `look`: what a waiting request costs.
+  std::uint64_t looks() const noexcept { return looks_; }
+  // Nodes there are: roots, what is cached, and what is remembered above it.
+  std::size_t nodes() const noexcept { return nodes_.size() - spare_.size(); }
+
   // Where the held ones among them ended, to go on from there instead of from the root.
   struct Held {
     std::int32_t pages = 0;
@@ -196,7 +205,8 @@ class PrefixIndex final {
     TailId tail = -1;             // that it is of, while nobody holds it
     std::uint64_t used = 0;       // when it was given back last
     std::uint64_t hash = 0;
-    std::uint64_t born = 0;  // a node's memory is used again, this number is not
+    std::uint64_t born = 0;   // a node's memory is used again, this number is not
+    std::uint64_t watch = 0;  // the last one that it was on the path of
   };
   static std::size_t index(NodeId node) noexcept { return static_cast<std::size_t>(node); }
 
@@ -206,6 +216,7 @@ class PrefixIndex final {
   Found look_through(std::string_view salt, std::span<const Token> tokens, std::size_t most) const;
   Found with_held(Found found) const noexcept;
   void remember(NodeId node, std::span<const Token> tokens);
+  void touch(const Node& node) noexcept { touched_ += node.watch == watch_ ? 1 : 0; }
   void evict_anywhere(NodeId node, PagePool& pool);
   void let_go(NodeId node, TailId tail);
   std::uint64_t hash(NodeId parent, std::span<const Token> tokens) const noexcept;
@@ -232,6 +243,10 @@ class PrefixIndex final {
   std::uint64_t version_ = 0;
   std::uint64_t gained_ = 0;
   std::uint64_t births_ = 0;
+  std::uint64_t watch_ = 1;     // there is one at a time
+  bool watches_roots_ = false;  // of its salt one is not there yet
+  std::uint64_t touched_ = 0;
+  mutable std::uint64_t looks_ = 0;
   std::vector<Node> nodes_;
   std::unique_ptr<Token[]> page_tokens_;  // of device pages, then of host pages
   std::vector<Token> memories_;           // of nodes that are remembered, a page each

@@ -340,12 +340,13 @@ std::int64_t Scheduler::lacks(RequestIndex index, std::int32_t held) const noexc
 }
 
 // Does what was found when it did not fit still show that it does not? Costs nothing while no page
-// becomes held; then it looks at one page more.
+// becomes held; then it looks at one page more. With gaps: while none on its path comes, goes or
+// becomes held; then it is looked up again.
 bool Scheduler::still_held_back(RequestIndex index, HeldBack& known) const {
-  if (known.arrival != control_.record(index).arrival || control_.gaps()) return false;
-  if (known.gained != control_.index().gained()) {
-    known.gained = control_.index().gained();
-    if (!control_.deepen(known.held, index)) known.arrival = -1;
+  if (known.arrival != control_.record(index).arrival) return false;
+  if (known.gained != gained()) {
+    known.gained = gained();
+    if (control_.gaps() || !control_.deepen(known.held, index)) known.arrival = -1;
   }
   return known.arrival >= 0 && lacks(index, known.held.pages) > spare_pages();
 }
@@ -355,7 +356,8 @@ bool Scheduler::fits(RequestIndex index) {
   const PrefixIndex::Found& found = control_.cached(index);
   const bool fits = lacks(index, found.held) <= spare_pages();
   const std::int64_t arrival = fits ? -1 : control_.record(index).arrival;
-  held_back_ = {arrival, control_.index().gained(), control_.index().held(found)};
+  if (!fits && control_.gaps()) control_.watch(index);
+  held_back_ = {arrival, gained(), control_.index().held(found)};
   return fits;
 }
 
@@ -484,6 +486,8 @@ Stats Scheduler::stats() const noexcept {
   out.pages_free = control_.pool().free();
   out.pages_cached = control_.index().unheld();
   out.pages_kept = control_.index().retention().kept();
+  out.prefix_looks = static_cast<std::int64_t>(control_.index().looks());
+  out.prefix_nodes = static_cast<std::int64_t>(control_.index().nodes());
   out.sessions = static_cast<std::int64_t>(control_.sessions().size());
   out.host_pages_total = control_.host().total();
   out.host_pages_free = control_.host().free();

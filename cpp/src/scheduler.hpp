@@ -135,6 +135,8 @@ struct Stats {
   std::int64_t sessions = 0;      // that are remembered
   std::int64_t prefix_queries = 0;
   std::int64_t prefix_hits = 0;
+  std::int64_t prefix_looks = 0;  // walks down the prefix index
+  std::int64_t prefix_nodes = 0;  // of it: roots, what is cached, what is remembered above
   std::int64_t preemptions = 0;
   std::int64_t evictions = 0;
   std::int64_t steps = 0;
@@ -221,7 +223,7 @@ class Scheduler final {
   // Pages that nobody holds are as good as free ones, so what it lacks depends on these alone.
   struct HeldBack {
     std::int64_t arrival = -1;
-    std::uint64_t gained = 0;  // of the index
+    std::uint64_t gained = 0;  // of the index: with gaps, what was touched on its path
     PrefixIndex::Held held;
   };
   // Of a queued request whose prefix went on on the host: those pages. They are asked for once
@@ -255,6 +257,9 @@ class Scheduler final {
   std::int64_t lacks(RequestIndex index, std::int32_t held) const noexcept;
   bool fits(RequestIndex index);
   bool still_held_back(RequestIndex index, HeldBack& known) const;
+  std::uint64_t gained() const noexcept {
+    return control_.gaps() ? control_.index().touched() : control_.index().gained();
+  }
   void prefill(RequestIndex index, Allowance& left, Plan& plan);
   void decode(RequestIndex index, Plan& plan);
   bool yields(RequestIndex index);

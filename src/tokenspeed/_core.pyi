@@ -89,6 +89,14 @@ class Stats:
     @property
     def prefix_queries(self) -> int: ...
     @property
+    def prefix_looks(self) -> int:
+        """Walks down the prefix index: what letting in, and waiting, cost."""
+
+    @property
+    def prefix_nodes(self) -> int:
+        """Of the prefix index: roots, cached pages, and what is remembered above them."""
+
+    @property
     def prefix_hits(self) -> int: ...
     @property
     def preemptions(self) -> int: ...
