@@ -51,6 +51,30 @@ def test_a_kept_turn_outlives_strangers_for_its_time() -> None:
     assert cached(w, 1) < 4
 
 
+@pytest.mark.parametrize(
+    ("groups", "kept"), [({"window": 5}, 1), ({"window": 5, "full_groups": 1, "pages": 24}, 5)]
+)
+def test_with_a_window_what_is_kept_is_what_a_next_turn_finds(
+    groups: dict[str, int], kept: int
+) -> None:
+    """The last window of the turn, and all of it for the layers that see all."""
+    w = world(step_tokens=8, **groups)
+    w.scheduler.advance(SECOND)
+    turn(w, 1, session="a", keep_us=60 * SECOND)
+    turn(w, 2)
+    assert w.scheduler.stats().pages_kept == kept
+    for stranger in range(10, 30):
+        turn(w, stranger)
+    assert cached(w, 1) == kept, "strangers' pages went instead"
+    assert turn(w, 2) == 0
+    assert turn(w, 1, session="a", keep_us=60 * SECOND) == 16
+    assert w.scheduler.end_session("a")
+    turn(w, 40)
+    assert cached(w, 1) < kept
+    w.clear_cache()
+    assert w.scheduler.stats().prefix_nodes == 0
+
+
 def test_what_is_kept_never_keeps_anybody_waiting() -> None:
     w = world(session_pages_max=12)
     turn(w, 1, tokens=45, session="a", keep_us=10**12)

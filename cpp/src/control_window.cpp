@@ -1,5 +1,6 @@
-// What windows change: specs/Window.tla, in each cache group that has one. Rule: a page goes as
-// soon as nothing to come, and no step in flight, sees any of it; a hole stays in its place.
+// What windows change: specs/Window.tla, and specs/features/Groups.tla where only some layers have
+// one. Rule: a page goes as soon as nothing to come, and no step in flight, sees any of it; a hole
+// stays in its place.
 #include <algorithm>
 #include <limits>
 #include <variant>

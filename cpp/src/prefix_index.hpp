@@ -120,8 +120,10 @@ class PrefixIndex final {
   // nobody else holds is in it. -1: that is nothing. What a tail is, the caller says
   // (retention.hpp).
   TailId open_tail(std::uint64_t session, bool revisits) {
+    last_given_back_ = -1;
     return retention_.open(session, revisits);
   }
+  // With gaps also of no tail, -1: then it makes one alone, as of a stranger.
   void release(SharedPage&& page, TailId tail);
   TailId close_tail(TailId tail);
 
@@ -203,6 +205,8 @@ class PrefixIndex final {
     std::uint8_t group = 0;       // of a root
     NodeId next = -1;             // with the same bucket
     TailId tail = -1;             // that it is of, while nobody holds it
+    NodeId goes_before = -1;      // with gaps: of its tail, the one that was given back before it
+    NodeId goes_after = -1;       // and the one after it
     std::uint64_t used = 0;       // when it was given back last
     std::uint64_t hash = 0;
     std::uint64_t born = 0;   // a node's memory is used again, this number is not
@@ -219,6 +223,7 @@ class PrefixIndex final {
   void touch(const Node& node) noexcept { touched_ += node.watch == watch_ ? 1 : 0; }
   void evict_anywhere(NodeId node, PagePool& pool);
   void let_go(NodeId node, TailId tail);
+  NodeId leave_tail(Node& node) noexcept;
   std::uint64_t hash(NodeId parent, std::span<const Token> tokens) const noexcept;
   NodeId find(NodeId parent, std::uint64_t key, std::span<const Token> wanted) const noexcept;
   NodeId make();
@@ -255,6 +260,7 @@ class PrefixIndex final {
   std::vector<NodeId> spare_;
   std::vector<NodeId> buckets_;  // by hash: the first of a chain; as many as a power of two
   std::vector<NodeId> path_;     // of the hold being made
+  NodeId last_given_back_ = -1;  // of the open tail
   std::vector<std::unordered_map<std::string, NodeId>> roots_;  // by group
   std::unordered_map<NodeId, std::string> salts_;
 };

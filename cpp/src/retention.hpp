@@ -50,7 +50,8 @@ class Retention final {
   NodeId close(TailId tail) noexcept;            // its end; -1: it is empty, and gone
   // Somebody takes pages of it, top down; true if its own session comes back to a branch with it.
   bool touch(TailId tail, std::uint64_t session);
-  void shrink(TailId tail);             // by one page at its top
+  void shrink(TailId tail);  // by one page that is not its end, or the only one
+  void end_at(TailId tail, NodeId node) noexcept { at(tail).end = node; }
   void cut(TailId tail, NodeId above);  // its end was evicted; -1: nothing of it is above
   // Nothing hangs from its end, which can be evicted; or something does.
   void may_go(TailId tail);
