@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from tokenspeed.config import ServeConfig
+import pytest
+
+from tokenspeed.config import EngineConfig, ServeConfig
 from tokenspeed.engine import Engine
 from tokenspeed.serve import serving
 
@@ -39,6 +41,30 @@ def served(engine: Engine, **settings: Any) -> Iterator[str]:
         loop.call_soon_threadsafe(stop.set)
         thread.join()
         loop.close()
+
+
+def fixtures(slots: int, **settings: Any) -> tuple[Any, Any]:
+    """The fixtures `engine` and `url` of a module: SmolLM2 for so many at once, and a server.
+
+    Args:
+        slots: of the engine.
+        settings: of the server.
+    """
+
+    @pytest.fixture(scope="module")
+    def engine() -> Iterator[Engine]:
+        config = EngineConfig(
+            dtype="float32", slots=slots, prefill_chunk=64, pages=512, context_max=2048
+        )
+        with Engine.from_pretrained(config=config) as engine:
+            yield engine
+
+    @pytest.fixture(scope="module")
+    def url(engine: Engine) -> Iterator[str]:
+        with served(engine, **settings) as url:
+            yield url
+
+    return engine, url
 
 
 def everything_back(engine: Engine, within_s: float = 20.0) -> bool:

@@ -17,7 +17,7 @@ import openai
 import pytest
 
 from models_here import needs_smollm2
-from serving import CHAT, MESSAGES, TEXT, everything_back, served
+from serving import CHAT, MESSAGES, TEXT, everything_back, fixtures, served
 from tokenspeed.config import EngineConfig, ServeConfig
 from tokenspeed.engine import Engine
 from tokenspeed.errors import ConfigError
@@ -26,17 +26,7 @@ from tokenspeed.serve import create_app, server
 pytestmark = needs_smollm2
 
 
-@pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
-    config = EngineConfig(dtype="float32", slots=16, prefill_chunk=64, pages=512, context_max=2048)
-    with Engine.from_pretrained(config=config) as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def url(engine: Engine) -> Iterator[str]:
-    with served(engine, body_max_bytes=1 << 20, body_timeout_s=1.0) as url:
-        yield url
+engine, url = fixtures(slots=16, body_max_bytes=1 << 20, body_timeout_s=1.0)
 
 
 @pytest.fixture

@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
 
 from models_here import needs_smollm2
-from serving import CHAT, MESSAGES, TEXT, everything_back, served
+from serving import CHAT, MESSAGES, TEXT, everything_back, fixtures, served
 from tokenspeed.config import EngineConfig
 from tokenspeed.engine import Engine
 
 pytestmark = needs_smollm2
 
 
-@pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
-    config = EngineConfig(dtype="float32", slots=4, prefill_chunk=64, pages=512, context_max=2048)
-    with Engine.from_pretrained(config=config) as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def url(engine: Engine) -> Iterator[str]:
-    with served(engine) as url:
-        yield url
+engine, url = fixtures(slots=4)
 
 
 def test_a_session_is_kept_superseded_and_ended(url: str, engine: Engine) -> None:
