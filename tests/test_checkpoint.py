@@ -202,7 +202,10 @@ def edit_config(copy: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"model_type": "mamba"}, "architecture 'mamba'; supported: llama, mistral, qwen2, qwen3"),
+        (
+            {"model_type": "mamba"},
+            "architecture 'mamba'; supported: llama, mistral, qwen2",
+        ),
         ({"hidden_size": "32"}, "hidden is '32'"),
         ({"num_hidden_layers": 0}, "layers is 0"),
         ({"num_attention_heads": 3}, "3 heads over 2 KV heads"),

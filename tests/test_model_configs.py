@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import tiny
 from tokenspeed import models
 from tokenspeed.errors import CheckpointError
 
@@ -125,6 +126,23 @@ def test_what_is_not_known_is_refused_by_name(
 ) -> None:
     with pytest.raises(CheckpointError, match=reason):
         read(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"decoder_sparse_step": 2}, "layers without experts"),
+        ({"mlp_only_layers": [0]}, "layers without experts"),
+        ({"num_experts": None}, "experts is None"),
+        ({"num_experts_per_tok": 9}, "9 of 8 experts"),
+    ],
+)
+def test_qwen_with_experts_is_checked(changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    raw = {**tiny.CONFIG, "model_type": "qwen3_moe", **experts, **changes}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match=reason):
+        models.find_config(tmp_path)
 
 
 def test_a_name_that_is_none_lists_the_shapes() -> None:

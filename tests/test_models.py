@@ -38,6 +38,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 16}
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"tie_word_embeddings": False}),
@@ -59,6 +60,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             | {"original_max_position_embeddings": 32, "beta_fast": 8.0},
         },
     ),
+    "qwen3 moe": ("Qwen3Moe", {**EXPERTS, "norm_topk_prob": True}),
+    "qwen3 moe tied": ("Qwen3Moe", {**EXPERTS, "head_dim": 16, "tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
     "mistral": ("Mistral", {"sliding_window": 7}),
     "mistral without a window": ("Mistral", {"sliding_window": None}),
@@ -143,6 +146,12 @@ def test_shards_are_read_like_one_file(tmp_path: Path) -> None:
     ids = torch.arange(20)
     one, many = (logits(tmp_path / kind, ids, chunk=20) for kind in ("one", "many"))
     assert torch.equal(one, many)
+
+
+def test_the_example_of_a_new_family_is_short() -> None:
+    """models/README.md says what it takes, and that it is under 200 lines."""
+    example = Path(models.__file__).parent / "qwen_moe.py"
+    assert len(example.read_text(encoding="utf-8").splitlines()) < 200
 
 
 def test_model_files_know_no_rank_and_no_collective() -> None:

@@ -32,6 +32,7 @@ __all__ = [
 _IN_GGUF = ("llama", "qwen2")
 """`general.architecture`; Mistral's files say "llama", and nothing of a window."""
 
+_QWEN = ("qwen2", "qwen3", "qwen3_moe")
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -171,7 +172,7 @@ class LlamaConfig(ModelConfig):
             qkv_bias=kind == "qwen2" or bool(raw.get("attention_bias", False)),
             o_bias=kind != "qwen2" and bool(raw.get("attention_bias", False)),
             mlp_bias=bool(raw.get("mlp_bias", False)),
-            qk_norm=kind == "qwen3",
+            qk_norm=kind in ("qwen3", "qwen3_moe"),
             windows=_windows(path, kind, raw),
         )
 
@@ -294,7 +295,7 @@ def _windows(path: Path, kind: str, raw: Mapping[str, Any]) -> tuple[int | None,
     layers: Any = raw.get("num_hidden_layers")
     context: Any = raw.get("max_position_embeddings")
     everywhere = kind == "mistral"
-    possible = everywhere or (kind in ("qwen2", "qwen3") and raw.get("use_sliding_window"))
+    possible = everywhere or (kind in _QWEN and raw.get("use_sliding_window"))
     window = raw.get("sliding_window", 4096) if possible else None
     if window is None or not is_integer(layers) or layers < 1 or not is_integer(context):
         return ()

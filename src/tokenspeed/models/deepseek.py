@@ -18,7 +18,6 @@ import re
 from functools import partial
 from typing import Any
 
-import attrs
 import torch
 from torch import Tensor
 
@@ -27,7 +26,6 @@ from tokenspeed.models.blocks import (
     BATCH,
     COLUMNS,
     ROWS,
-    TOKENS,
     Cached,
     Params,
     add_bias,
@@ -41,6 +39,7 @@ from tokenspeed.models.blocks import (
     rope_table,
 )
 from tokenspeed.models.deepseek_config import DeepseekConfig
+from tokenspeed.models.moe import moe, moe_parameters
 from tokenspeed.spmd.batch import Batch
 from tokenspeed.spmd.kv import LayerKV
 from tokenspeed.spmd.module import module
@@ -48,27 +47,19 @@ from tokenspeed.spmd.params import Constant, Parameter, Source
 from tokenspeed.spmd.placement import (
     REPLICATED,
     Partial,
-    Replicate,
-    Shard,
-    alike,
     as_batch,
-    layout,
-    tokens,
 )
 
 __all__ = [
     "attend",
     "cached",
+    "experts",
     "forward",
     "layer_parameters",
-    "moe",
     "parameters",
     "trunk",
     "unused",
 ]
-
-AT_EXPERTS = tokens(tp=Replicate(), ep=Replicate())
-"""Each token wherever some of its experts are."""
 
 LATENT_EPS = 1e-6
 """Of the norms on latents, whatever `rms_norm_eps` says of the others."""
@@ -119,58 +110,6 @@ def attention(
     return kernels.linear(mixed.reshape(x.shape[0], -1), params["out"])
 
 
-def _routed(params: Params, x: Tensor, *, chosen: int, **_how: Any) -> tuple[Tensor, Tensor]:
-    shape = (x.shape[0], chosen)
-    return x.new_empty(shape, dtype=torch.int64), x.new_empty(shape, dtype=torch.float32)
-
-
-@module(inputs={"x": TOKENS}, outputs=(TOKENS, TOKENS), meta=_routed)
-def route(
-    params: Params,
-    x: Tensor,
-    *,
-    scoring: str,
-    chosen: int,
-    groups: int,
-    groups_chosen: int,
-    normalised: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Experts int64[tokens, chosen] and their weights float32 of x[tokens, hidden].
-
-    In float32, whatever the model's dtype: a rounding here chooses another expert.
-    """
-    logits = kernels.linear(x.float(), params["weight"])
-    how = kernels.Routing(
-        scoring=scoring,
-        chosen=chosen,
-        groups=groups,
-        groups_chosen=groups_chosen,
-        normalised=normalised,
-        scale=scale,
-    )
-    return kernels.moe_route(logits, params.get("bias"), how)
-
-
-@module(
-    inputs={"x": AT_EXPERTS, "chosen": AT_EXPERTS, "weights": AT_EXPERTS},
-    outputs=tokens(tp=Partial(), ep=Partial()),
-    params={"gate_up": layout(ep=Shard(0), tp=Shard(1)), "down": layout(ep=Shard(0), tp=Shard(2))},
-    indices={"chosen": "gate_up"},
-    routed="chosen",
-)
-def experts(params: Params, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    """What the chosen experts make of x[tokens, hidden], weighted and added up."""
-    return kernels.moe_mlp(x, chosen, weights, params["gate_up"], params["down"])
-
-
-@module(inputs={"a": alike(), "b": alike()}, outputs=alike())
-def add(a: Tensor, b: Tensor) -> Tensor:
-    """a + b, also where each rank has summands of both."""
-    total: Tensor = a + b
-    return total
-
-
 def forward(params: Any, batch: Any, kv: Any, *, config: DeepseekConfig) -> tuple[Any, Any]:
     """The model function: (params, batch, kv) -> (logits [sampled rows, vocab], kv)."""
     x, residual = trunk(params, batch, kv, config=config)
@@ -187,7 +126,7 @@ def trunk(params: Any, batch: Any, kv: Any, *, config: DeepseekConfig) -> tuple[
             x, residual = add_norm(layer["attention_norm"], x, residual, eps)
         x = attend(config, layer, params["cos_sin"], batch, kv[index], x)
         x, residual = add_norm(layer["mlp_norm"], x, residual, eps)
-        x = mlp(layer["mlp"], x) if index < config.dense_layers else moe(config, layer, x)
+        x = mlp(layer["mlp"], x) if index < config.dense_layers else experts(config, layer, x)
     return x, residual
 
 
@@ -208,11 +147,9 @@ def attend(config: DeepseekConfig, layer: Any, cos_sin: Any, batch: Any, pages: 
     return add_bias(layer["attention_out"], x) if config.attention_bias else x
 
 
-def moe(config: DeepseekConfig, layer: Any, x: Any) -> Any:
-    """A layer's experts, routed and shared."""
-    chosen, weights = route(layer["router"], x, **attrs.asdict(config.routing))
-    mixed = experts(layer["experts"], x, chosen, weights)
-    return add(mixed, mlp(layer["shared"], x)) if config.shared_experts else mixed
+def experts(config: DeepseekConfig, layer: Any, x: Any) -> Any:
+    """A layer's experts, as the configuration has them."""
+    return moe(layer, config.routing, x, shared=bool(config.shared_experts))
 
 
 def unused(config: DeepseekConfig, name: str) -> bool:
@@ -265,27 +202,14 @@ def layer_parameters(config: DeepseekConfig, at: str, dense: bool) -> dict[str, 
         layer["attention_out"] = {"bias": one(f"{at}.self_attn.o_proj.bias", hidden)}
     if dense:
         return layer | {"mlp": gated(f"{at}.mlp", config.ffn, hidden)}
-    gate = f"{at}.mlp.gate"
-    router = {"weight": _float32(f"{gate}.weight", config.experts, hidden)}
-    if config.routing_bias:
-        router["bias"] = _float32(f"{gate}.e_score_correction_bias", config.experts)
-    each = [
-        gated(f"{at}.mlp.experts.{e}", config.expert_ffn, hidden) for e in range(config.experts)
-    ]
-    layer |= {
-        "router": router,
-        "experts": {
-            name: Parameter(
-                tuple(source for expert in each for source in expert[name].sources),
-                stacked=config.experts,
-            )
-            for name in ("gate_up", "down")
-        },
-    }
-    if config.shared_experts:
-        width = config.shared_experts * config.expert_ffn
-        layer["shared"] = gated(f"{at}.mlp.shared_experts", width, hidden)
-    return layer
+    return layer | moe_parameters(
+        f"{at}.mlp",
+        hidden,
+        config.expert_ffn,
+        config.experts,
+        shared=config.shared_experts,
+        bias=config.routing_bias,
+    )
 
 
 def _attention(config: DeepseekConfig, at: str) -> dict[str, Parameter]:
@@ -310,7 +234,3 @@ def _attention(config: DeepseekConfig, at: str) -> dict[str, Parameter]:
         "kv_up": one(f"{at}.kv_b_proj.weight", heads * kv_head, config.latent, granule=kv_head),
         "out": one(f"{at}.o_proj.weight", hidden, heads * config.value, granule=config.value),
     }
-
-
-def _float32(name: str, *shape: int) -> Parameter:
-    return Parameter((Source(name, shape),), dtype=torch.float32)

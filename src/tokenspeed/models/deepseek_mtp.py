@@ -71,7 +71,7 @@ def predict(params: Any, batch: Any, kv: Any, *, config: DeepseekConfig) -> tupl
     x = norm(layer["attention_norm"], residual, eps)
     x = deepseek.attend(config, layer, params["cos_sin"], batch, kv[0], x)
     x, residual = add_norm(layer["mlp_norm"], x, residual, eps)
-    x = deepseek.moe(config, layer, x)
+    x = deepseek.experts(config, layer, x)
     return head(params["head"], x, residual, batch.sampled_rows, eps), kv
 
 

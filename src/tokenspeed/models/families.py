@@ -12,10 +12,11 @@ from typing import Any, final
 from attrs import frozen
 
 from tokenspeed.errors import CheckpointError, ConfigError
-from tokenspeed.models import deepseek, llama
+from tokenspeed.models import deepseek, llama, qwen_moe
 from tokenspeed.models.blocks import Cached
 from tokenspeed.models.config import LlamaConfig, ModelConfig, known_architecture, read_json
 from tokenspeed.models.deepseek_config import DeepseekConfig
+from tokenspeed.models.qwen_moe import QwenMoeConfig
 from tokenspeed.spmd.params import Tree
 
 __all__ = ["SHAPES", "Family", "find_config", "read_config"]
@@ -58,12 +59,14 @@ class Family:
 
 _FAMILIES = {
     LlamaConfig: Family(llama.forward, llama.parameters, llama.cached, llama.unused),
+    QwenMoeConfig: Family(qwen_moe.forward, qwen_moe.parameters, qwen_moe.cached, qwen_moe.unused),
     DeepseekConfig: Family(deepseek.forward, deepseek.parameters, deepseek.cached, deepseek.unused),
 }
 
 _DEEPSEEK = ("deepseek_v2", "deepseek_v3", "kimi_k2", "kimi_k25", "glm4_moe_lite")
-_READERS: dict[str, type[LlamaConfig | DeepseekConfig]] = {
+_READERS: dict[str, type[LlamaConfig | QwenMoeConfig | DeepseekConfig]] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), LlamaConfig),
+    "qwen3_moe": QwenMoeConfig,
     **dict.fromkeys(_DEEPSEEK, DeepseekConfig),
 }
 """`model_type` -> the family's value."""

@@ -39,7 +39,15 @@ from tokenspeed.spmd.module import module
 from tokenspeed.spmd.params import Constant, Parameter, Source
 from tokenspeed.spmd.placement import Partial, as_batch
 
-__all__ = ["GGUF_NAMES", "cached", "forward", "parameters", "unused"]
+__all__ = [
+    "GGUF_NAMES",
+    "attend",
+    "attention_parameters",
+    "cached",
+    "forward",
+    "parameters",
+    "unused",
+]
 
 GGUF_NAMES = {
     "token_embd": "model.embed_tokens",
@@ -103,24 +111,30 @@ def forward(params: Any, batch: Any, kv: Any, *, config: LlamaConfig) -> tuple[A
     for index, layer in enumerate(params["layers"]):
         if index:
             x, residual = add_norm(layer["attention_norm"], x, residual, eps)
-        x = attention(
-            layer["attention"],
-            x,
-            params["cos_sin"],
-            batch,
-            kv[index],
-            head_dim=config.head_dim,
-            layer=index,
-            window=config.window(index),
-            eps=eps,
-        )
-        if config.o_bias:
-            x = add_bias(layer["attention_out"], x)
+        x = attend(config, index, layer, params["cos_sin"], batch, kv[index], x)
         x, residual = add_norm(layer["mlp_norm"], x, residual, eps)
         x = mlp(layer["mlp"], x)
         if config.mlp_bias:
             x = add_bias(layer["mlp_out"], x)
     return head(params["head"], x, residual, batch.sampled_rows, eps), kv
+
+
+def attend(
+    config: LlamaConfig, index: int, layer: Any, cos_sin: Any, batch: Any, pages: Any, x: Any
+) -> Any:
+    """A layer's attention, as the configuration has it."""
+    x = attention(
+        layer["attention"],
+        x,
+        cos_sin,
+        batch,
+        pages,
+        head_dim=config.head_dim,
+        layer=index,
+        window=config.window(index),
+        eps=config.norm_eps,
+    )
+    return add_bias(layer["attention_out"], x) if config.o_bias else x
 
 
 def cached(config: LlamaConfig) -> Cached:
@@ -141,7 +155,10 @@ def parameters(config: LlamaConfig) -> dict[str, Any]:
     return {
         "embed": {"weight": Parameter((Source(embedding, shape),))},
         "cos_sin": Constant(partial(rope_table, config)),
-        "layers": [_layer(config, f"model.layers.{index}") for index in range(config.layers)],
+        "layers": [
+            attention_parameters(config, at) | _mlp_parameters(config, f"{at}.mlp")
+            for at in (f"model.layers.{index}" for index in range(config.layers))
+        ],
         "head": {
             "norm": Parameter((Source("model.norm.weight", (hidden,)),)),
             "weight": Parameter((Source(output, shape),)),
@@ -149,14 +166,11 @@ def parameters(config: LlamaConfig) -> dict[str, Any]:
     }
 
 
-def _layer(config: LlamaConfig, at: str) -> dict[str, Any]:
-    hidden, ffn, dim = config.hidden, config.ffn, config.head_dim
+def attention_parameters(config: LlamaConfig, at: str) -> dict[str, Any]:
+    """A layer's part of the tree but for its MLP, by its name in the checkpoint."""
+    hidden, dim = config.hidden, config.head_dim
     q, kv = config.heads * dim, config.kv_heads * dim
-    qkv = (
-        (f"{at}.self_attn.q_proj", q),
-        (f"{at}.self_attn.k_proj", kv),
-        (f"{at}.self_attn.v_proj", kv),
-    )
+    qkv = tuple((f"{at}.self_attn.{n}_proj", rows) for n, rows in (("q", q), ("k", kv), ("v", kv)))
     attention = {
         "qkv": Parameter(tuple(Source(f"{n}.weight", (rows, hidden), dim) for n, rows in qkv)),
         "out": one(f"{at}.self_attn.o_proj.weight", hidden, q, granule=dim),
@@ -167,18 +181,20 @@ def _layer(config: LlamaConfig, at: str) -> dict[str, Any]:
     if config.qk_norm:
         attention["q_norm"] = one(f"{at}.self_attn.q_norm.weight", dim)
         attention["k_norm"] = one(f"{at}.self_attn.k_norm.weight", dim)
-    gate_up = gated(f"{at}.mlp", ffn, hidden)
-    if config.mlp_bias:
-        names = (f"{at}.mlp.{n}_proj.bias" for n in ("gate", "up"))
-        gate_up["gate_up_bias"] = Parameter(tuple(Source(name, (ffn,)) for name in names))
     layer = {
         "attention_norm": {"weight": one(f"{at}.input_layernorm.weight", hidden)},
         "attention": attention,
         "mlp_norm": {"weight": one(f"{at}.post_attention_layernorm.weight", hidden)},
-        "mlp": gate_up,
     }
     if config.o_bias:
         layer["attention_out"] = {"bias": one(f"{at}.self_attn.o_proj.bias", hidden)}
+    return layer
+
+
+def _mlp_parameters(config: LlamaConfig, at: str) -> dict[str, Any]:
+    layer = {"mlp": gated(at, config.ffn, config.hidden)}
     if config.mlp_bias:
-        layer["mlp_out"] = {"bias": one(f"{at}.mlp.down_proj.bias", hidden)}
+        names = (f"{at}.{n}_proj.bias" for n in ("gate", "up"))
+        layer["mlp"]["gate_up_bias"] = Parameter(tuple(Source(n, (config.ffn,)) for n in names))
+        layer["mlp_out"] = {"bias": one(f"{at}.down_proj.bias", config.hidden)}
     return layer
