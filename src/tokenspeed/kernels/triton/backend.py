@@ -8,6 +8,7 @@ from tokenspeed.kernels.contract import Backend, Problem
 from tokenspeed.kernels.triton.attention import kv_write, paged_attention, rope
 from tokenspeed.kernels.triton.dense import add_rms_norm, embedding, linear, rms_norm, silu_mul
 from tokenspeed.kernels.triton.mla import mla_decode, unsupported
+from tokenspeed.kernels.triton.moe import moe_mlp
 
 __all__ = ["BACKEND"]
 
@@ -35,6 +36,7 @@ BACKEND = Backend(
         "kv_write": kv_write,
         "paged_attention": paged_attention,
         "mla_decode": mla_decode,
+        "moe_mlp": moe_mlp,
     },
     supports=_supports,
 )
