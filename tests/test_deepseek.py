@@ -112,6 +112,17 @@ def test_logits_equal_transformers_absorbed_and_expanded(name: str, tmp_path: Pa
         torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
 
 
+def test_bfloat16_stays_near_float32(tmp_path: Path) -> None:
+    """Absorbed and expanded; what rounding does to the choice of experts is in it too."""
+    folder = tiny.write(tmp_path, **tiny.DEEPSEEK)
+    ids = torch.arange(3, 60)
+    wanted = logits(folder, ids, chunk=57)
+    for chunk in (1, 57):
+        got = logits(folder, ids, chunk=chunk, dtype="bfloat16")
+        assert got.dtype == torch.bfloat16
+        assert (got.float() - wanted).abs().mean() < 0.02 < 0.1 * wanted.std()
+
+
 @pytest.mark.parametrize(
     ("name", "changes"),
     [

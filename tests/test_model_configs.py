@@ -118,6 +118,9 @@ def test_blocks_of_fp8_are_read(tmp_path: Path) -> None:
         ({"moe_layer_freq": 2}, "moe_layer_freq is 2"),
         ({"mlp_layer_types": ["sparse", "dense"]}, "dense layers, then sparse"),
         ({"hidden_act": "gelu"}, "gelu"),
+        ({"mlp_bias": True}, "mlp_bias is set"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"rope_parameters": {"rope_type": "yarn", "truncate": False}}, "truncate is False"),
         ({"vocab_size": 0, "rms_norm_eps": 0}, "vocab_size is 0.*norm_eps is 0"),
     ],
 )

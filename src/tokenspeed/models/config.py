@@ -217,6 +217,10 @@ def common(path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
     if raw.get("hidden_act", "silu") != "silu":
         raise CheckpointError(path, f"hidden_act is {raw['hidden_act']!r}; only silu is supported")
     rope = raw.get("rope_parameters") or {}
+    for name, only in (("partial_rotary_factor", 1.0), ("truncate", True)):
+        said = rope.get(name, raw.get(name, only))
+        if said != only:
+            raise CheckpointError(path, f"{name} is {said!r}; only {only} is supported")
     context = raw.get("max_position_embeddings")
     return {
         "architecture": raw.get("model_type"),

@@ -86,6 +86,8 @@ class DeepseekConfig(ModelConfig):
         prefix = ""
         if isinstance(raw.get("text_config"), dict):  # a model that also sees: its text half
             raw, prefix = {"model_type": "kimi_k2"} | raw["text_config"], "language_model."
+        if raw.get("mlp_bias"):
+            raise CheckpointError(path, "mlp_bias is set; no MLP of this family adds a bias")
         values = common(path, raw) | {
             "heads": raw.get("num_attention_heads"),
             "q_rank": raw.get("q_lora_rank"),
