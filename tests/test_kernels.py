@@ -133,16 +133,15 @@ def test_strangers_are_added_and_a_broken_one_is_left_out(monkeypatch: pytest.Mo
 )
 def test_triton_keeps_the_contract_under_its_interpreter() -> None:
     """The laws of the kernels, in a process where Triton interprets."""
-    laws = [
-        Path(__file__).parent / "property" / f"test_{name}.py" for name in ("kernels", "mla", "moe")
-    ]
+    names = ("kernels", "mla", "latent", "moe")
+    laws = [Path(__file__).parent / "property" / f"test_{name}.py" for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "-k", "triton", "-p", "no:cacheprovider"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "EXAMPLES": "12"}
     done = subprocess.run(
         [*command, *map(str, laws)], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout[-4000:]
-    assert "8 passed" in done.stdout
+    assert "9 passed" in done.stdout
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this is no CPU-only machine")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import attrs
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -28,17 +30,13 @@ def tensor(seed: int, *shape: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def moved(value: object, backend: str) -> object:
+def moved(value: Any, backend: str) -> Any:
     """A tensor, or a plan, where the backend wants it."""
     if backend not in ON_GPU:
         return value
-    if isinstance(value, AttentionPlan):
-        return AttentionPlan(
-            query_start=value.query_start.cuda(),
-            context_lens=value.context_lens.cuda(),
-            page_table=value.page_table.cuda(),
-            page_size=value.page_size,
-        )
+    if isinstance(value, AttentionPlan | MlaPlan):
+        fields = {a.name: getattr(value, a.name) for a in attrs.fields(type(value)) if a.init}
+        return type(value)(**{name: moved(own, backend) for name, own in fields.items()})
     return value.cuda() if isinstance(value, Tensor) else value
 
 

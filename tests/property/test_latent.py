@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from strategies import ROPE, SCALE, problems, random, rel, steps
+from strategies import ROPE, SCALE, moved, problems, random, rel, steps
 from tokenspeed.errors import ContractError
 from tokenspeed.kernels import (
     AttentionPlan,
@@ -49,8 +49,9 @@ def test_expanding_equals_absorbing(
     q, pages, plan = problem
     wide, up = (x.to(dtype) for x in widened(q, plan.heads, seed))
     wanted = absorbed(wide, pages.to(dtype), up, plan)
+    given_ = [moved(value, backend) for value in (wide, pages.to(dtype), up, plan)]
     with registry.using(mla_prefill=backend):
-        got = mla_prefill(wide, pages.to(dtype), up, plan, SCALE)
+        got = mla_prefill(*given_, SCALE).cpu()
     assert got.dtype == dtype
     assert rel(got, wanted) <= (1e-5 if dtype == torch.float32 else 3e-2)
 

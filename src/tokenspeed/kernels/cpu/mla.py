@@ -1,7 +1,8 @@
 """Latent attention on the CPU.
 
 Rule: decode rows of as many queries are attended together, over one padded gather of their pages;
-prefill goes row by row, and by as many heads at once as keep the expanded keys in bounds.
+prefill goes row by row, and by as many heads at once as keep the expanded keys in bounds. It is
+torch's own attention, which runs on any device.
 """
 
 from __future__ import annotations
@@ -86,15 +87,15 @@ class _Prefill:
 
 
 def _prefills(plan: MlaPlan) -> list[_Prefill]:
-    starts, found = plan.query_start.tolist(), []
+    starts, found, device = plan.query_start.tolist(), [], plan.page_table.device
     for row, length in enumerate(plan.kv_lens.tolist()):
         count = starts[row + 1] - starts[row]
         if not count or not length:
             continue
-        at = torch.arange(length)
+        at = torch.arange(length, device=device)
         pages = plan.page_table[row, at // plan.page_size].to(torch.int64)
         where = pages * plan.page_size + at % plan.page_size
-        unseen = at > torch.arange(length - count, length)[:, None]
+        unseen = at > torch.arange(length - count, length, device=device)[:, None]
         queries = slice(starts[row], starts[row + 1])
         found.append(_Prefill(queries, where, unseen, max(0, count - length)))
     return found
@@ -103,11 +104,11 @@ def _prefills(plan: MlaPlan) -> list[_Prefill]:
 def mla_prefill(q: Tensor, kv_pages: Tensor, up: Tensor, plan: MlaPlan, scale: float) -> Tensor:
     """See contract.py."""
     heads, nope = plan.heads, q.shape[-1] - plan.rope
-    out = torch.zeros(*q.shape[:2], up.shape[1] - nope, dtype=q.dtype)
+    out = torch.zeros(*q.shape[:2], up.shape[1] - nope, dtype=q.dtype, device=q.device)
     for row in plan.once(_prefills):
         keys = kv_pages.flatten(0, 1).index_select(0, row.where)
         turned = keys[None, :, plan.latent :]
-        bias = torch.zeros(row.unseen.shape, dtype=q.dtype)
+        bias = torch.zeros(row.unseen.shape, dtype=q.dtype, device=q.device)
         bias.masked_fill_(row.unseen, float("-inf"))
         bias[: row.blind] = 0  # anything but NaN; what comes out is set to 0 below
         step = max(1, EXPANDED_MAX // (up.shape[1] * len(keys)))
