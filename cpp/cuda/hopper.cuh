@@ -158,14 +158,19 @@ __device__ constexpr uint32_t bytes_on(int bytes) {
   return uint32_t(bytes) >> 4;
 }
 
+// An address has a block's place in its cluster in its upper bits.
+__device__ inline uint32_t operand(const uint8_t* at, int next) {
+  return __shfl_sync(~0u, (address(at) & 0x3ffff) >> 4 | uint32_t(next) >> 4 << 16, 0);
+}
+
 // Whose rows of 64 columns run along the sum.
 __device__ inline uint32_t rows_of(const uint8_t* at) {
-  return __shfl_sync(~0u, address(at) >> 4 | 1u << 16, 0);
+  return operand(at, 16);
 }
 
 // Whose rows are what is summed over: `next` bytes on lie the next 64 columns.
 __device__ inline uint32_t columns_of(const uint8_t* at, int next) {
-  return __shfl_sync(~0u, address(at) >> 4 | uint32_t(next >> 4) << 16, 0);
+  return operand(at, next);
 }
 
 __device__ inline void wgmma_fence() {
@@ -220,6 +225,13 @@ __device__ inline void load_matrices(uint32_t (&to)[4], const uint8_t* at) {
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                : "r"(address(at))
                : "memory");
+}
+
+__device__ inline void store_matrices(uint8_t* at, const uint32_t (&from)[4]) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address(at)),
+      "r"(from[0]), "r"(from[1]), "r"(from[2]), "r"(from[3])
+      : "memory");
 }
 
 // d[64, 128] = a[64, 16] b[16, 128] (+ d), a in registers, d from register `At` on.

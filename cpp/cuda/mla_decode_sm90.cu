@@ -33,7 +33,9 @@ constexpr int kThreads = 512;
 constexpr int kLoadRegisters = 40, kScoreRegisters = 104, kMixRegisters = 184;
 // A maximum may lag behind by 2 before O is rescaled. The more it may, the less the heaviest weight
 // is like 1, which alone is not rounded: the error is 1.85e-3 at 2^0, 1.9e-3 at 2^1, 2.1e-3 at 2^8.
+// Where keys are few and one weighs much, 2^1 is too much too.
 constexpr float kLazy = 1.0f;
+constexpr int kExact = 16;  // pages before which no maximum lags
 
 // Where one thread of a warp arrives, a product of the warp is done. Where all threads arrive, they
 // have read or written shared memory themselves.
@@ -42,6 +44,7 @@ struct alignas(1024) Shared {
   uint8_t pages[kStages][kPage];
   float fade[kStages][kRows];
   float inverse[kRows];
+  Notes notes;
   uint64_t q_full, q_empty;
   uint64_t full[kStages][kPieces], empty[kStages][kPieces], p_full[kStages];
   uint64_t sum_full, sum_empty;
@@ -130,6 +133,12 @@ __device__ void score_page(float (&s)[32], Shared& shared, int turn) {
   wgmma_commit();
 }
 
+// Where a lane has 8 weights of a warp's 16 rows, of the columns from 8 n on or the 8 after these.
+__device__ uint8_t* place_of_weights(Shared& shared, int stage, int n) {
+  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
+  return shared.pages[stage] + 8 * kBox + row * 128 + ((n + lane / 16) ^ (row % 8)) * 16;
+}
+
 // Of a thread's two rows of a tile.
 struct Rows {
   int mine[2], limit[2];
@@ -138,7 +147,7 @@ struct Rows {
 
 // Scores become weights, where the page's rotary columns were.
 __device__ void weigh(const Call& call, Shared& shared, Rows& rows, float (&s)[32], int turn,
-                      int block) {
+                      int block, float lag) {
   const int lane = threadIdx.x % 32, stage = turn % kStages;
   const int key = block * kKeys + lane % 4 * 2;
 #pragma unroll
@@ -155,7 +164,7 @@ __device__ void weigh(const Call& call, Shared& shared, Rows& rows, float (&s)[3
     high = fmaxf(high, __shfl_xor_sync(~0u, high, 2)) * call.scale_log2;
     float fade = 1.0f;
     float& best = rows.best[i];
-    if (high > best + kLazy) {
+    if (high > best + lag) {
       fade = exp2_fast(best - high);
       best = high;
     }
@@ -170,15 +179,17 @@ __device__ void weigh(const Call& call, Shared& shared, Rows& rows, float (&s)[3
     rows.total[i] = rows.total[i] * fade + sum;
     if (lane % 4 == 0) shared.fade[stage][rows.mine[i]] = fade;
   }
-  uint8_t* p_box = shared.pages[stage] + 8 * kBox;
 #pragma unroll
-  for (int i = 0; i < 2; ++i)
+  for (int n = 0; n < 8; n += 2) {
+    uint32_t pairs[4];
 #pragma unroll
-    for (int n = 0; n < 8; ++n) {
-      const __nv_bfloat162 pair = __floats2bfloat162_rn(s[n * 4 + i * 2], s[n * 4 + i * 2 + 1]);
-      const int at = rows.mine[i] * 128 + ((n * 16 + lane % 4 * 4) ^ (rows.mine[i] % 8 * 16));
-      *reinterpret_cast<__nv_bfloat162*>(p_box + at) = pair;
+    for (int k = 0; k < 4; ++k) {
+      const float* two = s + (n + k / 2) * 4 + k % 2 * 2;
+      const __nv_bfloat162 pair = __floats2bfloat162_rn(two[0], two[1]);
+      pairs[k] = reinterpret_cast<const uint32_t&>(pair);
     }
+    store_matrices(place_of_weights(shared, stage, n), pairs);
+  }
 }
 
 __device__ void score(const Call& call, Shared& shared) {
@@ -200,7 +211,7 @@ __device__ void score(const Call& call, Shared& shared) {
       if (block + 1 == item.last && lane == 0) arrive(&shared.q_empty);
       // Only when all four warps are done with the keys may weights take their place.
       sync_group(2, 128);
-      weigh(call, shared, rows, s, turn, block);
+      weigh(call, shared, rows, s, turn, block, block - item.first < kExact ? 0.0f : kLazy);
       if ((block + 1) * kKeys > item.length)
         clear_keys(shared.pages[turn % kStages], item.length - block * kKeys);
       fence_async();
@@ -265,15 +276,10 @@ __device__ void mix(const Call& call, Shared& shared, int half) {
 #pragma unroll
         for (int n = 0; n < 128; ++n) o[n] *= fade[n / 2 % 2];
       }
-      const uint8_t* p = shared.pages[stage] + 8 * kBox;
       uint32_t weights[4][4];
-      const int p_row = warp * 16 + lane % 16;
 #pragma unroll
-      for (int k = 0; k < 4; ++k)
-        load_matrices(weights[k], p + p_row * 128 + ((k * 2 + lane / 16) ^ (p_row % 8)) * 16);
+      for (int k = 0; k < 4; ++k) load_matrices(weights[k], place_of_weights(shared, stage, k * 2));
       const uint32_t value = columns_of(values, kBox);
-      // The weights are read: rotary columns may take their place.
-      arrive(&shared.empty[stage][4]);
       keep(o);
       wgmma_fence();
 #pragma unroll
@@ -289,6 +295,7 @@ __device__ void mix(const Call& call, Shared& shared, int half) {
       wgmma_wait<0>();
       keep(o);
       if (lane == 0) arrive(&shared.empty[stage][2 + half]);
+      arrive(&shared.empty[stage][4]);
     }
     wait(&shared.sum_full, tiles & 1);
     const float inverse[2] = {shared.inverse[mine[0]], shared.inverse[mine[1]]};
@@ -348,23 +355,26 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (group == 0) {
     give_registers<kLoadRegisters>();
     if (threadIdx.x < 32) load(call, shared, &q_map, &page_map);
-  } else if (group == 1) {
-    give_registers<kScoreRegisters>();
-    if constexpr (OnlyLoad) {
-      only_take(call, shared);
-    } else {
-      const unsigned launch = launches_before(call);
-      score(call, shared);
-      merge(call, *reinterpret_cast<Merging*>(&shared), launch);
-    }
   } else {
-    take_registers<kMixRegisters>();
-    if constexpr (OnlyLoad) {
-      only_take(call, shared);
+    if (group == 1) {
+      give_registers<kScoreRegisters>();
+      if constexpr (OnlyLoad) {
+        only_take(call, shared);
+      } else {
+        const unsigned launch = launches_before(call);
+        score(call, shared);
+        note(call, shared.notes, launch);
+      }
     } else {
-      mix(call, shared, group - 2);
-      merge(call, *reinterpret_cast<Merging*>(&shared), 0);
+      take_registers<kMixRegisters>();
+      if constexpr (OnlyLoad)
+        only_take(call, shared);
+      else
+        mix(call, shared, group - 2);
+      // What follows is the same code for all: fewer instructions have to be fetched.
+      give_registers<kScoreRegisters>();
     }
+    if constexpr (!OnlyLoad) merge(call, *reinterpret_cast<Merging*>(&shared), shared.notes);
   }
 }
 

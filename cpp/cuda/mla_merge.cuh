@@ -14,15 +14,21 @@
 namespace {
 
 constexpr int kConsumers = 384;
-constexpr int kWarps = kConsumers / 32;  // that merge
-constexpr int kFew = 12;                 // parts that a warp sums by whole rows
-constexpr int kSlots = 24;               // halves of rows on their way to a warp
+constexpr int kSlots = 24;  // halves of rows on their way to a warp
+constexpr int kNoted = 4;
 
 // Lies where Q and the pages were.
 struct Merging {
   uint4 slots[kWarps][kSlots][32];
   float4 weights[kWarps][2 * kBlocksMax];  // lse, then the weights of the halves
   float sums[kWarps][8][32];
+};
+
+// What a block has a part of: found out while others still work, and kept near, since what was
+// loaded before a fence is loaded again after it.
+struct Notes {
+  Item items[kNoted];  // the first ones
+  int count;
   unsigned launch;  // of this plan, from 0 on
 };
 
@@ -85,89 +91,97 @@ __device__ Split own_parts(const Call& call, const Item& item, int q_row) {
 }
 
 // A warp sums `Wide` halves of one row over every `groups`th part; groups of warps share a row. All
-// that fits is on its way at once: waiting for memory is what merging costs.
-template <int Wide, bool Joins>
-__device__ void merge_tile(const Call& call, const Item& item, Merging& shared, int groups) {
+// that fits is on its way at once, and few instructions stand between: each step here waits for the
+// last one, and no other block's work hides it.
+template <int Wide>
+__device__ void merge_tile(const Call& call, const Item& item, Merging& shared, int groups,
+                           int at_once) {
   constexpr int kSome = kSlots / Wide;  // parts at a time
   const int warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32;
-  const int group = warp % groups, at_once = kWarps / groups;
+  const int mine = warp * at_once / kWarps, group = warp - mine * groups;
   const int cuts = 2 / Wide, units = item.rows * cuts, step = item.parts * at_once;
-  const int lanes = call.plan.lanes(Phase(item.phase));
+  float4* const weights = shared.weights[warp];
+  uint4(*const slots)[32] = shared.slots[warp];
   for (int base = item.rank * at_once; base < units; base += step) {
-    const int unit = base + warp / groups, row = unit / cuts, half = unit % cuts;
+    const int unit = base + mine, row = unit / cuts, half = unit % cuts;
     const int q_row = item.first_row + row;
     float sum[Wide][8] = {};
     if (unit < units) {
       float high = -INFINITY, total = 0.0f;
-      float4* weights = shared.weights[warp];
-      uint4(*slots)[32] = shared.slots[warp];
-      const Split split(call.plan, item.phase, lanes, item.start, item.parts, item.tile, row,
-                        q_row);
-      const Split own = Joins ? own_parts(call, item, q_row) : split;
-      const int parts = Joins ? split.count + own.count : split.count;
+      const Split split(call.plan, item.phase, call.plan.lanes(Phase(item.phase)), item.start,
+                        item.parts, item.tile, row, q_row);
+      Split own = split;
+      if (item.joins) own = own_parts(call, item, q_row);
+      const int parts = split.count + (item.joins ? own.count : 0);
       const auto place = [&](int part) {
-        return Joins && part >= split.count ? own.at(part - split.count) : split.at(part);
+        return part < split.count ? split.at(part) : own.at(part - split.count);
       };
       const auto fetch = [&](int first) {
-        const int some = min(kSome, (parts - first + groups - 1) / groups);
-#pragma unroll 4
-        for (int j = 0; j < some; ++j) {
-          const uint4* from = call.part_out + place(first + j * groups) * 64 + half * 32 + lane;
+        int slot = 0;
+#pragma unroll 2
+        for (int part = first; part < parts && slot < kSlots; part += groups, slot += Wide) {
+          const uint4* from = call.part_out + place(part) * 64 + half * 32 + lane;
 #pragma unroll
-          for (int i = 0; i < Wide; ++i) copy_16(&slots[j * Wide + i][lane], from + i * 32);
+          for (int i = 0; i < Wide; ++i) copy_16(&slots[slot + i][lane], from + i * 32);
         }
       };
       // All lanes are done with the weights of the row before.
       __syncwarp();
-#pragma unroll 2
+#pragma unroll 1
       for (int part = lane; part < parts; part += 32)
         copy_16(&weights[part], reinterpret_cast<const float4*>(call.part_lse) + place(part));
       fetch(group);
       wait_for_copies();
       __syncwarp();
-#pragma unroll 2
+#pragma unroll 4
       for (int part = lane; part < parts; part += 32) high = fmaxf(high, weights[part].x);
       for (int i = 16; i; i /= 2) high = fmaxf(high, __shfl_xor_sync(~0u, high, i));
       const float from = high == -INFINITY ? 0.0f : high;
-#pragma unroll 2
+#pragma unroll 1
       for (int part = lane; part < parts; part += 32) {
-        const float weight = exp2_fast(weights[part].x - from);
-        weights[part].y *= weight, weights[part].z *= weight;
-        total += weight;
+        float4 weight = weights[part];
+        weight.x = exp2_fast(weight.x - from);
+        total += weight.x;
+        weight.y *= weight.x, weight.z *= weight.x;
+        weights[part] = weight;
       }
-      for (int i = 16; i; i /= 2) total += __shfl_xor_sync(~0u, total, i);
       __syncwarp();
-      const float inverse = total > 0.0f ? 1.0f / total : 0.0f;
       for (int first = group; first < parts; first += kSome * groups) {
         if (first != group) {
           fetch(first);
           wait_for_copies();
         }
-#pragma unroll 4
-        for (int j = 0; j < kSome; ++j) {
-          const int part = first + j * groups;
-          if (part >= parts) break;
+        int slot = 0;
+#pragma unroll 2
+        for (int part = first; part < parts && slot < kSlots; part += groups, slot += Wide) {
+          const float4 weight = weights[part];
 #pragma unroll
           for (int i = 0; i < Wide; ++i) {
-            const float weight = (&weights[part].y)[half + i] * inverse;
-            const uint4 eight = slots[j * Wide + i][lane];
+            const float by = half + i ? weight.z : weight.y;
+            const uint4 eight = slots[slot + i][lane];
             const __half2* pairs = reinterpret_cast<const __half2*>(&eight);
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
               const float2 two = __half22float2(pairs[k]);
-              sum[i][k * 2] += weight * two.x, sum[i][k * 2 + 1] += weight * two.y;
+              sum[i][k * 2] += by * two.x, sum[i][k * 2 + 1] += by * two.y;
             }
           }
         }
       }
+      for (int i = 16; i; i /= 2) total += __shfl_xor_sync(~0u, total, i);
+      const float inverse = total > 0.0f ? 1.0f / total : 0.0f;
+#pragma unroll
+      for (int k = 0; k < 8 * Wide; ++k) sum[k / 8][k % 8] *= inverse;
       if (group == 0 && half == 0 && lane == 0)
         call.lse[q_row] = total > 0.0f ? (high + log2f(total)) * 0.6931471805599453f : -INFINITY;
     }
     if (groups > 1) {
+#pragma unroll
       for (int k = 0; k < 8; ++k) shared.sums[warp][k][lane] = sum[0][k];
       sync_group(1, kConsumers);
       if (group == 0)
         for (int other = 1; other < groups; ++other)
+#pragma unroll
           for (int k = 0; k < 8; ++k) sum[0][k] += shared.sums[warp + other][k][lane];
       sync_group(1, kConsumers);
     }
@@ -202,21 +216,6 @@ __device__ void await_members(const Call& call, const Item& item, unsigned launc
   }
 }
 
-template <bool Joins>
-__device__ void merge_item(const Call& call, const Item& item, Merging& shared) {
-  if (Joins) await_members(call, item, shared.launch);
-  sync_group(1, kConsumers);
-  // As many warps a row as leave no block a second round.
-  int groups = kWarps;
-  while (groups > 1 && item.parts * (kWarps / groups) < item.rows * 2)
-    groups = groups == 12 ? 6 : groups == 6 ? 4 : groups - 1;
-  if (item.parts <= kFew)
-    merge_tile<2, Joins>(call, item, shared, 1);
-  else
-    merge_tile<1, Joins>(call, item, shared, groups);
-  sync_group(1, kConsumers);
-}
-
 // How often the plan was used before. Every block of a tile comes by once a launch, so that the
 // counts of those that came tell, as long as this block did not.
 __device__ unsigned launches_before(const Call& call) {
@@ -228,33 +227,59 @@ __device__ unsigned launches_before(const Call& call) {
   return 0;
 }
 
-// `launch` is thread 128's, from launches_before.
-__device__ void merge(const Call& call, Merging& shared, unsigned launch) {
+// By the scores' warps, as soon as they have nothing else to do.
+__device__ void note(const Call& call, Notes& notes, unsigned launch) {
+  int count = 0;
+  for (Items walk(call.plan, blockIdx.x); walk.next();) {
+    if (walk.item.into < 0) continue;
+    if (threadIdx.x == 128 && count < kNoted) notes.items[count] = walk.item;
+    ++count;
+  }
+  if (threadIdx.x == 128) notes.count = count, notes.launch = launch;
+}
+
+// What was noted, one after the other, then what had no room.
+template <typename Take>
+__device__ void each_noted(const Call& call, const Notes& notes, const Take& take) {
+  int next = -1;
+#pragma unroll 1
+  for (int i = 0; i < notes.count; ++i) {
+    Item item;
+    if (i < kNoted) {
+      item = notes.items[i];
+    } else {
+      do {
+        item = call.plan.item(next);
+        next = item.next;
+      } while (item.into < 0);
+    }
+    next = item.next;
+    take(item);
+  }
+}
+
+__device__ void merge(const Call& call, Merging& shared, const Notes& notes) {
   sync_group(1, kConsumers);
+  if (notes.count == 0) return;
   const bool speaks = threadIdx.x == 128;
   if (speaks) {
-    shared.launch = launch;
     __threadfence();
+    each_noted(call, notes, [&](const Item& item) {
+      atomicAdd(call.plan.counter(item.phase, item.row, item.tile), 1u);
+    });
   }
-  bool merges = false;
-  for (Items walk(call.plan, blockIdx.x); walk.next();) {
-    const Item& item = walk.item;
-    if (item.into < 0) continue;
-    if (speaks) atomicAdd(call.plan.counter(item.phase, item.row, item.tile), 1u);
-    merges |= item.merges();
-  }
-  if (!merges) return;
-  sync_group(1, kConsumers);
-  for (Items walk(call.plan, blockIdx.x); walk.next();) {
-    const Item& item = walk.item;
-    if (!item.merges()) continue;
-    if (speaks)
-      await(call.plan.counter(item.phase, item.row, item.tile), shared.launch, item.parts);
-    if (item.joins)
-      merge_item<true>(call, item, shared);
+  __syncwarp();
+  each_noted(call, notes, [&](const Item& item) {
+    if (!item.merges()) return;
+    if (speaks) await(call.plan.counter(item.phase, item.row, item.tile), notes.launch, item.parts);
+    if (item.joins) await_members(call, item, notes.launch);
+    sync_group(1, kConsumers);
+    if (item.warps == 0)
+      merge_tile<2>(call, item, shared, 1, kWarps);
     else
-      merge_item<false>(call, item, shared);
-  }
+      merge_tile<1>(call, item, shared, item.warps % 16, item.warps / 16);
+    sync_group(1, kConsumers);
+  });
 }
 
 }  // namespace

@@ -13,6 +13,8 @@ constexpr int kLatent = 512;
 constexpr int kWidth = 576;
 constexpr int kBlocksMax = 144;  // of the grid
 constexpr int kPlanThreads = 1024;
+constexpr int kWarps = 12;  // of a block that merge
+constexpr int kFew = 12;    // parts that a warp sums by whole rows
 
 // Rows beside each other whose page tables begin alike form a group: what all their queries see of
 // the pages in common is taken once for all of them, first, and what each has beside that after.
@@ -30,7 +32,8 @@ struct alignas(16) Item {
   int into;           // where the partial result begins, in rows; -1 if the result is whole
   int start, parts;   // the first part that begins inside the row, how many have keys of it
   int rank;           // of this part among those
-  uint8_t phase, leads, joins, unused;
+  uint8_t phase, leads, joins;
+  uint8_t warps;  // that share half a row when it is merged, + 16 x halves at once; 0: whole rows
 
   // Of a row of the tile: causal, bottom-right. What is common all queries see.
   __device__ int keys_seen(int mine, int heads) const {
@@ -105,6 +108,8 @@ struct Plan {
 
   __device__ int blocks(int row) const { return (length(row) + kKeys - 1) / kKeys; }
 
+  __device__ const Item& item(int at) const { return reinterpret_cast<const Item*>(items)[at]; }
+
   // Blocks that a row takes in a phase.
   __device__ int blocks(Phase which, int row) const {
     if (which == kAlone) return blocks(row) - common[row];
@@ -119,6 +124,14 @@ struct Plan {
   // Where partial results begin that are not split: behind two tiles for each block and phase.
   __device__ int whole(Phase which) const { return (4 * grid * kRows) + which * whole_rows; }
 };
+
+// As many warps a half row as leave no block a second round.
+__device__ inline uint8_t warps_of(int parts, int rows) {
+  int groups = kWarps;
+  while (groups > 1 && parts * (kWarps / groups) < rows * 2)
+    groups = groups == 12 ? 6 : groups == 6 ? 4 : groups - 1;
+  return uint8_t(groups + kWarps / groups * 16);
+}
 
 // The items of a block, one after the other, as the plan is made.
 struct Walk {
@@ -192,6 +205,7 @@ struct Walk {
       item.into = (2 * (phase * plan.grid + place) + item.leads) * kRows;
     else
       item.into = item.joins ? plan.whole(phase) + item.first_row : -1;
+    item.warps = item.parts <= kFew ? 0 : warps_of(item.parts, item.rows);
     const int* table = plan.page_table + int64_t(row) * plan.columns;
     for (int i = 0; i < 2; ++i) {
       const int at = item.first + i, page = at < item.last ? __ldg(table + at) : -1;
@@ -207,8 +221,7 @@ struct Items {
   int at;
   Item item;
 
-  __device__ Items(const Plan& plan, int block)
-      : items(reinterpret_cast<const Item*>(plan.items)), at(block) {}
+  __device__ Items(const Plan& plan, int block) : items(&plan.item(0)), at(block) {}
 
   __device__ bool next() {
     if (at < 0) return false;
