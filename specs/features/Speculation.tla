@@ -13,7 +13,8 @@
 (* Drafts = 0 is a window alone, Window = Length speculation alone.           *)
 EXTENDS Naturals, Sequences, FiniteSets
 
-CONSTANTS Req, Page, Hole, PageSize, Drafts, Window, Length, MaxInFlight
+CONSTANTS Req, Page, Hole, PageSize, Drafts, Window, Length, MaxInFlight,
+  MaxAhead   \* launched steps of one request; the second runs before the first is judged
 VARIABLES
   st,        \* [Req -> {"New", "Running", "Draining", "Ended"}]
   tab,       \* [Req -> Seq(Page or Hole)]
@@ -73,6 +74,7 @@ Launch(r, drafts) ==
   /\ Wants(r)
   /\ Min(Ahead(r) + drafts, Length) <= Room(r)
   /\ Len(inflight) < MaxInFlight
+  /\ Pending(r) < MaxAhead
   /\ inflight' = Append(inflight, [req |-> r, drafts |-> drafts, ran |-> FALSE, gained |-> 0])
   /\ UNCHANGED <<st, tab, ref, known, real, kv>>
 Run ==           \* the device; a step behind the last token gains nothing and writes nothing
