@@ -65,7 +65,9 @@ else:
 
 def of_config(config: str) -> str:
     """The module that a configuration is of."""
-    return "MCHostTier.tla" if config.startswith("host") else "MCLifecycle.tla"
+    modules = {"host": "MCHostTier.tla", "draft": "MCDraft.tla", "window": "MCWindow.tla"}
+    named = (module for prefix, module in modules.items() if config.startswith(prefix))
+    return next(named, "MCLifecycle.tla")
 
 
 class Refused(Exception):
