@@ -12,6 +12,7 @@ import pytest
 import tiny
 from tokenspeed import models
 from tokenspeed.errors import CheckpointError
+from tokenspeed.spmd.params import Parameter, leaves
 
 V3 = json.loads((Path(models.__file__).parent / "shapes" / "deepseek-v3.json").read_text())
 
@@ -45,6 +46,27 @@ def test_shipped_shapes_are_known_by_name() -> None:
     small = models.find_config("smollm2")
     assert isinstance(small, models.LlamaConfig)
     assert (small.layers, small.heads, small.kv_heads, small.tied) == (30, 9, 3, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("deepseek-v3", 671.0),  # DeepSeek-AI, 2024, "V3", abstract
+        ("deepseek-v2-lite", 15.7),  # DeepSeek-AI, 2024, "V2", appendix B
+        ("kimi-k2", 1026.4),  # counted by hand; Moonshot AI, 2025, says 1.04 trillion
+        ("smollm2", 0.134515),
+    ],
+)
+def test_shapes_have_as_many_parameters_as_their_papers_say(name: str, billions: float) -> None:
+    config = models.find_config(name)
+    tree = models.Family.of(config).parameters(config)
+    sizes = {
+        source.name: math.prod(source.shape)
+        for _, leaf in leaves(tree)
+        if isinstance(leaf, Parameter)
+        for source in leaf.sources
+    }
+    assert sum(sizes.values()) / 1e9 == pytest.approx(billions, rel=1e-3)
 
 
 def test_yarn_scales_scores_as_the_paper_says(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from models_here import needs_reference, needs_smollm2, reference
 from tokenspeed import models
-from tokenspeed.config import EngineConfig
+from tokenspeed.config import DEFAULT_MODEL, EngineConfig
 from tokenspeed.plan import StepPlan
 from tokenspeed.spmd import KV, Mesh
 from tokenspeed.spmd.batch import Slots
@@ -137,6 +138,19 @@ def test_logits_equal_transformers(name: str, chunk: int, tmp_path: Path) -> Non
         wanted = peer(ids[None]).logits[0]
     assert wanted.std() > 0.3, "flat logits would hide errors"
     torch.testing.assert_close(logits(tmp_path, ids, chunk=chunk), wanted, atol=1e-4, rtol=1e-4)
+
+
+@needs_smollm2
+@needs_reference
+def test_logits_of_the_default_model_equal_transformers() -> None:
+    """The best five of the first step, which the reference has to four digits."""
+    path = models.resolve_model(DEFAULT_MODEL)
+    model = models.build(models.open_checkpoint(path), Mesh.single())
+    for record in reference():
+        best = fed(model, torch.tensor(record["prompt_ids"]), chunk=10**6)[-1].topk(5)
+        ids, wanted = zip(*record["first_step_top5"], strict=True)
+        assert best.indices.tolist() == list(ids)
+        torch.testing.assert_close(best.values, torch.tensor(wanted), atol=1e-4, rtol=0)
 
 
 def test_shards_are_read_like_one_file(tmp_path: Path) -> None:

@@ -90,6 +90,12 @@ def test_the_spec_comes_along_and_is_the_one_of_the_checkout(outside: Path) -> N
 
 
 @pytest.mark.slow
+def test_shapes_come_along(outside: Path) -> None:
+    code = "from tokenspeed import models; print(models.find_config('deepseek-v3').layers)"
+    assert python(outside, code) == "61"
+
+
+@pytest.mark.slow
 def test_types_come_along(outside: Path) -> None:
     package = Path(python(outside, "import tokenspeed; print(tokenspeed.__path__[0])"))
     assert (package / "py.typed").exists()
