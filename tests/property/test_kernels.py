@@ -11,6 +11,7 @@ from torch import Tensor
 from strategies import ON_GPU, TOLERANCE, dtypes, moved, seeds, steps, tensor
 from tokenspeed import kernels
 from tokenspeed.kernels import AttentionPlan, registry
+from tokenspeed.kernels.packing import unpack
 
 
 def backends(op: str) -> list[str]:
@@ -24,7 +25,7 @@ def agree(op: str, backend: str, *args: object) -> None:
     results = []
     for name in ("reference", backend):
         with registry.using(**{op: name}):
-            out = getattr(kernels, op)(*args)
+            out = getattr(kernels, op.removesuffix("_packed"))(*args)
         results.append(out if isinstance(out, tuple) else (out,))
     for expected, got in zip(*results, strict=True):
         assert got.dtype == expected.dtype == dtype
@@ -43,10 +44,57 @@ def test_dense_ops(backend: str, dtype: torch.dtype, seed: int, tokens: int, wid
     agree("add_rms_norm", backend, x, residual, weight, 1e-5)
     agree("silu_mul", backend, x)
     matrix = tensor(seed + 3, 5, 2 * width, dtype=dtype) / (2 * width) ** 0.5
-    agree("linear", backend, x, matrix, None)
-    agree("linear", backend, x, matrix, tensor(seed + 4, 5, dtype=dtype))
-    ids = torch.randint(tokens, (6,), generator=torch.Generator().manual_seed(seed))
-    agree("embedding", backend, ids, x)
+    if backend in registry.offering("linear"):
+        agree("linear", backend, x, matrix, None)
+        agree("linear", backend, x, matrix, tensor(seed + 4, 5, dtype=dtype))
+        ids = torch.randint(tokens, (6,), generator=torch.Generator().manual_seed(seed))
+        agree("embedding", backend, ids, x)
+
+
+@given(seeds, st.sampled_from([4, 8]), st.integers(1, 40), st.integers(1, 5))
+def test_packing_rounds_to_the_nearest_and_a_second_time_changes_nothing(
+    seed: int, bits: int, rows: int, groups: int
+) -> None:
+    weight = tensor(seed, rows, 32 * groups, dtype=torch.float32)
+    packed = kernels.pack(weight, bits)
+    got = unpack(packed)
+    low, high = weight.view(rows, groups, 32).aminmax(dim=-1, keepdim=True)
+    step = (high - low) / (2**bits - 1)
+    # Half a step, and what float16 takes from the step (2^bits of them) and from the offset.
+    bound = step / 2 + 2**-11 * (high - low) + 2**-11 * low.abs() + 2**-24 * 2**bits
+    assert bool(((got - weight).view(rows, groups, 32).abs() <= bound).all())
+    assert torch.equal(unpack(kernels.pack(got, bits)), got)
+
+
+@pytest.mark.parametrize("backend", backends("linear_packed"))
+@given(
+    dtypes, seeds, st.sampled_from([4, 8]), st.integers(1, 19), st.integers(1, 40), st.booleans()
+)
+def test_linear_packed(
+    backend: str, dtype: torch.dtype, seed: int, bits: int, tokens: int, rows: int, biased: bool
+) -> None:
+    """Exact where the numbers of x are whole and of 8 bits; a token alone is as among others."""
+    x = torch.randint(-127, 128, (tokens, 96), generator=torch.Generator().manual_seed(seed))
+    x[:, ::32] = 127
+    weight = kernels.pack(tensor(seed + 1, rows, 96, dtype=torch.float32), bits)
+    bias = tensor(seed + 2, rows, dtype=dtype) if biased else None
+    agree("linear_packed", backend, x.to(dtype) / 512, weight, bias)
+    with registry.using(linear_packed=backend):
+        whole = kernels.linear(x.to(dtype), weight, bias)
+        alone = kernels.linear(x[-1:].to(dtype), weight, bias)
+    assert torch.equal(whole[-1:], alone)
+
+
+@given(dtypes, seeds, st.sampled_from([4, 8]))
+def test_what_rounding_the_activations_costs(dtype: torch.dtype, seed: int, bits: int) -> None:
+    """Half of 1/127 of a group's largest number each: 1 % of the result, in the mean over rows."""
+    x = tensor(seed, 4, 576, dtype=dtype)
+    weight = kernels.pack(tensor(seed + 1, 64, 576, dtype=torch.float32), bits)
+    results = []
+    for name in ("reference", "native"):
+        with registry.using(linear_packed=name):
+            results.append(kernels.linear(x, weight).float())
+    assert float((results[0] - results[1]).norm() / results[0].norm()) < 0.012
 
 
 @pytest.mark.parametrize("backend", backends("rope"))
@@ -97,6 +145,7 @@ def test_neighbours_turn_like_halves_in_another_order(seed: int, dim: int) -> No
     steps(),
     st.sampled_from([(1, 1), (4, 1), (9, 3), (4, 4)]),
     st.none() | st.integers(1, 50),
+    st.sampled_from([8, 16, 64]),
 )
 def test_paged_attention(
     backend: str,
@@ -105,11 +154,12 @@ def test_paged_attention(
     step: tuple[AttentionPlan, int, int],
     heads: tuple[int, int],
     window: int | None,
+    dim: int,
 ) -> None:
     plan, pages, tokens = step
-    q = tensor(seed, tokens, heads[0], 8, dtype=dtype)
-    k = tensor(seed + 1, pages, plan.page_size, heads[1], 8, dtype=dtype)
-    v = tensor(seed + 2, pages, plan.page_size, heads[1], 8, dtype=dtype)
+    q = tensor(seed, tokens, heads[0], dim, dtype=dtype)
+    k = tensor(seed + 1, pages, plan.page_size, heads[1], dim, dtype=dtype)
+    v = tensor(seed + 2, pages, plan.page_size, heads[1], dim, dtype=dtype)
     agree("paged_attention", backend, q, k, v, plan, window)
 
 

@@ -13,13 +13,16 @@ from torch import Tensor
 from tokenspeed.kernels.contract import AttentionPlan, Backend, MlaPlan, Problem, Routing
 from tokenspeed.kernels.latent import latent_attention
 from tokenspeed.kernels.mla import mla_decode, mla_decode_plan, mla_prefill
+from tokenspeed.kernels.packing import GROUP, PackedWeight, pack
 from tokenspeed.kernels.registry import Choice, Registry, registry
 
 __all__ = [
+    "GROUP",
     "AttentionPlan",
     "Backend",
     "Choice",
     "MlaPlan",
+    "PackedWeight",
     "Problem",
     "Registry",
     "Routing",
@@ -33,6 +36,7 @@ __all__ = [
     "mla_prefill",
     "moe_mlp",
     "moe_route",
+    "pack",
     "paged_attention",
     "registry",
     "rms_norm",
@@ -46,9 +50,10 @@ def embedding(ids: Tensor, weight: Tensor) -> Tensor:
     return cast(Tensor, registry.of("embedding", weight)(ids, weight))
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None) -> Tensor:
     """x[T, I] @ weight[O, I].T + bias[O] -> [T, O]."""
-    return cast(Tensor, registry.of("linear", x)(x, weight, bias))
+    op = "linear_packed" if isinstance(weight, PackedWeight) else "linear"
+    return cast(Tensor, registry.of(op, x)(x, weight, bias))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

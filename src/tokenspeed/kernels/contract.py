@@ -7,6 +7,8 @@ sums are taken in float32 at least.
 
     embedding(ids int64[T], weight[V, D]) -> [T, D]
     linear(x[T, I], weight[O, I], bias[O] | None) -> [T, O]
+    linear_packed(x[T, I], weight, bias[O] | None) -> [T, O]
+        with a PackedWeight; x may be rounded to 8 bits, with a scale for each 32 columns of a token
     rms_norm(x[T, D], weight[D], eps) -> x / sqrt(mean(x^2) + eps) * weight
     add_rms_norm(x[T, D], residual[T, D], weight[D], eps) -> (rms_norm(s), s), s = x + residual
     rope(q[T, H, d], k[T, K, d], positions int64[T], cos_sin float32[context, d], interleaved)
@@ -60,6 +62,7 @@ T = TypeVar("T")
 OPS = (
     "embedding",
     "linear",
+    "linear_packed",
     "rms_norm",
     "add_rms_norm",
     "rope",

@@ -22,6 +22,7 @@ from torch import Tensor
 from tokenspeed.errors import ConfigError, KernelError
 from tokenspeed.kernels.contract import OPS, Backend, Problem
 from tokenspeed.kernels.cpu import BACKEND as CPU
+from tokenspeed.kernels.cpu import NATIVE
 from tokenspeed.kernels.cuda import BACKEND as CUDA
 from tokenspeed.kernels.reference import BACKEND as REFERENCE
 from tokenspeed.kernels.triton import BACKENDS as TRITON
@@ -166,6 +167,6 @@ class Registry:
             )
 
 
-registry = Registry((REFERENCE, CPU, CUDA, *TRITON))
+registry = Registry((REFERENCE, CPU, NATIVE, CUDA, *TRITON))
 """The process's registry."""
 registry.discover()

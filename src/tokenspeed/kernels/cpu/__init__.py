@@ -1,12 +1,16 @@
-"""The CPU backend. Rule: few calls, for their overhead is what a decode step costs."""
+"""The CPU backends: one of torch's functions, and one of our own kernels where they are built.
+
+Rule: few calls, for their overhead is what a decode step costs.
+"""
 
 from tokenspeed.kernels.contract import Backend, Problem
 from tokenspeed.kernels.cpu.attention import kv_write, paged_attention, rope
 from tokenspeed.kernels.cpu.dense import add_rms_norm, embedding, linear, rms_norm, silu_mul
 from tokenspeed.kernels.cpu.mla import mla_decode, mla_prefill
 from tokenspeed.kernels.cpu.moe import moe_mlp
+from tokenspeed.kernels.cpu.native import BACKEND as NATIVE
 
-__all__ = ["BACKEND"]
+__all__ = ["BACKEND", "NATIVE"]
 
 
 def _supports(problem: Problem) -> str | None:

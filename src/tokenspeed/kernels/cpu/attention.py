@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from tokenspeed.kernels.contract import AttentionPlan
 
-__all__ = ["kv_write", "paged_attention", "rope"]
+__all__ = ["attend_row", "kv_write", "long_rows", "paged_attention", "rope"]
 
 
 def rope(
@@ -73,16 +73,23 @@ def _rows(plan: AttentionPlan, window: int | None) -> tuple[_Decode | None, list
         at.masked_fill_(unseen, 0)
         where = plan.page_table[single].gather(1, at // size).to(torch.int64) * size + at % size
         decode = _Decode(starts[single], where.masked_fill_(unseen, 0).flatten(), unseen)
-    prefills = []
-    for row in (counts > 1).nonzero().flatten().tolist():
+    return decode, long_rows(plan, window, 1)
+
+
+def long_rows(plan: AttentionPlan, window: int | None, most: int) -> list[_Prefill]:
+    """The rows of more than `most` queries."""
+    starts, contexts = plan.query_start.to(torch.int64), plan.context_lens.to(torch.int64)
+    counts, size = starts.diff(), plan.page_size
+    rows = []
+    for row in (counts > most).nonzero().flatten().tolist():
         start, context = int(starts[row]), int(contexts[row])
         end = context + int(counts[row])
         at = torch.arange(0 if window is None else max(0, context + 1 - window), end)
         where = plan.page_table[row, at // size].to(torch.int64) * size + at % size
         own = torch.arange(context, end)[:, None]
         unseen = (at > own) if window is None else (at > own) | (at <= own - window)
-        prefills.append(_Prefill(start, start + int(counts[row]), where, unseen))
-    return decode, prefills
+        rows.append(_Prefill(start, start + int(counts[row]), where, unseen))
+    return rows
 
 
 def paged_attention(
@@ -98,8 +105,14 @@ def paged_attention(
     if decode is not None:
         out[decode.tokens] = _decode(q[decode.tokens], keys, values, decode, bias)
     for row in prefills:
-        out[row.start : row.end] = _prefill(q[row.start : row.end], keys, values, row)
+        attend_row(q, k_pages, v_pages, row, out)
     return out
+
+
+def attend_row(q: Tensor, k_pages: Tensor, v_pages: Tensor, row: _Prefill, out: Tensor) -> None:
+    """Write the attention of a long row's queries into out[T, H, d]."""
+    keys, values = k_pages.flatten(0, 1), v_pages.flatten(0, 1)
+    out[row.start : row.end] = _prefill(q[row.start : row.end], keys, values, row)
 
 
 def _bias(unseen: Tensor, dtype: torch.dtype) -> Tensor:

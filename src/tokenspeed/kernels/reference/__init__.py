@@ -6,6 +6,7 @@ from tokenspeed.kernels.reference.dense import (
     add_rms_norm,
     embedding,
     linear,
+    linear_packed,
     rms_norm,
     silu_mul,
 )
@@ -20,6 +21,7 @@ BACKEND = Backend(
     functions={
         "embedding": embedding,
         "linear": linear,
+        "linear_packed": linear_packed,
         "rms_norm": rms_norm,
         "add_rms_norm": add_rms_norm,
         "rope": rope,

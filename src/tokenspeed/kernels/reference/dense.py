@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["add_rms_norm", "embedding", "linear", "rms_norm", "silu_mul"]
+from tokenspeed.kernels.packing import PackedWeight, unpack
+
+__all__ = ["add_rms_norm", "embedding", "linear", "linear_packed", "rms_norm", "silu_mul"]
 
 
 def embedding(ids: Tensor, weight: Tensor) -> Tensor:
@@ -17,6 +19,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """See contract.py."""
     product = x.float() @ weight.float().T
     return (product if bias is None else product + bias.float()).to(x.dtype)
+
+
+def linear_packed(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    """See contract.py."""
+    return linear(x, unpack(weight), bias)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -1,0 +1,124 @@
+#include "tokenspeed_cpu.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "kernels.hpp"
+#include "pool.hpp"
+
+namespace tokenspeed::cpu {
+namespace {
+
+const Kernels& best() {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+    return kAvx512Vnni;
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c")) {
+    return kAvx2;
+  }
+#endif
+  return kPortable;
+}
+
+// TOKENSPEED_CPU_ISA names a lesser set: for tests.
+const Kernels& kernels() {
+  static const Kernels& chosen = []() -> const Kernels& {
+    const char* name = std::getenv("TOKENSPEED_CPU_ISA");
+    if (name == nullptr || std::strcmp(name, best().isa) == 0) return best();
+#if defined(__x86_64__)
+    if (std::strcmp(name, kAvx2.isa) == 0 && &best() == &kAvx512Vnni) return kAvx2;
+#endif
+    return kPortable;
+  }();
+  return chosen;
+}
+
+// Room that a thread keeps from call to call.
+Rounded room(std::int64_t tokens, std::int64_t cols) {
+  thread_local std::vector<std::int8_t> numbers;
+  thread_local std::vector<float> scales;
+  const auto groups = static_cast<std::size_t>(tokens * (cols / kGroup));
+  numbers.resize(std::max(numbers.size(), static_cast<std::size_t>(tokens * cols)));
+  scales.resize(std::max(scales.size(), 2 * groups));
+  return {numbers.data(), scales.data(), scales.data() + groups};
+}
+
+constexpr std::int64_t kSmall = 16384;  // elements that are not worth a second thread
+
+std::int64_t piece_of(std::int64_t items, std::int64_t item, int threads) {
+  return std::max({std::int64_t{1}, kSmall / item, items / (8 * std::int64_t{threads})});
+}
+
+}  // namespace
+}  // namespace tokenspeed::cpu
+
+using namespace tokenspeed::cpu;
+
+const char* ts_cpu_isa(void) {
+  return kernels().isa;
+}
+
+void ts_cpu_linear(int dtype, const void* x, int64_t x_stride, int64_t tokens, int64_t cols,
+                   const uint8_t* packed, int64_t rows, int bits, const void* bias, void* out,
+                   int threads) {
+  const Kernels& run = kernels();
+  const Rounded rounded = room(tokens, cols);
+  auto round = [&](int64_t begin, int64_t end) {
+    run.round_to_8(x, x_stride, cols, begin, end, rounded, dtype);
+  };
+  share(tokens, piece_of(tokens, cols, threads), threads, round);
+  const Linear call{packed, rounded, tokens, cols, rows, bias, out};
+  auto multiply = [&](int64_t begin, int64_t end) { run.linear(call, bits, dtype, begin, end); };
+  const auto blocks = row_blocks(rows);
+  share(blocks, piece_of(blocks, kLanes * cols * tokens, threads), threads, multiply);
+}
+
+void ts_cpu_rms_norm(int dtype, const void* x, const void* residual, const void* weight,
+                     int64_t tokens, int64_t dim, float eps, void* out, void* total, int threads) {
+  auto work = [&](int64_t begin, int64_t end) {
+    kernels().rms_norm(x, residual, weight, dim, eps, out, total, dtype, begin, end);
+  };
+  share(tokens, piece_of(tokens, dim, threads), threads, work);
+}
+
+void ts_cpu_silu_mul(int dtype, const void* x, int64_t tokens, int64_t width, void* out,
+                     int threads) {
+  auto work = [&](int64_t begin, int64_t end) {
+    kernels().silu_mul(x, width, out, dtype, begin, end);
+  };
+  share(tokens, piece_of(tokens, width, threads), threads, work);
+}
+
+void ts_cpu_rope(int dtype, const void* x, int64_t token_stride, int64_t head_stride,
+                 int64_t tokens, int64_t heads, int64_t dim, const int64_t* positions,
+                 const float* cos_sin, void* out, int interleaved) {
+  kernels().rope(x, token_stride, head_stride, heads, dim, positions, cos_sin, out,
+                 interleaved != 0, dtype, tokens);
+}
+
+void ts_cpu_kv_write(int dtype, const void* x, int64_t token_stride, int64_t tokens, int64_t width,
+                     const int64_t* locations, void* pages) {
+  const int64_t size = dtype == 0 ? 4 : 2;
+  for (int64_t t = 0; t < tokens; ++t) {
+    std::memcpy(static_cast<char*>(pages) + locations[t] * width * size,
+                static_cast<const char*>(x) + t * token_stride * size,
+                static_cast<std::size_t>(width * size));
+  }
+}
+
+void ts_cpu_attention(int dtype, const void* q, const void* k_pages, const void* v_pages,
+                      int64_t rows, const int32_t* query_start, const int32_t* context_lens,
+                      const int32_t* page_table, int64_t table_stride, int64_t page_size,
+                      int64_t heads, int64_t kv_heads, int64_t dim, int64_t window,
+                      int64_t queries_max, void* out, int threads) {
+  const Attention call{q,          k_pages, v_pages,      query_start, context_lens,
+                       page_table, rows,    table_stride, page_size,   heads,
+                       kv_heads,   dim,     window,       queries_max, out};
+  auto work = [&](int64_t begin, int64_t end) { kernels().attention(call, dtype, begin, end); };
+  share(query_start[rows] * kv_heads, 1, threads, work);
+}

@@ -1,0 +1,64 @@
+/* CPU kernels behind a plain C ABI: no torch, no Python, no OpenMP.
+ *
+ * Rule: a function says its shapes here and checks nothing; whoever calls it has. dtype: 0 float32,
+ * 1 bfloat16. Strides are in elements. threads: that may take part, the caller's included. What a
+ * token gets does not depend on the tokens beside it.
+ */
+#ifndef TOKENSPEED_CPU_H
+#define TOKENSPEED_CPU_H
+
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define TS_CPU_API __attribute__((visibility("default")))
+#else
+#define TS_CPU_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* The instruction set that the kernels below run on: "avx512-vnni", "avx2" or "portable". */
+TS_CPU_API const char* ts_cpu_isa(void);
+
+/* out[tokens, rows] = x[tokens, cols] @ weight.T + bias, weight packed to 4 or 8 bits as
+ * src/tokenspeed/kernels/packing.py lays it out; x is rounded to 8 bits, with a scale for each
+ * group of 32. bias may be null. cols is a multiple of 32. */
+TS_CPU_API void ts_cpu_linear(int dtype, const void* x, int64_t x_stride, int64_t tokens,
+                              int64_t cols, const uint8_t* packed, int64_t rows, int bits,
+                              const void* bias, void* out, int threads);
+
+/* total = x + residual (x alone where residual is null); out = total / rms(total) * weight. */
+TS_CPU_API void ts_cpu_rms_norm(int dtype, const void* x, const void* residual, const void* weight,
+                                int64_t tokens, int64_t dim, float eps, void* out, void* total,
+                                int threads);
+
+/* out[tokens, width] = silu(x[:, :width]) * x[:, width:]. */
+TS_CPU_API void ts_cpu_silu_mul(int dtype, const void* x, int64_t tokens, int64_t width, void* out,
+                                int threads);
+
+/* Halves (a, b) of each head, or neighbours where `interleaved` is not 0, become (a cos - b sin, b
+ * cos + a sin); cos_sin float32[context, dim]; out[tokens, heads, dim]. */
+TS_CPU_API void ts_cpu_rope(int dtype, const void* x, int64_t token_stride, int64_t head_stride,
+                            int64_t tokens, int64_t heads, int64_t dim, const int64_t* positions,
+                            const float* cos_sin, void* out, int interleaved);
+
+/* pages[locations[t]] = x[t], rows of `width` elements. */
+TS_CPU_API void ts_cpu_kv_write(int dtype, const void* x, int64_t token_stride, int64_t tokens,
+                                int64_t width, const int64_t* locations, void* pages);
+
+/* Causal attention of q[tokens, heads, dim] to pages[pages, page_size, kv_heads, dim]. Query j of
+ * n of a row sees positions up to context + j, the last `window` of them where it is positive. Rows
+ * of more than queries_max queries are left out. */
+TS_CPU_API void ts_cpu_attention(int dtype, const void* q, const void* k_pages, const void* v_pages,
+                                 int64_t rows, const int32_t* query_start,
+                                 const int32_t* context_lens, const int32_t* page_table,
+                                 int64_t table_stride, int64_t page_size, int64_t heads,
+                                 int64_t kv_heads, int64_t dim, int64_t window, int64_t queries_max,
+                                 void* out, int threads);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,204 @@
+"""The CPU kernels of `cpp/cpu`, called through their C interface.
+
+Rule: what the C functions take for granted (dtypes, strides, sizes) is made sure of here. A call
+costs a few microseconds, which is what an op of a decode step costs. Long rows of attention are
+matrix products and stay with torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from tokenspeed.errors import KernelError
+from tokenspeed.kernels.contract import AttentionPlan, Backend, Problem
+from tokenspeed.kernels.cpu import attention as composed
+from tokenspeed.kernels.packing import PackedWeight
+
+__all__ = ["BACKEND", "isa"]
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_DIM_MAX = 256
+_QUERIES_MAX = 8
+"""Of a row: with more, torch's fused attention over gathered pages is the faster one."""
+
+_POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_SIGNATURES = {
+    "linear": [
+        *(_INT, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER, _SIZE, _INT, _POINTER, _POINTER, _INT)
+    ],
+    "rms_norm": [
+        *(_INT, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, ctypes.c_float, _POINTER, _POINTER),
+        _INT,
+    ],
+    "silu_mul": [_INT, _POINTER, _SIZE, _SIZE, _POINTER, _INT],
+    "rope": [
+        *(_INT, _POINTER, _SIZE, _SIZE, _SIZE, _SIZE, _SIZE, _POINTER, _POINTER, _POINTER),
+        _INT,
+    ],
+    "kv_write": [_INT, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER, _POINTER],
+    "attention": [
+        *(_INT, _POINTER, _POINTER, _POINTER, _SIZE, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE),
+        *(_SIZE, _SIZE, _SIZE, _SIZE, _SIZE, _POINTER, _INT),
+    ],
+}  # fmt: skip
+
+
+@cache
+def _path() -> str | None:
+    """Where the library lies, or None."""
+    spec = importlib.util.find_spec("tokenspeed._cpu")
+    return None if spec is None else spec.origin
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    path = _path()
+    if path is None:
+        raise KernelError("the library _cpu is not installed: build the package again")
+    library = ctypes.CDLL(path)
+    for name, arguments in _SIGNATURES.items():
+        function = getattr(library, f"ts_cpu_{name}")
+        function.argtypes, function.restype = arguments, None
+    library.ts_cpu_isa.restype = ctypes.c_char_p
+    return library
+
+
+def isa() -> str:
+    """The instruction set that the kernels run on: "avx512-vnni", "avx2" or "portable"."""
+    name: bytes = _library().ts_cpu_isa()
+    return name.decode()
+
+
+def linear_packed(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    """See contract.py."""
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    out = torch.empty((x.shape[0], weight.rows), dtype=x.dtype)
+    _library().ts_cpu_linear(
+        _DTYPES[x.dtype], x.data_ptr(), x.stride(0), x.shape[0], weight.columns,
+        weight.data.data_ptr(), weight.rows, weight.bits,
+        None if bias is None else bias.data_ptr(), out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See contract.py."""
+    return _norm(x.contiguous(), None, weight, eps)[0]
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """See contract.py."""
+    return _norm(x.contiguous(), residual.contiguous(), weight, eps)
+
+
+def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    out, total = torch.empty_like(x), torch.empty_like(x)
+    dim = x.shape[-1]
+    _library().ts_cpu_rms_norm(
+        _DTYPES[x.dtype], x.data_ptr(), None if residual is None else residual.data_ptr(),
+        weight.data_ptr(), x.numel() // dim, dim, eps, out.data_ptr(), total.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out, total
+
+
+def silu_mul(x: Tensor) -> Tensor:
+    """See contract.py."""
+    x = x.contiguous()
+    tokens, width = x.shape[0], x.shape[1] // 2
+    out = torch.empty((tokens, width), dtype=x.dtype)
+    _library().ts_cpu_silu_mul(
+        _DTYPES[x.dtype], x.data_ptr(), tokens, width, out.data_ptr(), torch.get_num_threads()
+    )
+    return out
+
+
+def rope(
+    q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor, interleaved: bool
+) -> tuple[Tensor, Tensor]:
+    """See contract.py."""
+    return (
+        _turned(q, positions, cos_sin, interleaved),
+        _turned(k, positions, cos_sin, interleaved),
+    )
+
+
+def _turned(x: Tensor, positions: Tensor, cos_sin: Tensor, interleaved: bool) -> Tensor:
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    tokens, heads, dim = x.shape
+    out = torch.empty((tokens, heads, dim), dtype=x.dtype)
+    _library().ts_cpu_rope(
+        _DTYPES[x.dtype], x.data_ptr(), x.stride(0), x.stride(1), tokens, heads, dim,
+        positions.data_ptr(), cos_sin.data_ptr(), out.data_ptr(), interleaved,
+    )  # fmt: skip
+    return out
+
+
+def kv_write(k_pages: Tensor, v_pages: Tensor, k: Tensor, v: Tensor, locations: Tensor) -> None:
+    """See contract.py."""
+    _write(k_pages, k, locations)
+    _write(v_pages, v, locations)
+
+
+def _write(pages: Tensor, x: Tensor, locations: Tensor) -> None:
+    tokens, heads, dim = x.shape
+    if x.stride()[1:] != (dim, 1):
+        x = x.contiguous()
+    _library().ts_cpu_kv_write(
+        _DTYPES[x.dtype], x.data_ptr(), x.stride(0), tokens, heads * dim, locations.data_ptr(),
+        pages.data_ptr(),
+    )  # fmt: skip
+
+
+def paged_attention(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: AttentionPlan, window: int | None
+) -> Tensor:
+    """See contract.py."""
+    heads, dim = q.shape[1:]
+    if dim > _DIM_MAX:
+        return composed.paged_attention(q, k_pages, v_pages, plan, window)
+    q = q.contiguous()
+    out = torch.empty_like(q)
+    table = plan.page_table
+    _library().ts_cpu_attention(
+        _DTYPES[q.dtype], q.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), table.shape[0],
+        plan.query_start.data_ptr(), plan.context_lens.data_ptr(), table.data_ptr(),
+        table.stride(0), plan.page_size, heads, k_pages.shape[2], dim, window or 0, _QUERIES_MAX,
+        out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    for row in plan.once(composed.long_rows, window, _QUERIES_MAX):
+        composed.attend_row(q, k_pages, v_pages, row, out)
+    return out
+
+
+def _supports(problem: Problem) -> str | None:
+    if problem.device != "cpu":
+        return f"runs on the CPU, not on {problem.device}"
+    if problem.dtype not in ("float32", "bfloat16"):
+        return f"computes in float32 or bfloat16, not {problem.dtype}"
+    if _path() is None:
+        return "is not built"
+    return None
+
+
+BACKEND = Backend(
+    name="native",
+    priority=20,
+    functions={
+        "linear_packed": linear_packed,
+        "rms_norm": rms_norm,
+        "add_rms_norm": add_rms_norm,
+        "rope": rope,
+        "silu_mul": silu_mul,
+        "kv_write": kv_write,
+        "paged_attention": paged_attention,
+    },
+    supports=_supports,
+)
