@@ -26,6 +26,8 @@ from models_here import needs_smollm2
 from tokenspeed import models
 from tokenspeed.config import DEFAULT_MODEL
 from tokenspeed.errors import CheckpointError, ConfigError
+from tokenspeed.kernels import PackedWeight
+from tokenspeed.kernels.packing import unpack
 from tokenspeed.models import llama
 from tokenspeed.spmd import Mesh
 
@@ -379,6 +381,43 @@ def test_dtype_is_checked_and_kept(folder: Path) -> None:
     assert model.params["embed"]["weight"].dtype == model.kv.dtype == torch.bfloat16
     with pytest.raises(ConfigError, match="int8"):
         models.build(checkpoint, Mesh.single(), dtype="int8")
+
+
+def packed_bits(params: object) -> set[int | None]:
+    """Of the matrices that products read: the bits, or None for floats."""
+    assert isinstance(params, dict)
+    read = [params["head"]["weight"]]
+    for layer in params["layers"]:
+        read += [layer["attention"]["qkv"], layer["attention"]["out"], layer["mlp"]["gate_up"]]
+        # Its columns are no whole groups of 32.
+        assert isinstance(layer["mlp"]["down"], torch.Tensor)
+    return {one.bits if isinstance(one, PackedWeight) else None for one in read}
+
+
+def test_matrices_are_packed_as_asked_for(folder: Path) -> None:
+    checkpoint = models.open_checkpoint(folder)
+    for quantize, bits in (("none", {None}), ("auto", {None}), ("int8", {8}), ("int4", {4, 8})):
+        params = models.build(checkpoint, Mesh.single(), dtype="bfloat16", quantize=quantize).params
+        assert packed_bits(params) == bits, quantize
+        assert params["embed"]["weight"].dtype == torch.bfloat16
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="quantize: got 'int4'"):
+            models.build(checkpoint, Mesh.single(), device="cuda", quantize="int4")
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("F32", {None}), ("Q8_0", {8}), ("Q4_1", {4, 8})])
+def test_auto_packs_what_a_gguf_has_in_few_bits(
+    tmp_path: Path, folder: Path, kind: str, bits: set[int | None]
+) -> None:
+    checkpoint = models.open_checkpoint(write_gguf(tmp_path / "tiny.gguf", folder, kind))
+    built = models.build(checkpoint, Mesh.single(), dtype="bfloat16", quantize="auto")
+    assert packed_bits(built.params) == bits
+    exact = models.build(checkpoint, Mesh.single(), dtype="float32", quantize="auto")
+    assert packed_bits(exact.params) == {None}
+    if bits == {4, 8}:
+        out = built.params["layers"][0]["attention"]["out"]
+        held = exact.params["layers"][0]["attention"]["out"]
+        torch.testing.assert_close(unpack(out), held, atol=1e-4, rtol=1e-3)
 
 
 def test_tied_weights_take_memory_once(tmp_path: Path) -> None:

@@ -27,7 +27,14 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 import tokenspeed
-from tokenspeed.config import DEFAULT_MODEL, DTYPES, LOAD_FORMATS, EngineConfig, ServeConfig
+from tokenspeed.config import (
+    DEFAULT_MODEL,
+    DTYPES,
+    LOAD_FORMATS,
+    QUANTIZE,
+    EngineConfig,
+    ServeConfig,
+)
 from tokenspeed.errors import TokenSpeedError
 from tokenspeed.fsm import codegen as fsm_codegen
 from tokenspeed.fsm import commands as fsm_commands
@@ -52,6 +59,7 @@ def _engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     defaults = {a.name: a.default for a in attrs.fields(EngineConfig)}
     options = [
         click.option("--dtype", type=click.Choice(DTYPES), help="weights, activations and KV"),
+        click.option("--quantize", type=click.Choice(QUANTIZE), help="matrices of few bits"),
         click.option("--device", help="cpu, cuda, cuda:1 ..."),
         click.option("--page-size", type=int, help="tokens in a KV page"),
         click.option("--pages", type=int, help="KV pages  [default: by memory]"),

@@ -19,6 +19,7 @@ __all__ = [
     "DEFAULT_MODEL",
     "DTYPES",
     "LOAD_FORMATS",
+    "QUANTIZE",
     "EngineConfig",
     "ServeConfig",
     "TokenizerSource",
@@ -29,6 +30,8 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 
 DTYPES = ("float32", "bfloat16")
 LOAD_FORMATS = ("auto", "dummy")
+
+QUANTIZE = ("auto", "none", "int8", "int4")
 
 TOKENS_MAX = 2**31 - 1
 """In a pool: positions are counted in 32 bits."""
@@ -89,6 +92,9 @@ class EngineConfig:
 
     Attributes:
         dtype: of weights, activations and KV.
+        quantize: which matrices are kept, and multiplied, in few bits with a scale for each 32
+            numbers: "int8", "int4" (the output layer in 8), "none", or "auto", those that a GGUF
+            has in few bits (in 4 or in 8), on a CPU in bfloat16.
         device: "cpu" or a torch device such as "cuda:0".
         page_size: tokens in a KV page.
         pages: KV pages in the pool; None sizes the pool to hold `slots` average requests, or what
@@ -118,6 +124,7 @@ class EngineConfig:
     """
 
     dtype: str = field(default="bfloat16", validator=_choice(*DTYPES))
+    quantize: str = field(default="auto", validator=_choice(*QUANTIZE))
     device: str = field(default="cpu", validator=_device)
     page_size: int = field(default=16, validator=_integer(1, 1024))
     pages: int | None = field(default=None, validator=_integer(1, 1 << 24, optional=True))

@@ -175,6 +175,7 @@ class Engine:
             Mesh.single(),
             dtype=config.dtype,
             device=config.device,
+            quantize=config.quantize,
             progress=lambda done, total: report("weights", done, total),
         )
         seconds, path = time.monotonic() - started_s, str(checkpoint.path)

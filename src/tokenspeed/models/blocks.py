@@ -119,17 +119,17 @@ def head(params: Params, x: Tensor, residual: Tensor, rows: Tensor, eps: float) 
     return kernels.linear(x, params["weight"])
 
 
-def one(name: str, *shape: int, granule: int = 1) -> Parameter:
+def one(name: str, *shape: int, granule: int = 1, bits_min: int | None = None) -> Parameter:
     """A parameter that is one tensor of the checkpoint."""
-    return Parameter((Source(name, shape, granule),))
+    return Parameter((Source(name, shape, granule),), bits_min=bits_min)
 
 
 def gated(at: str, ffn: int, hidden: int) -> dict[str, Parameter]:
     """The weights of `mlp` under a name in the checkpoint, gate and up in one product."""
     gate_up = tuple(Source(f"{at}.{n}_proj.weight", (ffn, hidden)) for n in ("gate", "up"))
     return {
-        "gate_up": Parameter(gate_up),
-        "down": one(f"{at}.down_proj.weight", hidden, ffn),
+        "gate_up": Parameter(gate_up, bits_min=4),
+        "down": one(f"{at}.down_proj.weight", hidden, ffn, bits_min=4),
     }
 
 

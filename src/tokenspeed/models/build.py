@@ -16,8 +16,10 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
+from tokenspeed import kernels
 from tokenspeed.config import HOST_PAGES_MAX, EngineConfig
 from tokenspeed.errors import CheckpointError, ConfigError
+from tokenspeed.kernels import PackedWeight
 from tokenspeed.models.checkpoint import Checkpoint, open_checkpoint
 from tokenspeed.models.config import ModelConfig
 from tokenspeed.models.dummy import DummyCheckpoint
@@ -53,6 +55,7 @@ __all__ = [
     "open_model",
 ]
 
+_BITS = {"int8": 8, "int4": 4}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _TRACE = ("trace_lifecycle", None)  # which is judged of a window alone
 _WITHOUT_WINDOWS = (("host_pages", 0), ("host_memory_gb", None), ("kv_events", None), _TRACE)
@@ -131,6 +134,7 @@ def build(
     *,
     dtype: str = "float32",
     device: str = "cpu",
+    quantize: str = "none",
     progress: LoadProgress | None = None,
     communicator: Communicator | None = None,
     family: Family | None = None,
@@ -143,6 +147,7 @@ def build(
         mesh: as this rank sees it.
         dtype: of weights, activations and KV; "float32" or "bfloat16".
         device: a torch device.
+        quantize: which matrices are packed, and how: see EngineConfig.
         progress: called after every tensor.
         communicator: of the mesh, where it has more than one rank.
         family: another use of the model than generating text: see Family.
@@ -161,7 +166,8 @@ def build(
     program = compile_config(config, mesh, communicator, family=family, bucket=bucket)
     _check_tensors(checkpoint, tree, family)
     kind: dict[str, Any] = {"dtype": _DTYPES[dtype], "device": torch.device(device)}
-    params = _load(checkpoint, tree, program, kind, progress or _silent)
+    packing = _packing(checkpoint, quantize, **kind)
+    params = _load(checkpoint, tree, program, kind, packing, progress or _silent)
     held = program.held_layers
     parts = _cached(config, mesh, family)
     kv = KVSpec(layers=family.layers(config), parts=parts, held=held, **kind)
@@ -288,12 +294,13 @@ def _load(
     tree: Tree,
     program: Program,
     kind: dict[str, Any],
+    packing: Callable[[Parameter], int | None],
     progress: LoadProgress,
 ) -> Tree:
     """Fill the tree. A parameter that occurs twice on one rank alike is one tensor, read once."""
     counter = _Counter(checkpoint, tree, program, progress)
-    shared: dict[Any, Tensor] = {}
-    filled: dict[Path, Tensor] = {}
+    shared: dict[Any, Tensor | PackedWeight] = {}
+    filled: dict[Path, Tensor | PackedWeight] = {}
     for path, leaf in leaves(tree):
         if isinstance(leaf, Constant):
             filled[path] = leaf.make().to(kind["device"])
@@ -302,20 +309,50 @@ def _load(
             filled[path] = torch.empty(0, **kind)
             continue
         lies = program.param_layouts.get(path, REPLICATED)
-        key = (leaf, lies.within(program.mesh))
+        bits = packing(leaf)
+        key = (attrs.evolve(leaf, bits_min=None), bits, lies.within(program.mesh))
         if key not in shared:
-            shared[key] = target = allocate(leaf, lies, program.mesh, path, **kind)
+            own = kind if bits is None else {**kind, "dtype": torch.float32}
+            target = allocate(leaf, lies, program.mesh, path, **own)
             joined, row = target.flatten(0, 1) if leaf.stacked else target, 0
             for source, part in own_sources(leaf, lies, program.mesh, path):
                 rows = part[0].stop - part[0].start
                 checkpoint.read_into(joined[row : row + rows], source.name, part)
                 row += rows
                 counter.read(source)
+            if bits is not None and target.shape[1] % kernels.GROUP == 0:
+                shared[key] = kernels.pack(target, bits)
+            else:
+                shared[key] = target.to(leaf.dtype or kind["dtype"])
         filled[path] = shared[key]
     return _assembled(tree, filled, ())
 
 
-def _assembled(tree: Tree, filled: dict[Path, Tensor], at: Path) -> Tree:
+def _packing(
+    checkpoint: Checkpoint, quantize: str, dtype: torch.dtype, device: torch.device
+) -> Callable[[Parameter], int | None]:
+    """The bits that a parameter is packed into, or None.
+
+    Raises:
+        ConfigError: packed weights are asked for where nothing multiplies by them.
+    """
+    if quantize in _BITS and device.type != "cpu":
+        raise ConfigError("quantize", quantize, f"auto or none on {device}: only a CPU computes so")
+    as_held = quantize == "auto" and device.type == "cpu" and dtype == torch.bfloat16
+
+    def bits(leaf: Parameter) -> int | None:
+        if leaf.bits_min is None or (quantize not in _BITS and not as_held):
+            return None
+        held = [checkpoint.tensors[source.name].bits for source in leaf.sources]
+        if as_held and None in held:
+            return None
+        wanted = max(n or 0 for n in held) if as_held else _BITS[quantize]
+        return 4 if max(wanted, leaf.bits_min) <= 4 else 8
+
+    return bits
+
+
+def _assembled(tree: Tree, filled: dict[Path, Tensor | PackedWeight], at: Path) -> Tree:
     if isinstance(tree, dict):
         return {key: _assembled(branch, filled, (*at, key)) for key, branch in tree.items()}
     if isinstance(tree, list):

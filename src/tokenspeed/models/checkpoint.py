@@ -20,7 +20,7 @@ from tokenspeed.errors import CheckpointError
 from tokenspeed.models import llama
 from tokenspeed.models.config import LlamaConfig, ModelConfig, read_json
 from tokenspeed.models.families import read_config
-from tokenspeed.models.gguf_file import GGUFFile
+from tokenspeed.models.gguf_file import GGUFFile, GGUFTensor
 from tokenspeed.models.safetensors_file import BLOCK_BYTES, FP8, Entry, SafetensorsFile
 
 __all__ = [
@@ -35,15 +35,24 @@ __all__ = [
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 SCALE = "_scale_inv"
 """Behind the name of a tensor of 8-bit floats: that of what its blocks are multiplied by."""
+_GGUF_BITS = {f"Q{bits}": bits for bits in (2, 3, 4, 5, 6, 8)}
+"""By the first part of a kind's name, as Q4 of Q4_K."""
 
 
 @final
 @frozen
 class TensorInfo:
-    """A tensor that a checkpoint holds: its shape and its size in the file."""
+    """A tensor that a checkpoint holds.
+
+    Attributes:
+        shape: of the tensor.
+        size_bytes: in the file.
+        bits: of a number that shares a scale with others; None: each is a float of its own.
+    """
 
     shape: tuple[int, ...]
     size_bytes: int
+    bits: int | None = None
 
 
 class Checkpoint:
@@ -119,8 +128,7 @@ class GGUFCheckpoint(Checkpoint):
         self.tokenizer = _gguf_tokenizer(path, self._file.meta)
         self._names = {_huggingface_name(name): name for name in self._file.tensors}
         self.tensors = {
-            name: TensorInfo(self._file.tensors[own].shape, self._file.tensors[own].size)
-            for name, own in self._names.items()
+            name: _tensor_info(self._file.tensors[own]) for name, own in self._names.items()
         }
 
     def read(self, name: str) -> Tensor:
@@ -134,6 +142,11 @@ class GGUFCheckpoint(Checkpoint):
                 pairs = tensor.view(heads, shape.head_dim // 2, 2, *tensor.shape[1:])
                 return pairs.transpose(1, 2).reshape(tensor.shape)
         return tensor
+
+
+def _tensor_info(tensor: GGUFTensor) -> TensorInfo:
+    bits = _GGUF_BITS.get(tensor.kind.name.partition("_")[0])
+    return TensorInfo(tensor.shape, tensor.size, bits)
 
 
 def _huggingface_name(name: str) -> str:

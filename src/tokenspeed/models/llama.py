@@ -161,7 +161,7 @@ def parameters(config: LlamaConfig) -> dict[str, Any]:
         ],
         "head": {
             "norm": Parameter((Source("model.norm.weight", (hidden,)),)),
-            "weight": Parameter((Source(output, shape),)),
+            "weight": Parameter((Source(output, shape),), bits_min=8),
         },
     }
 
@@ -172,8 +172,10 @@ def attention_parameters(config: LlamaConfig, at: str) -> dict[str, Any]:
     q, kv = config.heads * dim, config.kv_heads * dim
     qkv = tuple((f"{at}.self_attn.{n}_proj", rows) for n, rows in (("q", q), ("k", kv), ("v", kv)))
     attention = {
-        "qkv": Parameter(tuple(Source(f"{n}.weight", (rows, hidden), dim) for n, rows in qkv)),
-        "out": one(f"{at}.self_attn.o_proj.weight", hidden, q, granule=dim),
+        "qkv": Parameter(
+            tuple(Source(f"{n}.weight", (rows, hidden), dim) for n, rows in qkv), bits_min=4
+        ),
+        "out": one(f"{at}.self_attn.o_proj.weight", hidden, q, granule=dim, bits_min=4),
     }
     if config.qkv_bias:
         sources = tuple(Source(f"{n}.bias", (rows,), dim) for n, rows in qkv)

@@ -65,11 +65,14 @@ class Parameter:
         stacked: where not 0, the sources are so many groups of equal shapes, one after the other
             (of experts, say). Each group is joined for itself, and dim 0 of the parameter counts
             the groups: sharding dim 0 deals out whole groups, and dim d + 1 is dim d of a source.
+        bits_min: nothing but `kernels.linear` reads it, so that it may be packed, into as few bits
+            as these; None: it may not.
     """
 
     sources: tuple[Source, ...]
     dtype: torch.dtype | None = None
     stacked: int = 0
+    bits_min: int | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
