@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import re
 import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import models_here
 import tiny
 from tokenspeed import models
 from tokenspeed.errors import ConfigError, PlacementError, StepError
@@ -541,3 +543,44 @@ def test_what_is_sent_between_stages_is_cut_where_that_is_cheaper() -> None:
         sent = [one for one in program.collectives if one.op == "send"]
         rows = program.bucket.tokens or 0
         assert sent[-1].bytes == rows * SMOLLM2.hidden * 2 // parts
+
+
+# --- without an engine ----------------------------------------------------------------------------
+
+
+def test_a_model_is_a_step(tmp_path: Path) -> None:
+    """A plan by hand, then its next token; the KV that went in is gone."""
+    step = models.build(models.open_checkpoint(tiny.write(tmp_path)), Mesh.single())
+    kv = step.allocate(slots=1, pages=4, page_size=4)
+    ints = lambda *values: np.array(values, np.int32)  # noqa: E731
+
+    def plan(ids: list[int], context: int, pages: Any) -> StepPlan:
+        return StepPlan(
+            step=0,
+            slots=ints(0),
+            query_start=ints(0, len(ids)),
+            token_ids=ints(*ids),
+            context_lens=ints(context),
+            sampled=np.array([True]),
+            page_delta=np.array(pages, np.int32).reshape(-1, 3),
+        )
+
+    after, _ = step(step.params, kv, plan([5, 9, 2, 7], 0, [(0, 0, 3), (0, 1, 1)]))
+    _, cached = step(step.params, after, plan([30], 4, []))
+    fresh = step.allocate(slots=1, pages=4, page_size=4)
+    whole = plan([5, 9, 2, 7, 30], 0, [(0, 0, 0), (0, 1, 2)])
+    _, logits = step(step.params, fresh, whole)
+    torch.testing.assert_close(cached, logits, atol=1e-5, rtol=1e-5)
+    for gone in (kv, after, fresh):
+        with pytest.raises(StepError, match="donated"):
+            step(step.params, gone, whole)
+
+
+@models_here.needs_smollm2
+def test_the_example_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    readme = Path(__file__).resolve().parents[1].joinpath("README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n([^`]*StepPlan[^`]*)```", readme)
+    assert len(example.splitlines()) <= 15
+    names: dict[str, Any] = {}
+    exec(compile(example, "README.md", "exec"), names)
+    assert capsys.readouterr().out == "[7042]\n"  # " Paris"

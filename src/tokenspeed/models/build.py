@@ -26,6 +26,7 @@ from tokenspeed.models.dummy import DummyCheckpoint
 from tokenspeed.models.families import Family
 from tokenspeed.models.hub import Progress as HubProgress
 from tokenspeed.models.hub import resolve_model
+from tokenspeed.plan import StepPlan
 from tokenspeed.spmd.collectives import Communicator
 from tokenspeed.spmd.compile import Program, compile_model
 from tokenspeed.spmd.kv import CacheGroups, KVSpec
@@ -42,6 +43,7 @@ from tokenspeed.spmd.params import (
     shard_slice,
 )
 from tokenspeed.spmd.placement import REPLICATED
+from tokenspeed.spmd.step import StepKV
 from tokenspeed.spmd.trace import Bucket
 
 __all__ = [
@@ -70,7 +72,7 @@ LoadProgress = Callable[[int, int], None]
 @final
 @frozen(kw_only=True, eq=False)
 class Model:
-    """A compiled model: what the executor runs.
+    """A compiled model: what the executor runs. It is a step: `(params, kv, plan) -> (kv, logits)`.
 
     Attributes:
         config: its shape.
@@ -83,6 +85,14 @@ class Model:
     step: Program
     params: Tree
     kv: KVSpec
+
+    def allocate(self, *, slots: int, pages: int, page_size: int) -> StepKV:
+        """Empty KV to call this with: pages of `page_size` tokens, shared by so many slots."""
+        return StepKV.allocate(self.kv, slots=slots, pages=pages, page_size=page_size)
+
+    def __call__(self, params: Tree, kv: StepKV, plan: StepPlan) -> tuple[StepKV, Tensor]:
+        """Run a plan. `kv` is donated: see `StepKV.run`."""
+        return kv.run(self.step, params, plan)
 
     @property
     def weights_bytes(self) -> int:
@@ -129,7 +139,7 @@ def open_model(
 
 
 def build(
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | str,
     mesh: Mesh,
     *,
     dtype: str = "float32",
@@ -139,11 +149,13 @@ def build(
     communicator: Communicator | None = None,
     family: Family | None = None,
     fields: Mapping[str, Tensor] | None = None,
+    tokens: int | None = None,
+    **compiled: Any,
 ) -> Model:
     """Compile a checkpoint's model and read its weights.
 
     Args:
-        checkpoint: opened by `open_checkpoint`.
+        checkpoint: opened by `open_checkpoint`, or a name as `open_model` takes it.
         mesh: as this rank sees it.
         dtype: of weights, activations and KV; "float32" or "bfloat16".
         device: a torch device.
@@ -152,6 +164,8 @@ def build(
         communicator: of the mesh, where it has more than one rank.
         family: another use of the model than generating text: see Family.
         fields: of the batch that only this use has: see Bucket.
+        tokens: of the steps, of all ranks together; None: any number.
+        compiled: batch and costs, as of `compile_model`.
 
     Raises:
         CheckpointError: tensors are missing, unknown or misshapen; before memory is taken.
@@ -159,11 +173,13 @@ def build(
     """
     if dtype not in _DTYPES:
         raise ConfigError("dtype", dtype, f"one of {', '.join(_DTYPES)}")
+    if isinstance(checkpoint, str):
+        checkpoint = open_model(checkpoint)
     config = checkpoint.config
     family = family or Family.of(config)
     tree = family.parameters(config)
-    bucket = Bucket(dtype=_DTYPES[dtype], fields=fields or {})
-    program = compile_config(config, mesh, communicator, family=family, bucket=bucket)
+    bucket = Bucket(tokens=tokens, rows=tokens or 1, dtype=_DTYPES[dtype], fields=fields or {})
+    program = compile_config(config, mesh, communicator, family=family, bucket=bucket, **compiled)
     _check_tensors(checkpoint, tree, family)
     kind: dict[str, Any] = {"dtype": _DTYPES[dtype], "device": torch.device(device)}
     packing = _packing(checkpoint, quantize, **kind)

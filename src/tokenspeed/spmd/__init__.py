@@ -26,4 +26,5 @@ from tokenspeed.spmd.placement import alike as alike
 from tokenspeed.spmd.placement import as_batch as as_batch
 from tokenspeed.spmd.placement import layout as layout
 from tokenspeed.spmd.placement import tokens as tokens
+from tokenspeed.spmd.step import StepKV as StepKV
 from tokenspeed.spmd.trace import Bucket as Bucket

@@ -10,10 +10,11 @@ from typing import Any, final
 
 import numpy as np
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tokenspeed.errors import ContractError
 from tokenspeed.kernels import AttentionPlan
 from tokenspeed.plan import FROM_DEVICE, StepPlan
 from tokenspeed.spmd.kv import KVSpec
@@ -58,6 +59,54 @@ class Batch:
     def of(self, layer: int) -> Paged:
         """Where a layer's KV lies."""
         return self.groups[self.places[layer][0]]
+
+    def padded(self, tokens: int, spare: Tensor) -> Batch:
+        """The same with one more row behind the others, so long that there are so many tokens.
+
+        Nobody asks for its logits: see README.md, "The batch, and tokens of unequal number".
+
+        Args:
+            tokens: that there are to be.
+            spare: int32[n] pages that no request has, enough for the row.
+
+        Raises:
+            ContractError: there are more tokens already, or the pages do not suffice.
+        """
+        page_size = self.groups[0].attention.page_size
+        have, room = len(self.token_ids), len(spare) * page_size
+        more = tokens - have
+        if not more:
+            return self
+        if not 0 < more <= room:
+            raise ContractError("Batch.padded", "tokens", str(tokens), f"{have} to {have + room}")
+        places = torch.arange(more, device=self.token_ids.device)
+        pages = spare[: -(-more // page_size)]
+        locations = pages.long()[places // page_size] * page_size + places % page_size
+        return evolve(
+            self,
+            token_ids=torch.cat((self.token_ids, torch.zeros_like(places))),
+            positions=torch.cat((self.positions, places)),
+            groups=tuple(
+                Paged(
+                    torch.cat((group.locations, locations)), _with_row(group.attention, more, pages)
+                )
+                for group in self.groups
+            ),
+        )
+
+
+def _with_row(plan: AttentionPlan, tokens: int, pages: Tensor) -> AttentionPlan:
+    """A plan with one more row of so many tokens, which has nothing cached."""
+    starts, contexts, table = plan.query_start, plan.context_lens, plan.page_table
+    wide = table.new_zeros(len(table) + 1, max(table.shape[1], len(pages)))
+    wide[:-1, : table.shape[1]] = table
+    wide[-1, : len(pages)] = pages
+    return AttentionPlan(
+        query_start=torch.cat((starts, starts[-1:] + tokens)),
+        context_lens=torch.cat((contexts, contexts.new_zeros(1))),
+        page_table=wide,
+        page_size=plan.page_size,
+    )
 
 
 @final

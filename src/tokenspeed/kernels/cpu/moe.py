@@ -34,7 +34,7 @@ def moe_mlp(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: 
             sorted_out[start : start + count] = functional.linear(silu_mul(wide), down[expert])
             start += count
     out = torch.empty_like(sources).index_copy_(0, order, sorted_out)
-    return _summed(out.view(tokens, chosen, -1), weights)
+    return _summed(out.view(tokens, chosen, down.shape[1]), weights)
 
 
 def _one_token(
