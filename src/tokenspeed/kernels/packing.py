@@ -40,11 +40,6 @@ class PackedWeight:
     columns: int
     bits: int
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that it takes."""
-        return self.data.numel()
-
 
 def pack(weight: Tensor, bits: int) -> PackedWeight:
     """Round a weight[rows, columns] to `bits`, 4 or 8.

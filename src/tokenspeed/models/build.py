@@ -97,7 +97,10 @@ class Model:
     @property
     def weights_bytes(self) -> int:
         """Of this rank's tensors; what stands in the tree twice counts once."""
-        tensors = {leaf.data_ptr(): leaf.nbytes for _, leaf in leaves(self.params)}
+        held = (
+            leaf.data if isinstance(leaf, PackedWeight) else leaf for _, leaf in leaves(self.params)
+        )
+        tensors = {tensor.data_ptr(): tensor.nbytes for tensor in held}
         return sum(tensors.values())
 
 
