@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tokenspeed.cli import cli
 from tokenspeed.errors import ConfigError, ContractError, KernelError
@@ -74,6 +76,44 @@ def test_the_highest_supported_priority_runs_and_the_others_have_reasons() -> No
     assert registry.explain(Problem("rope", "cuda", "float32")).backend == "reference"
     assert registry.explain(Problem("rope", "cpu", "float64")).backend == "reference"
     assert registry.of("rope", torch.zeros(1)) is CPU.functions["rope"]
+
+
+def costing(name: str, priority: int, cost: float | None) -> Backend:
+    base = backend(name, priority=priority)
+    return Backend(
+        name=name,
+        priority=priority,
+        functions=base.functions,
+        supports=base.supports,
+        cost_us=lambda _problem: cost,
+    )
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.none() | st.integers(1, 4)), min_size=1, max_size=5)
+)
+def test_the_cheapest_runs_if_the_highest_priority_knows_its_cost(
+    made: list[tuple[int, int | None]],
+) -> None:
+    backends = [costing(f"b{i}", priority, cost) for i, (priority, cost) in enumerate(made)]
+    problem = Problem("rope", "cpu", "float32")
+    choice = Registry(tuple(backends)).explain(problem)
+    top = max(backends, key=lambda one: one.priority)
+    known = [cost for _, cost in made if cost is not None]
+    chosen = next(one for one in backends if one.name == choice.backend)
+    wanted = top.cost_us(problem) if top.cost_us(problem) is None else min(known)
+    assert chosen.cost_us(problem) == wanted
+    cheapest = [one for one in backends if one.cost_us(problem) == wanted or wanted is None]
+    assert chosen.priority == max(one.priority for one in cheapest)
+    assert len(choice.rejected) == len(made) - 1
+    assert all(reason for _, reason in choice.rejected)
+
+
+def test_on_hopper_tiles_cost_arithmetic_and_one_tile_its_keys() -> None:
+    words = "mla_decode q={} h={} dtype=bf16 device=cuda cap=9.0"
+    sizes = ((1, 16), (4, 16), (4, 32), (2, 128))
+    costs = [CUDA.cost_us(parse(words.format(q, h))) or 0.0 for q, h in sizes]
+    assert 0 < costs[0] == costs[1] < costs[2] < costs[3]
 
 
 def test_using_overrides_within_its_block_only() -> None:

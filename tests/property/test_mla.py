@@ -121,6 +121,16 @@ def test_triton_merges_parts_of_the_keys() -> None:
     agree("triton", random(2, 3, 2, 32), random(3, 36, 64, 32), plan)
 
 
+@pytest.mark.skipif(
+    not ON_GPU or torch.cuda.get_device_capability() < (9, 0), reason="a GPU of capability 9.0"
+)
+@given(problems(latent=512, rope=64, sizes=(64, 128), heads_of=(16, 40, 128)))
+def test_triton_takes_pages_as_boxes(problem: tuple[Tensor, Tensor, MlaPlan]) -> None:
+    """Full tiles; what lies behind the last key of a page is NaN."""
+    q, pages, plan = problem
+    agree("triton", q.to(torch.bfloat16), pages.to(torch.bfloat16), plan)
+
+
 HOPPER = "cuda_sm90"
 needs_hopper = pytest.mark.skipif(
     not ON_GPU or registry.refusal(parse("mla_decode dtype=bf16 device=cuda"), HOPPER) is not None,

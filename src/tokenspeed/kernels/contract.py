@@ -197,15 +197,19 @@ class Backend:
 
     Attributes:
         name: short, as in `TOKENSPEED_KERNELS`.
-        priority: the supported backend with the highest one runs.
+        priority: the supported backend with the highest one runs, unless costs are known.
         functions: op -> function; ops may be missing.
         supports: None, or the reason why a problem is not for this backend.
+        cost_us: microseconds of a nominal step, for `mla_decode` 8 rows of 16,384 keys each; None
+            where they were never measured. If the backend with the highest priority knows its
+            cost, the cheapest of those that know theirs runs.
     """
 
     name: str
     priority: int
     functions: dict[str, Callable[..., Any]]
     supports: Callable[[Problem], str | None]
+    cost_us: Callable[[Problem], float | None] = lambda _problem: None
 
     def lacks(self, problem: Problem) -> str | None:
         """Why this backend cannot run the problem, or None."""

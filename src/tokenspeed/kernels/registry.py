@@ -1,4 +1,4 @@
-"""Who runs what. Rule: selection is by support, then priority; a choice is made once a problem.
+"""Who runs what. Rule: by support, then cost, then priority; a choice is made once a problem.
 
 Overrides, strongest first: the context manager `using`, then the environment variable
 `TOKENSPEED_KERNELS` ("paged_attention=reference,rope=cpu"). Third parties add backends by an entry
@@ -122,25 +122,27 @@ class Registry:
 
     def explain(self, problem: Problem) -> Choice:
         """Who runs a problem, and why not the others. Raises KernelError if nobody does."""
-        chosen: str | None = None
-        rejected: list[tuple[str, str]] = []
+        reasons: dict[str, str] = {}
         forced = self._forced.get(problem.op)
+        able: list[Backend] = []
         for backend in self._backends:
             reason = backend.lacks(problem)
             if reason is None and forced not in (None, backend.name):
                 reason = f"{forced} is asked for"
-            if reason is None and chosen is not None:
-                reason = f"{chosen} has the higher priority"
             if reason is None:
-                chosen = backend.name
-            else:
-                rejected.append((backend.name, reason))
-        if chosen is None:
-            reasons = "; ".join(f"{name} {reason}" for name, reason in rejected)
+                able.append(backend)
+            reasons[backend.name] = reason or ""
+        if not able:
+            told = "; ".join(f"{name} {reason}" for name, reason in reasons.items())
             raise KernelError(
-                f"no backend runs {problem.op} on {problem.device}, {problem.dtype}: {reasons}"
+                f"no backend runs {problem.op} on {problem.device}, {problem.dtype}: {told}"
             )
-        return Choice(problem, chosen, tuple(rejected))
+        costs = {backend.name: backend.cost_us(problem) for backend in able}
+        chosen = _cheapest(able[0].name, costs)
+        for name, cost in costs.items():
+            reasons[name] = _loses(chosen, costs[chosen], cost)
+        rejected = tuple((name, reason) for name, reason in reasons.items() if name != chosen)
+        return Choice(problem, chosen, rejected)
 
     def refusal(self, problem: Problem, name: str) -> str | None:
         """Why the backend of this name cannot run a problem, whoever else can; None if it can."""
@@ -165,6 +167,18 @@ class Registry:
             raise ConfigError(
                 where, f"{op}={name}", f"op=backend with op in {OPS} and backend in {self.names}"
             )
+
+
+def _cheapest(first: str, costs: dict[str, float | None]) -> str:
+    """Of backends, best first: `first`, unless its cost is known and one's is lower."""
+    known = {name: cost for name, cost in costs.items() if cost is not None}
+    return min(known, key=lambda name: known[name]) if first in known else first
+
+
+def _loses(chosen: str, least: float | None, cost: float | None) -> str:
+    if least is None or cost is None:
+        return f"{chosen} has the higher priority"
+    return f"takes {cost:.0f} us for a nominal step, {chosen} {least:.0f}"
 
 
 registry = Registry((REFERENCE, CPU, NATIVE, CUDA, *TRITON))

@@ -1,7 +1,7 @@
 """Kernels in CUDA C++, one library each. Rule: each says exactly what it can run."""
 
 from tokenspeed.kernels.contract import Backend
-from tokenspeed.kernels.cuda.mla import mla_decode, unsupported
+from tokenspeed.kernels.cuda.mla import cost_us, mla_decode, unsupported
 
 __all__ = ["BACKEND"]
 
@@ -10,4 +10,5 @@ BACKEND = Backend(
     priority=12,
     functions={"mla_decode": mla_decode},
     supports=unsupported,
+    cost_us=cost_us,
 )

@@ -17,7 +17,7 @@ from tokenspeed.errors import ContractError, KernelError
 from tokenspeed.kernels.contract import MlaPlan, Problem
 from tokenspeed.kernels.cuda.build import library, missing
 
-__all__ = ["load_only", "mla_decode", "unsupported"]
+__all__ = ["cost_us", "load_only", "mla_decode", "unsupported"]
 
 LIBRARY = "mla_decode_sm90"
 ROWS, PAGE, LATENT, ROPE = 64, 64, 512, 64
@@ -51,6 +51,12 @@ def unsupported(problem: Problem) -> str | None:
         wanted = f"{LATENT} latent and {ROPE} rotary columns"
         return f"takes {wanted}, not {problem.latent} and {problem.rope}"
     return missing(LIBRARY)
+
+
+def cost_us(problem: Problem) -> float:
+    """See Backend; as measured on an H200: loading keys, or each tile's arithmetic."""
+    tiles = -(-(problem.q_len or 1) * (problem.heads or 1) // ROWS)
+    return 12 + max(36, 31 * tiles)
 
 
 @cache

@@ -8,7 +8,7 @@ from tokenspeed.kernels.contract import Backend, Problem
 from tokenspeed.kernels.cpu.mla import mla_prefill
 from tokenspeed.kernels.triton.attention import kv_write, paged_attention, rope
 from tokenspeed.kernels.triton.dense import add_rms_norm, embedding, linear, rms_norm, silu_mul
-from tokenspeed.kernels.triton.mla import mla_decode, unsupported
+from tokenspeed.kernels.triton.mla import cost_us, mla_decode, unsupported
 from tokenspeed.kernels.triton.moe import moe_mlp
 
 __all__ = ["BACKEND"]
@@ -22,6 +22,10 @@ def _supports(problem: Problem) -> str | None:
     if problem.dtype not in ("float32", "bfloat16", "float16"):
         return f"computes in float32, bfloat16 or float16, not {problem.dtype}"
     return unsupported(problem) if problem.op == "mla_decode" else None
+
+
+def _cost_us(problem: Problem) -> float | None:
+    return cost_us(problem) if problem.op == "mla_decode" else None
 
 
 BACKEND = Backend(
@@ -41,4 +45,5 @@ BACKEND = Backend(
         "moe_mlp": moe_mlp,
     },
     supports=_supports,
+    cost_us=_cost_us,
 )
