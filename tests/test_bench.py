@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from rich.console import Console
 
 from tokenspeed.bench.conversations import BLOCK, generate, live_blocks, read
 from tokenspeed.bench.kernels import CELLS, Cell, Measured, Report, Timing
+from tokenspeed.bench.roofline import plot
 from tokenspeed.bench.scheduler import Sizes
 from tokenspeed.bench.sessions import (
     COPY_TOKENS_S,
@@ -224,13 +226,40 @@ def test_a_cell_counts_its_pages_and_a_shared_one_counts_them_once() -> None:
     assert CELLS["b4_q4_h16_64K"] == Cell((65536,) * 4, 4, 16)
 
 
+def of_cells(**cells: Measured) -> Report:
+    return Report(
+        machine="m",
+        copy_gb_s=4000.0,
+        matmul_tflop_s=700.0,
+        matmul_after_tflop_s=650.0,
+        cells=cells,
+    )
+
+
+def test_a_roofline_has_what_is_right_where_it_belongs() -> None:
+    right, wrong = Timing(us=100.0, error=1e-3), Timing(us=1.0, error=float("nan"))
+    timings = {"b4_q1_h16_64K": right, "b8_q4_h64_64K": right}
+    cells = {
+        name: Measured(load_us=1.0, key_bytes=1, backends={"good": timing, "bad": wrong})
+        for name, timing in timings.items()
+    }
+    drawn = ElementTree.fromstring(plot(of_cells(**cells)))
+    circles = [one for one in drawn.iter() if one.tag.endswith("circle")]
+    assert [one[0].text for one in circles] == [
+        f"{name}: {CELLS[name].flops / 100 / 1e6:.0f} TFLOP/s" for name in cells
+    ]
+    across, up = ([float(one.attrib[at]) for one in circles] for at in ("cx", "cy"))
+    assert across[0] < across[1], "more queries do more with each byte"
+    assert up[0] > up[1], "and so reach more"
+
+
 def test_a_wrong_result_is_called_wrong() -> None:
     cell = Measured(
         load_us=10.0,
         key_bytes=1,
         backends={"good": Timing(us=15.0, error=1e-3), "bad": Timing(us=5.0, error=float("nan"))},
     )
-    report = Report(machine="m", copy_gb_s=1.0, matmul_tflop_s=1.0, cells={"c": cell})
+    report = of_cells(c=cell)
     text = io.StringIO()
     Console(file=text, width=120).print(report.table())
     assert "15.0 (1.50x)" in text.getvalue()

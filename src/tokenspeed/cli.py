@@ -388,12 +388,17 @@ def bench_policy(floors: str, as_json: bool, **settings: int | None) -> None:
 @bench.command("kernels")
 @click.option("--cell", "cells", multiple=True, help="b4_q1_h16_64K ...  [default: all]")
 @click.option("--backend", "backends", multiple=True, help="cuda_sm90 ...  [default: all]")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="a roofline, as SVG")
 @click.option("--json", "as_json", is_flag=True, help="JSON on stdout; the table is on stderr")
-def bench_kernels(cells: tuple[str, ...], backends: tuple[str, ...], as_json: bool) -> None:
+def bench_kernels(
+    cells: tuple[str, ...], backends: tuple[str, ...], plot: Path | None, as_json: bool
+) -> None:
     """Latent attention on this GPU, by backend, beside what loading the keys alone takes."""
     room = _room("tokenspeed.bench.kernels")
     with _progress() as report:
         found = room.measure(cells, backends, report)
+    if plot is not None:
+        plot.write_text(_room("tokenspeed.bench.roofline").plot(found))
     _screen.print(found.table())
     if as_json:
         click.echo(json.dumps(found.as_json(), indent=2))

@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any, final
 
 import torch
-from attrs import asdict, field, frozen
+from attrs import asdict, frozen
 from rich.table import Table
 from torch import Tensor
 
@@ -25,7 +25,7 @@ from tokenspeed.kernels import MlaPlan, mla_decode, mla_decode_plan, registry
 from tokenspeed.kernels.cuda.mla import load_only, unsupported
 from tokenspeed.kernels.mla import mla_problem
 
-__all__ = ["CELLS", "Cell", "Report", "measure"]
+__all__ = ["CELLS", "ERROR_MAX", "Cell", "Report", "measure"]
 
 Tell = Callable[[str, int, int], None]
 """Called with (what is measured, done, total)."""
@@ -57,6 +57,16 @@ class Cell:
         """What must come from memory, in whole pages."""
         pages = [-(-length // PAGE) for length in self.lens]
         return (max(pages) if self.shared else sum(pages)) * PAGE * WIDTH * 2
+
+    @property
+    def flops(self) -> int:
+        """Of both products; a query's unseen keys, a few, are counted too."""
+        return 2 * self.q_len * self.heads * sum(self.lens) * (WIDTH + LATENT)
+
+    @property
+    def bytes_moved(self) -> int:
+        """Keys, queries and results, each once."""
+        return self.key_bytes + 2 * self.q_len * self.heads * len(self.lens) * (WIDTH + LATENT)
 
 
 def _even(batch: int, q_len: int, heads: int, kibi: int) -> Cell:
@@ -102,12 +112,17 @@ class Measured:
 @final
 @frozen(kw_only=True)
 class Report:
-    """What a run found, with the ceilings of the same run."""
+    """What a run found, with the ceilings of the same run.
+
+    Where arithmetic counts a GPU is limited by its power: matmul_after_tflop_s is the rate of the
+    same product once all cells are done.
+    """
 
     machine: str
     copy_gb_s: float
     matmul_tflop_s: float
-    cells: dict[str, Measured] = field(factory=dict)
+    matmul_after_tflop_s: float
+    cells: dict[str, Measured]
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -118,7 +133,8 @@ class Report:
         names = sorted({name for cell in self.cells.values() for name in cell.backends})
         title = (
             f"mla_decode, bf16, us; copy {self.copy_gb_s:.0f} GB/s read and written, "
-            f"matmul {self.matmul_tflop_s:.0f} TFLOP/s; {self.machine}"
+            f"matmul {self.matmul_tflop_s:.0f}, then {self.matmul_after_tflop_s:.0f} TFLOP/s; "
+            f"{self.machine}"
         )
         rows = Table("cell", "load only", *names, title=title, title_justify="left")
         for name, cell in self.cells.items():
@@ -155,13 +171,20 @@ def measure(names: Sequence[str], backends: Sequence[str], tell: Tell) -> Report
             raise ConfigError("backend", name, f"one of {', '.join(registry.names)}")
     if not torch.cuda.is_available():
         raise ConfigError("device", "cpu", "a CUDA device: this measures GPU kernels")
-    report = Report(machine=machine(), copy_gb_s=_copy_gb_s(), matmul_tflop_s=_matmul_tflop_s())
+    copied, before = _copy_gb_s(), _matmul_tflop_s()
     pool = _pool(max(_sets(CELLS[name]) * CELLS[name].key_bytes for name in wanted))
+    found: dict[str, Measured] = {}
     for done, name in enumerate(wanted):
         tell(name, done, len(wanted))
-        report.cells[name] = _measured(CELLS[name], pool, runners)
+        found[name] = _measured(CELLS[name], pool, runners)
     tell("done", len(wanted), len(wanted))
-    return report
+    return Report(
+        machine=machine(),
+        copy_gb_s=copied,
+        matmul_tflop_s=before,
+        matmul_after_tflop_s=_matmul_tflop_s(),
+        cells=found,
+    )
 
 
 def _sets(cell: Cell) -> int:
