@@ -56,14 +56,15 @@ def test_expanding_equals_absorbing(
     assert rel(got, wanted) <= (1e-5 if dtype == torch.float32 else 3e-2)
 
 
-@given(steps(), st.integers(0, 99), st.sampled_from([1, 4]))
+@given(steps(), st.integers(0, 99), st.sampled_from([1, 4]), st.integers(0, 3))
 def test_a_step_takes_both_forms(
-    step: tuple[AttentionPlan, int, int], seed: int, heads: int
+    step: tuple[AttentionPlan, int, int], seed: int, heads: int, padding: int
 ) -> None:
-    """Rows of up to five queries are absorbed here, longer ones expanded."""
+    """Rows of up to five queries are absorbed here, longer ones expanded, and padding is 0."""
     plan, pages_max, tokens = step
     pages = random(seed, pages_max, plan.page_size, 16 + ROPE)
-    q, up = random(seed + 1, tokens, heads, 4 + ROPE), random(seed + 2, heads, 8, 16) / 4
+    q = random(seed + 1, tokens + padding, heads, 4 + ROPE)
+    up = random(seed + 2, heads, 8, 16) / 4
     counts = plan.query_start.diff()
     forms = {
         latent_file.absorbs(count, latent=16, nope=4, rope=ROPE, value=4)
@@ -84,6 +85,7 @@ def test_a_step_takes_both_forms(
         wanted = mla_prefill(q, pages, up, every, SCALE)
     got = latent_attention(q, pages, up, plan, latent=16, scale=SCALE)
     assert rel(got, wanted) <= 1e-5
+    assert not got[tokens:].any()
 
 
 def test_heads_are_expanded_as_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:

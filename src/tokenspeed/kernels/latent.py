@@ -93,13 +93,17 @@ def latent_attention(
     nope = q.shape[2] - rope
     value = up.shape[1] - nope
     absorbed, expanded = plan.once(_parts, heads, latent, nope, rope, value)
-    if expanded is None:
-        return _absorbed(q, kv_pages, up, absorbed, nope, scale) if absorbed else q[..., :value]
-    if absorbed is None:
+    if absorbed is not None and expanded is None:
+        return _absorbed(q, kv_pages, up, absorbed, nope, scale)
+    if expanded is not None and absorbed is None:
         return mla_prefill(q, kv_pages, up, expanded.plan, scale)
-    out = torch.empty(*q.shape[:2], value, dtype=q.dtype, device=q.device)
-    out[absorbed.tokens] = _absorbed(q[absorbed.tokens], kv_pages, up, absorbed, nope, scale)
-    out[expanded.tokens] = mla_prefill(q[expanded.tokens], kv_pages, up, expanded.plan, scale)
+    # Tokens that no row covers, which pad a step, come out as 0.
+    out = torch.zeros(*q.shape[:2], value, dtype=q.dtype, device=q.device)
+    if absorbed is not None and expanded is not None:
+        own = absorbed.tokens
+        out[own] = _absorbed(q[own], kv_pages, up, absorbed, nope, scale)
+        own = expanded.tokens
+        out[own] = mla_prefill(q[own], kv_pages, up, expanded.plan, scale)
     return out
 
 
