@@ -216,7 +216,7 @@ def common(path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
     """What ModelConfig has, from a `config.json`; numbers are not checked yet."""
     if raw.get("hidden_act", "silu") != "silu":
         raise CheckpointError(path, f"hidden_act is {raw['hidden_act']!r}; only silu is supported")
-    rope = raw.get("rope_parameters") or {}
+    rope = _object(path, raw, "rope_parameters")
     for name, only in (("partial_rotary_factor", 1.0), ("truncate", True)):
         said = rope.get(name, raw.get(name, only))
         if said != only:
@@ -230,10 +230,18 @@ def common(path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
         "context_max": context,
         "norm_eps": raw.get("rms_norm_eps", 1e-6),
         "rope_theta": rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
-        "rope_scaling": _rope_scaling(path, rope or raw.get("rope_scaling") or {}, context),
+        "rope_scaling": _rope_scaling(path, rope or _object(path, raw, "rope_scaling"), context),
         "tied": bool(raw.get("tie_word_embeddings", False)),
         "fp8_block": _fp8_block(path, raw.get("quantization_config")),
     }
+
+
+def _object(path: Path, raw: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A part of a `config.json` that has names of its own; empty, if it is null or not there."""
+    found = raw.get(name)
+    if found is not None and not isinstance(found, dict):
+        raise CheckpointError(path, f"{name} is {found!r}, expected an object")
+    return found or {}
 
 
 def _fp8_block(path: Path, raw: Any) -> tuple[int, int] | None:

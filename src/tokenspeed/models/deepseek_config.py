@@ -19,6 +19,7 @@ from tokenspeed.models.config import (
     common_out_of_range,
     is_integer,
     is_number,
+    known_architecture,
     out_of_range,
     read_json,
 )
@@ -86,6 +87,7 @@ class DeepseekConfig(ModelConfig):
         prefix = ""
         if isinstance(raw.get("text_config"), dict):  # a model that also sees: its text half
             raw, prefix = {"model_type": "kimi_k2"} | raw["text_config"], "language_model."
+            known_architecture(path, raw["model_type"], ("deepseek_v3", "kimi_k2"))
         if raw.get("mlp_bias"):
             raise CheckpointError(path, "mlp_bias is set; no MLP of this family adds a bias")
         values = common(path, raw) | {
@@ -128,7 +130,7 @@ def _routing(path: Path, raw: Mapping[str, Any]) -> Routing:
     scoring = raw.get("scoring_func", "softmax" if second else "sigmoid")
     method = raw.get("topk_method", "greedy" if second else "noaux_tc")
     known = {"softmax": ("greedy", "group_limited_greedy"), "sigmoid": ("noaux_tc",)}
-    if method not in known.get(scoring, ()):
+    if not isinstance(scoring, str) or method not in known.get(scoring, ()):
         raise CheckpointError(
             path, f"routing by {scoring!r} and {method!r}; supported: softmax with greedy or "
             "group_limited_greedy, sigmoid with noaux_tc",
@@ -175,8 +177,9 @@ def _dense_layers(path: Path, raw: Mapping[str, Any]) -> Any:
     types = raw.get("mlp_layer_types")
     if types is None:
         return raw.get("first_k_dense_replace", 1 if raw["model_type"] == "glm4_moe_lite" else 0)
-    dense = types.count("dense") if isinstance(types, list) else 0
-    if types != ["dense"] * dense + ["sparse"] * (len(types) - dense):
+    named = types if isinstance(types, list) else []
+    dense = named.count("dense")
+    if types != ["dense"] * dense + ["sparse"] * (len(named) - dense):
         raise CheckpointError(
             path, f"mlp_layer_types is {types!r}; supported: dense layers, then sparse ones"
         )
