@@ -227,3 +227,20 @@ def test_kv_write_puts_each_token_in_its_place(
     assert torch.equal(k_pages.flatten(0, 1)[where], k)
     assert torch.equal(v_pages.flatten(0, 1)[where], v)
     assert int((k_pages != 0).any(-1).any(-1).sum()) <= tokens
+
+
+@pytest.mark.parametrize("backend", registry.offering("kv_write"))
+@given(dtypes, seeds, st.integers(1, 8))
+def test_kv_write_fills_columns_of_wider_pages(
+    backend: str, dtype: torch.dtype, seed: int, tokens: int
+) -> None:
+    """As latent attention has them: a latent and a shorter rotary key beside it."""
+    pages = torch.zeros(4, 4, 12, dtype=dtype)
+    wide = tensor(seed, tokens, 1, 12, dtype=dtype)
+    where = torch.randperm(16, generator=torch.Generator().manual_seed(seed))[:tokens]
+    pages, wide, where = (moved(value, backend) for value in (pages, wide, where))
+    each = pages[:, :, None]
+    with registry.using(kv_write=backend):
+        kernels.kv_write(each[..., :8], each[..., 8:], wide[..., :8], wide[..., 8:], where)
+    assert torch.equal(pages.flatten(0, 1)[where], wide[:, 0])
+    assert int((pages != 0).any(-1).sum()) <= tokens

@@ -148,6 +148,9 @@ def kv_write(k_pages: Tensor, v_pages: Tensor, k: Tensor, v: Tensor, locations: 
 
 
 def _write(pages: Tensor, x: Tensor, locations: Tensor) -> None:
+    if not pages.is_contiguous():  # columns of wider pages: a latent, and its rotary key
+        pages.flatten(0, 1).index_copy_(0, locations, x)
+        return
     tokens, heads, dim = x.shape
     if x.stride()[1:] != (dim, 1):
         x = x.contiguous()
