@@ -11,10 +11,13 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from click.testing import CliRunner
 from rich.console import Console
 
+import tiny
+from tokenspeed.bench import quality
 from tokenspeed.bench.conversations import BLOCK, generate, live_blocks, read
 from tokenspeed.bench.kernels import CELLS, Cell, Measured, Report, Timing
 from tokenspeed.bench.roofline import plot
@@ -264,3 +267,30 @@ def test_a_wrong_result_is_called_wrong() -> None:
     Console(file=text, width=120).print(report.table())
     assert "15.0 (1.50x)" in text.getvalue()
     assert "5.0 (0.50x) WRONG nan" in text.getvalue()
+
+
+def test_quality_is_measured_alike_for_all_ways_to_keep_weights(tmp_path: Path) -> None:
+    """Random weights predict no better than chance; and a text is what one gives."""
+    folder = tiny.write(tmp_path)
+    vocab = {chr(33 + i): i for i in range(94)}
+    tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [])).save(str(tmp_path / "tokenizer.json"))
+    text = tmp_path / "text"
+    text.write_text("some words of a text that is long enough " * 20)
+    words = [str(folder), "--text", str(text), "--window", "32", "--json"]
+    done = CliRunner().invoke(cli, ["bench", "quality", *words])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert [(row["dtype"], row["quantize"]) for row in found["rows"]] == list(quality.KINDS)
+    assert found["tokens"] > 0
+    assert found["tokens"] % 31 == 0
+    exact, *others = (row["perplexity"] for row in found["rows"])
+    assert exact > 20
+    assert others == pytest.approx([exact] * len(others), rel=0.05)
+    wide, _, bits_8, bits_4, _ = (row["weights_mb"] for row in found["rows"])
+    assert bits_4 < bits_8 < wide
+    with pytest.raises(ConfigError, match="at least 32 tokens; it has 20"):
+        quality.measure(str(folder), str(text), 20, 32, lambda *_: None)
+    with pytest.raises(ConfigError, match="2 to 128, the model's context"):
+        quality.measure(str(folder), str(text), 8192, 4096, lambda *_: None)
+    with pytest.raises(ConfigError, match="a file in UTF-8"):
+        quality.measure(str(folder), str(tmp_path), 8192, 32, lambda *_: None)

@@ -315,6 +315,22 @@ def bench_serve(
     click.echo(text)
 
 
+@bench.command("quality")
+@click.argument("model", default=DEFAULT_MODEL)
+@click.option("--text", help="a file to predict, in UTF-8  [default: this project's README]")
+@click.option("--tokens", default=8192, show_default=True, type=click.IntRange(2), help="at most")
+@click.option("--window", default=512, show_default=True, help="tokens that see each other")
+@click.option("--json", "as_json", is_flag=True, help="JSON on stdout; the table is on stderr")
+def bench_quality(model: str, text: str | None, tokens: int, window: int, as_json: bool) -> None:
+    """Perplexity of a fixed text in float32, bfloat16, 8 and 4 bits."""
+    room = _room("tokenspeed.bench.quality")
+    with _progress() as report:
+        found = room.measure(model, text, tokens, window, report)
+    _screen.print(found.table())
+    if as_json:
+        click.echo(json.dumps(found.as_json(), indent=2))
+
+
 @bench.command("scheduler")
 @click.option("--rows", type=int, multiple=True, help="of a step  [default: 1 16 64 256 1024]")
 @click.option("--contexts", type=int, multiple=True, help="tokens  [default: 1024 51200]")
