@@ -106,13 +106,18 @@ class Moves:
     costs: Costs
     batch: Layout = REPLICATED
     _reached: dict[tuple[Layout, frozenset[str]], _Reach] = field(factory=dict, init=False)
+    _distances: dict[tuple[Layout, Layout], float] = field(factory=dict, init=False)
     _trees: dict[tuple[Layout, frozenset[Layout]], tuple[float, Tree]] = field(
         factory=dict, init=False
     )
 
     def distance(self, given: Layout, wanted: Layout) -> float:
         """Cost of the cheapest moves from one layout to another; infinite if there are none."""
-        return 0.0 if given == wanted else self.tree(given, frozenset((wanted,)))[0]
+        key = given, wanted
+        found = self._distances.get(key)
+        if found is None:
+            found = self._distances[key] = self.tree(given, frozenset((wanted,)))[0]
+        return found
 
     def tree(self, given: Layout, wanted: frozenset[Layout]) -> tuple[float, Tree]:
         """The cheapest moves that make all wanted layouts, and what they cost (infinite: none do).

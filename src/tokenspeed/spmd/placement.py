@@ -70,11 +70,11 @@ class Layout:
 
     def having(self, axis: str, placement: Placement) -> Layout:
         """The same with another placement along one axis."""
-        return Layout((*((a, p) for a, p in self.axes if a != axis), (axis, placement)))
+        return _one(Layout((*((a, p) for a, p in self.axes if a != axis), (axis, placement))))
 
     def within(self, mesh: Mesh) -> Layout:
         """The same without axes along which the mesh has one rank: there all placements agree."""
-        return Layout(tuple((axis, p) for axis, p in self.axes if mesh.size(axis) > 1))
+        return _one(Layout(tuple((axis, p) for axis, p in self.axes if mesh.size(axis) > 1)))
 
     def parts(self, mesh: Mesh, dim: int | None = None) -> int:
         """Into how many slices the mesh cuts a tensor dim; with None, all dims together."""
@@ -86,6 +86,14 @@ class Layout:
 
     def __str__(self) -> str:
         return " ".join(f"{_short(p)}@{axis}" for axis, p in self.axes) or "R"
+
+
+_SEEN: dict[Layout, Layout] = {}
+
+
+def _one(lies: Layout) -> Layout:
+    """The same object for equal layouts: the search looks them up by the million."""
+    return _SEEN.setdefault(lies, lies)
 
 
 def layout(**axes: Placement) -> Layout:
