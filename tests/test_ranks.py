@@ -71,11 +71,15 @@ LINKS = {
 
 
 def sequences(mesh: Mesh) -> list[int]:
-    """Which prompts a rank has: they are dealt out along the axes of the batch."""
+    """Which prompts a rank has: they are dealt out along the axes of the batch.
+
+    Four ranks leave one prompt out, so that the last of them has no row at all.
+    """
     at = 0
     for axis, _ in batch_of(mesh).axes:
         at = at * mesh.size(axis) + mesh.coordinate(axis)
-    return list(range(len(PROMPTS)))[at :: batch_of(mesh).parts(mesh)]
+    parts = batch_of(mesh).parts(mesh)
+    return list(range(len(PROMPTS) - (parts == 4)))[at::parts]
 
 
 def plan_of(step: int, fed: list[list[int]], contexts: list[int]) -> StepPlan:
@@ -88,7 +92,7 @@ def plan_of(step: int, fed: list[list[int]], contexts: list[int]) -> StepPlan:
         token_ids=np.array([token for one in fed for token in one], np.int32),
         context_lens=np.array(contexts, np.int32),
         sampled=np.ones(rows, np.bool_),
-        page_delta=np.array(delta if step == 0 else np.zeros((0, 3)), np.int32),
+        page_delta=np.array(delta if step == 0 else [], np.int32).reshape(-1, 3),
     )
 
 

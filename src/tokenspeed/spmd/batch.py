@@ -156,7 +156,8 @@ class Slots:
     ) -> tuple[Paged, ...]:
         """By group; in the table of a slot the groups take turns."""
         page, offset = np.divmod(positions, self._page_size)
-        widest = -(-int((plan.context_lens + np.diff(plan.query_start)).max()) // self._page_size)
+        lengths = plan.context_lens + np.diff(plan.query_start)
+        widest = -(-int(lengths.max(initial=0)) // self._page_size)  # a rank may have no row
         starts, contexts = map(self._to_device, (plan.query_start, plan.context_lens))
         groups = len(self._groups.windows)
         paged = []
