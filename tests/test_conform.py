@@ -30,7 +30,7 @@ DRAFT = SPECS / "MCDraft.tla"
 WINDOW = SPECS / "MCWindow.tla"
 SLOW = [
     pytest.param(name, marks=pytest.mark.slow)
-    for name in ("pages", "host", "draftone", "draftslot", "windowslot")
+    for name in ("pages", "host", "draftone", "draftroom", "draftslot", "windowslot")
 ]
 
 needs_compiler = pytest.mark.skipif(compiled.compiler() is None, reason="no C++ compiler here")
@@ -47,10 +47,19 @@ needs_compiler = pytest.mark.skipif(compiled.compiler() is None, reason="no C++ 
         "priorities",
         "draftslot",
         "draftone",
+        "draftroom",
         "windowslot",
+        "windowlong",
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("oneslot", "host", "draftpages", "drafthostslot", "windowpages")
+            for name in (
+                "oneslot",
+                "host",
+                "draftpages",
+                "drafthostslot",
+                "windowpages",
+                "windowhole",
+            )
         ),
     ],
 )
@@ -64,7 +73,7 @@ def test_the_runtime_is_the_model_in_every_state(name: str) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", ["tiny", "toolong", *SLOW])
+@pytest.mark.parametrize("name", ["tiny", "toolong", "windowlong", *SLOW])
 def test_compiled_model_and_mirror_have_the_recorded_graph(name: str) -> None:
     model = RECORDED[name]
     compiled_graph = read_graph(SPECS / model.spec, SPECS / model.config)

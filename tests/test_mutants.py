@@ -65,8 +65,8 @@ else:
 
 def of_config(config: str) -> str:
     """The module that a configuration is of."""
-    modules = {"host": "MCHostTier.tla", "draft": "MCDraft.tla", "window": "MCWindow.tla"}
-    named = (module for prefix, module in modules.items() if config.startswith(prefix))
+    modules = {"draft": "MCDraft.tla", "window": "MCWindow.tla", "host": "MCHostTier.tla"}
+    named = (module for word, module in modules.items() if word in config)
     return next(named, "MCLifecycle.tla")
 
 
