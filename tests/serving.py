@@ -2,45 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
-from tokenspeed.config import EngineConfig, ServeConfig
+from tokenspeed.bench.http import served
+from tokenspeed.config import EngineConfig
 from tokenspeed.engine import Engine
-from tokenspeed.serve import serving
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 MESSAGES: Any = [{"role": "user", "content": "What is gravity? Answer in two sentences."}]
-
-
-@contextmanager
-def served(engine: Engine, **settings: Any) -> Iterator[str]:
-    """The engine behind a server on a free port of this machine."""
-    loop = asyncio.new_event_loop()
-    ready: asyncio.Future[str] = loop.create_future()
-    stop = asyncio.Event()
-
-    async def main() -> None:
-        async with serving(engine, ServeConfig(port=0, **settings)) as url:
-            ready.set_result(url)
-            await stop.wait()
-
-    thread = threading.Thread(target=loop.run_until_complete, args=(main(),))
-    thread.start()
-    while not ready.done():
-        time.sleep(0.01)
-    try:
-        yield ready.result()
-    finally:
-        loop.call_soon_threadsafe(stop.set)
-        thread.join()
-        loop.close()
 
 
 def fixtures(slots: int, **settings: Any) -> tuple[Any, Any]:

@@ -19,9 +19,11 @@ from rich.console import Console
 import tiny
 from tokenspeed.bench import quality
 from tokenspeed.bench.conversations import BLOCK, generate, live_blocks, read
+from tokenspeed.bench.http import HttpSide, served
 from tokenspeed.bench.kernels import CELLS, Cell, Measured, Report, Timing
 from tokenspeed.bench.roofline import plot
 from tokenspeed.bench.scheduler import Sizes
+from tokenspeed.bench.serve import Job, Workload, compare
 from tokenspeed.bench.sessions import (
     COPY_TOKENS_S,
     Link,
@@ -31,6 +33,8 @@ from tokenspeed.bench.sessions import (
     workload,
 )
 from tokenspeed.cli import cli
+from tokenspeed.config import EngineConfig
+from tokenspeed.engine import Engine
 from tokenspeed.errors import ConfigError
 from tokenspeed.fsm.trace import read_trace, validate
 
@@ -269,11 +273,34 @@ def test_a_wrong_result_is_called_wrong() -> None:
     assert "5.0 (0.50x) WRONG nan" in text.getvalue()
 
 
+def with_tokenizer(folder: Path) -> Path:
+    """A tiny model with a tokenizer of single characters."""
+    tiny.write(folder)
+    vocab = {chr(33 + i): i for i in range(94)}
+    tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [])).save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_another_server_is_measured_by_the_same_client(tmp_path: Path) -> None:
+    """Here it is one of ours; and one that knows no completions is an error."""
+    folder = str(with_tokenizer(tmp_path))
+    workload = Workload(prompt_tokens=8, output_tokens=4, rounds=1)
+    silent = Console(file=io.StringIO())
+    with Engine.from_pretrained(folder) as engine, served(engine) as url:
+        found = compare(folder, EngineConfig(), workload, console=silent, peer=url)
+        assert [row.scenario for row in found.rows] == ["equal-1", "equal-8", "staggered-8"]
+        assert all(row.engine > 0 and row.peer > 0 for row in found.rows)
+        assert found.as_json()["peer"] == url
+        with pytest.raises(ConfigError, match=r"peer: .* status 404"):
+            HttpSide(f"{url}/elsewhere").run([Job(0.0, (1, 2), 3)])
+    for address in ("ftp://somewhere", "transformer"):
+        with pytest.raises(ConfigError, match="transformers, or http://host:port"):
+            HttpSide(address)
+
+
 def test_quality_is_measured_alike_for_all_ways_to_keep_weights(tmp_path: Path) -> None:
     """Random weights predict no better than chance; and a text is what one gives."""
-    folder = tiny.write(tmp_path)
-    vocab = {chr(33 + i): i for i in range(94)}
-    tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [])).save(str(tmp_path / "tokenizer.json"))
+    folder = with_tokenizer(tmp_path)
     text = tmp_path / "text"
     text.write_text("some words of a text that is long enough " * 20)
     words = [str(folder), "--text", str(text), "--window", "32", "--json"]

@@ -79,5 +79,5 @@ def test_bench_prints_a_table_and_json(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     report = json.loads(path.read_text())
     assert [row["scenario"] for row in report["rows"]] == ["equal-1", "equal-8", "staggered-8"]
-    assert all(row["engine"] > 0 and row["transformers"] > 0 for row in report["rows"])
+    assert all(row["engine"] > 0 and row["peer"] > 0 for row in report["rows"])
     assert "staggered-8" in done.stdout

@@ -290,6 +290,7 @@ def bench() -> None:
 
 @bench.command("serve")
 @click.option("--model", default=DEFAULT_MODEL, show_default=True)
+@click.option("--peer", default="transformers", show_default=True, help="or http://host:port")
 @click.option("--rounds", type=int, default=3, show_default=True, help="the median counts")
 @click.option("--prompt-tokens", type=int, default=64, show_default=True)
 @click.option("--output-tokens", type=int, default=64, show_default=True)
@@ -297,17 +298,18 @@ def bench() -> None:
 @_engine_options
 def bench_serve(
     model: str,
+    peer: str,
     rounds: int,
     prompt_tokens: int,
     output_tokens: int,
     json_path: Path | None,
     **settings: Any,
 ) -> None:
-    """Output tokens/s beside transformers' generate on the same weights and prompts."""
+    """Output tokens/s beside transformers' generate, or another server with the same model."""
     room = _room("tokenspeed.bench.serve")
     sizes = {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens, "rounds": rounds}
     workload: Workload = room.Workload(**sizes)
-    report = room.compare(model, EngineConfig(**settings), workload, console=_screen)
+    report = room.compare(model, EngineConfig(**settings), workload, console=_screen, peer=peer)
     Console().print(report.table())
     text = json.dumps(report.as_json(), indent=2)
     if json_path is not None:

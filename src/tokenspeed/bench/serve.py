@@ -1,6 +1,8 @@
-"""Output tokens/s of the engine beside transformers' `generate`, on equal weights and prompts.
+"""Output tokens/s of the engine beside a peer: transformers' `generate`, or another server.
 
-Rule: one process, both sides in turn within every round, medians over rounds, ratios beside them.
+Rule: both sides in turn within every round, prompts that are new in each, medians over rounds,
+ratios beside them. transformers runs in this process, on the same weights, and so does the engine;
+beside another server, both are asked over HTTP.
 Only tokens that somebody asked for count: a static batch that runs on for its longest member earns
 nothing by that.
 
@@ -27,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tokenspeed import models
+from tokenspeed.bench.http import HttpSide, served
 from tokenspeed.bench.machine import machine
 from tokenspeed.config import EngineConfig
 from tokenspeed.engine import Engine
@@ -66,12 +69,12 @@ class Row:
 
     scenario: str
     engine: float
-    transformers: float
+    peer: float
 
     @property
     def ratio(self) -> float:
         """The engine's rate over the peer's."""
-        return self.engine / self.transformers
+        return self.engine / self.peer
 
 
 @frozen
@@ -79,17 +82,19 @@ class Report:
     """All rows, and what they were measured on."""
 
     model: str
+    peer: str
     machine: str
     dtype: str
+    quantize: str
     workload: Workload
     rows: tuple[Row, ...]
 
     def table(self) -> Table:
         """For people."""
-        title = f"{self.model}, {self.dtype}; {self.machine}"
-        table = Table("scenario", "tokenspeed tok/s", "transformers tok/s", "ratio", title=title)
+        title = f"{self.model}, {self.dtype}, quantize {self.quantize}; {self.machine}"
+        table = Table("scenario", "tokenspeed tok/s", f"{self.peer} tok/s", "ratio", title=title)
         for row in self.rows:
-            cells = (f"{row.engine:.1f}", f"{row.transformers:.1f}", f"{row.ratio:.2f}")
+            cells = (f"{row.engine:.1f}", f"{row.peer:.1f}", f"{row.ratio:.2f}")
             table.add_row(row.scenario, *cells)
         return table
 
@@ -103,36 +108,66 @@ Side = Callable[[Sequence[Job]], float]
 """Runs the jobs and returns the seconds from the first arrival to the last token."""
 
 
-def compare(model: str, config: EngineConfig, workload: Workload, *, console: Console) -> Report:
+def compare(
+    model: str,
+    config: EngineConfig,
+    workload: Workload,
+    *,
+    console: Console,
+    peer: str = "transformers",
+) -> Report:
     """Run every scenario `workload.rounds` times, each side in turn.
 
+    Args:
+        model: as for `serve`.
+        config: of the engine; the prefix cache is off, for no prompt comes twice.
+        workload: sizes.
+        console: for what happens meanwhile.
+        peer: "transformers", or the address of a server that has the same model.
+
     Raises:
-        ConfigError: transformers is not installed, or the checkpoint is none that it reads.
+        ConfigError: transformers is not installed, the checkpoint is none that it reads, or the
+            peer is no address.
     """
-    path = models.resolve_model(model)
+    config = attrs.evolve(config, prefix_cache=False)
+    other: HttpSide | _Transformers
     with console.status("loading both sides"):
-        peer = _Transformers(path, config)
-        engine = Engine.from_pretrained(model, config=attrs.evolve(config, prefix_cache=False))
-    rows = []
+        if peer == "transformers":
+            other = _Transformers(models.resolve_model(model), config)
+        else:
+            other = HttpSide(peer)
+        engine = Engine.from_pretrained(model, config=config)
     with engine:
-        ours: Side = _EngineSide(engine).run
-        for name, jobs in _scenarios(workload, engine.vocab_size).items():
-            wanted = sum(job.output_tokens for job in jobs)
-            seconds: dict[str, list[float]] = {"engine": [], "transformers": []}
-            for turn in range(workload.rounds):
-                with console.status(f"{name}: round {turn + 1} of {workload.rounds}"):
-                    seconds["engine"].append(ours(jobs))
-                    seconds["transformers"].append(peer.run(jobs))
-            rates = {side: wanted / statistics.median(times) for side, times in seconds.items()}
-            rows.append(Row(name, rates["engine"], rates["transformers"]))
-    return Report(model, machine(), config.dtype, workload, tuple(rows))
+        if isinstance(other, HttpSide):
+            with served(engine) as url:
+                rows = _measured(HttpSide(url).run, other.run, workload, engine, console)
+        else:
+            rows = _measured(_EngineSide(engine).run, other.run, workload, engine, console)
+    return Report(model, peer, machine(), config.dtype, config.quantize, workload, rows)
 
 
-def _scenarios(workload: Workload, vocab_size: int) -> dict[str, list[Job]]:
-    rng = random.Random(workload.seed)
+def _measured(
+    ours: Side, theirs: Side, workload: Workload, engine: Engine, console: Console
+) -> tuple[Row, ...]:
+    rows = []
+    for name in _scenarios(workload, workload.seed, engine.vocab_size):
+        seconds: dict[Side, list[float]] = {ours: [], theirs: []}
+        for turn in range(workload.rounds):
+            jobs = _scenarios(workload, workload.seed + turn, engine.vocab_size)[name]
+            with console.status(f"{name}: round {turn + 1} of {workload.rounds}"):
+                for side, times in seconds.items():
+                    times.append(side(jobs))
+        wanted = sum(job.output_tokens for job in jobs)
+        own, other = (wanted / statistics.median(times) for times in seconds.values())
+        rows.append(Row(name, own, other))
+    return tuple(rows)
+
+
+def _scenarios(workload: Workload, seed: int, vocab_size: int) -> dict[str, list[Job]]:
+    rng = random.Random(seed)
 
     def prompt(tokens: int) -> tuple[int, ...]:
-        return tuple(rng.randrange(100, vocab_size) for _ in range(tokens))
+        return tuple(rng.randrange(vocab_size // 2, vocab_size) for _ in range(tokens))
 
     def equal(streams: int) -> list[Job]:
         return [
