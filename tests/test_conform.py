@@ -59,6 +59,7 @@ needs_compiler = pytest.mark.skipif(compiled.compiler() is None, reason="no C++ 
                 "drafthostslot",
                 "windowpages",
                 "windowhole",
+                "windowback",
             )
         ),
     ],

@@ -45,6 +45,8 @@ def test_guards_are_found_where_they_stand() -> None:
     assert "LoadStart: Root(k) \\/ Cached(k) \\/ Loading(k)" in host
     draft = {name for spec, name in GUARDS if spec == "Draft.tla"}
     assert {"Reserve: ~MovingPage(p)", "Trim: Room(r) >= PageSize + Needed(r)"} <= draft
+    window = {name for spec, name in GUARDS if spec == "Window.tla"}
+    assert {"Slide: ~Seen(i, done[r])", "SlidingEvict: p \\in Unheld"} <= window
     assert not [name for _, name in GUARDS if "Spec:" in name or "Init:" in name]
     for (spec, _), guard in GUARDS.items():
         text = (SPECS / spec).read_bytes()[guard.lies].decode()
@@ -69,6 +71,7 @@ def without(spec: str, name: str, how: Settings | None = None) -> Report | None:
         ("Lifecycle.tla", "Publish: ~Cached(KeyOf(r, i))", "OneCopyPerKey"),
         ("HostTier.tla", "TierAcquire: ~MovingPage(p)", "MovesPinned"),
         ("Draft.tla", "Speculate: 1 + k <= Room(r)", "ContentMatches"),
+        ("Window.tla", "SlidingSubmit: FitsWindow(r)", "LetInSound"),
     ],
 )
 def test_a_deleted_guard_is_missed(spec: str, name: str, violated: str) -> None:
