@@ -199,7 +199,7 @@ bool Control::Pinned(RequestId id) const noexcept {
 
 std::int32_t Control::owed(const Record& record) const noexcept {
   const bool live = record.state == State::Prefilling || record.state == State::Decoding;
-  if (!live || record.known() <= record.planned) return 0;
+  if (!live || record.known() <= std::max(record.planned, record.holds)) return 0;
   const std::int32_t whole =
       std::max(0, pages_for(record.known(), config_.page_size) * groups() - record.pages);
   if (!slides_) return whole;
@@ -482,7 +482,9 @@ bool Control::complete(std::span<const Token> token_ids, std::span<const std::ui
   const Ticket& ticket = launched_.front();
   if (token_ids.size() != ticket.results || stop.size() != ticket.rows.size()) return false;
   if (ticket.results > ticket.rows.size() && wrong_runs(ticket, token_ids)) return false;
+  constexpr std::size_t kAhead = 8;  // rows: as long as memory takes
   for (std::size_t at = 0; at < ticket.rows.size(); ++at) {
+    if (at + kAhead < ticket.rows.size()) expect_token(ticket.rows[at + kAhead].index);
     const Row& row = ticket.rows[at];
     const auto run = token_ids.first(static_cast<std::size_t>(row.drafts) + 1);
     token_ids = token_ids.subspan(run.size());
@@ -491,6 +493,13 @@ bool Control::complete(std::span<const Token> token_ids, std::span<const std::ui
   trace("Complete", -1, ticket.step);
   launched_.pop();
   return true;
+}
+
+// The place of its next token is asked for, so that nobody waits for it: those of long texts lie
+// each in a memory page of its own.
+void Control::expect_token(RequestIndex index) const noexcept {
+  const std::vector<Token>& tokens = records_[index].tokens;
+  __builtin_prefetch(tokens.data() + tokens.size(), 1);
 }
 
 Outcome Control::complete(const Row& row, std::span<const Token> run, bool stop) {
@@ -532,10 +541,10 @@ Outcome Control::complete(const Row& row, std::span<const Token> run, bool stop)
 
 // All pages before it are held, or passed, so its place in the index stays.
 bool Control::publish(RequestIndex index) {
-  if (!config_.prefix_cache) return false;
+  Record& record = records_[index];
+  if (!config_.prefix_cache || !computed(record, record.published)) return false;
   return with(index, [&]<State S>() -> bool {
     if constexpr (lifecycle::can(Action::Publish, S)) {
-      Record& record = records_[index];
       const auto vacancy = next_vacancy(record);
       if (!vacancy) return false;
       const auto at = static_cast<std::size_t>(record.published);

@@ -4,6 +4,7 @@
 // *whether* is answered by the generated lifecycle and the guards here.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <map>
@@ -425,6 +426,14 @@ class Control final {
   std::optional<PrefixIndex::Vacancy> next_vacancy(Record& record);
   void count_pages(Record& record, std::int32_t pages) noexcept;
   std::span<const Token> tokens_of(const Record& record, std::int32_t entry) const noexcept;
+  // Of an entry of a table: which page of its group it is. Most have one group: no division.
+  std::int32_t page_of(std::int32_t entry) const noexcept {
+    return groups() == 1 ? entry : entry / groups();
+  }
+  // Are all positions of it computed, and their tokens known?
+  bool computed(const Record& record, std::int32_t entry) const noexcept {
+    return (page_of(entry) + 1) * config_.page_size <= std::min(record.done, record.known());
+  }
   std::size_t group_of(std::int32_t entry) const noexcept {
     return static_cast<std::size_t>(entry) % config_.groups.size();
   }
@@ -432,6 +441,7 @@ class Control final {
   static std::size_t index_of(std::int32_t at) noexcept { return static_cast<std::size_t>(at); }
   PageTable match(RequestIndex index);
   Outcome complete(const Row& row, std::span<const Token> run, bool stop);
+  void expect_token(RequestIndex index) const noexcept;
   bool wrong_runs(const Ticket& ticket, std::span<const Token> token_ids) const noexcept;
   std::int32_t accept(Record& record, std::span<const Token> run);
   void roll_back(const Row& row, std::int32_t accepted) noexcept;

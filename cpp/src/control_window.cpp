@@ -85,8 +85,7 @@ void Control::pass(Record& record) {
 // nobody has published the same. Among several groups one that somebody has published is passed: of
 // another group its like may be gone.
 std::optional<PrefixIndex::Vacancy> Control::next_vacancy(Record& record) {
-  const std::int32_t there = std::min(record.done, record.known());
-  while ((record.published / groups() + 1) * config_.page_size <= there) {
+  while (computed(record, record.published)) {
     const auto at = record.cursors[group_of(record.published)];
     auto vacancy = index_.vacancy(at, tokens_of(record, record.published));
     if (vacancy || groups() == 1) return vacancy;
@@ -103,13 +102,13 @@ void Control::watch(RequestIndex index) {
 void Control::count_pages(Record& record, std::int32_t pages) noexcept {
   record.pages = pages;
   record.told = std::min(record.told, pages);
-  record.holds = pages / groups() * config_.page_size;
+  record.holds = page_of(pages) * config_.page_size;
 }
 
 // Of an entry of its table.
 std::span<const Token> Control::tokens_of(const Record& record, std::int32_t entry) const noexcept {
   const auto size = static_cast<std::size_t>(config_.page_size);
-  return std::span(record.tokens).subspan(static_cast<std::size_t>(entry / groups()) * size, size);
+  return std::span(record.tokens).subspan(static_cast<std::size_t>(page_of(entry)) * size, size);
 }
 
 }  // namespace tokenspeed

@@ -87,7 +87,7 @@ void PrefixIndex::remember(NodeId id, std::span<const Token> content) {
   }
   const std::int32_t memory = spare_memories_.back();
   spare_memories_.pop_back();
-  std::ranges::copy(content, memories_.begin() + memory * page_size_);
+  std::ranges::copy(content, memories_.begin() + std::ptrdiff_t{memory} * page_size_);
   nodes_[index(id)].memory = memory;
 }
 
