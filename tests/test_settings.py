@@ -116,6 +116,10 @@ def test_integers_of_numpy_are_good_and_unknown_settings_are_not() -> None:
         ({"slots": 17}, "step_tokens: got 16; expected at least 17, one for each of the slots"),
         ({"page_size": 17}, "page_size: got 17; expected at most step_tokens (16)"),
         (
+            {"window": 1},
+            "window: got 1; expected 0, or at least 2: who sees itself alone reads no KV",
+        ),
+        (
             {"pages": 1 << 20, "page_size": 1 << 11, "step_tokens": 1 << 11},
             "pages: got 1048576; expected at most 1048575 of 2048 tokens, 32 bits of tokens in all",
         ),

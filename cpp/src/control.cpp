@@ -33,6 +33,9 @@ std::string Control::invalid(const ControlConfig& config) {
     return "groups: got " + std::to_string(groups) + "; expected 1 to " +
            std::to_string(kGroupsMax);
   }
+  if (std::ranges::any_of(config.groups, [](CacheGroup g) { return g.window == 1; })) {
+    return "window: got 1; expected 0, or at least 2: who sees itself alone reads no KV";
+  }
   if (config.host_pages > 0 && (groups > 1 || config.groups[0].window > 0)) {
     return "host_pages: got " + std::to_string(config.host_pages) +
            "; expected 0 with a window: no specification has both";
