@@ -231,12 +231,22 @@ def test_a_superseding_turn_ends_the_one_that_still_runs(engine: Engine) -> None
     first = engine.submit(Request(prompt_ids=(1, 2, 3), params=long, session=turn))
     bystander = engine.submit(Request(prompt_ids=(1, 2, 3), params=GREEDY, session=other))
     second = engine.submit(Request(prompt_ids=(1, 2, 3, 4), params=GREEDY, session=turn))
-    assert list(first)[-1].finish_reason == "abort"
+    ended = list(first)[-1]
+    assert ended.finish_reason == "abort"
+    assert ended.error is not None
+    assert "superseded" in ended.error
     assert list(second)[-1].finish_reason in ("length", "stop")
     assert list(bystander)[-1].finish_reason in ("length", "stop")
     assert engine.end_session("typing")
     assert not engine.end_session("typing")
     assert pages_back(engine)
+
+
+def test_a_question_that_fails_is_its_askers_alone(engine: Engine) -> None:
+    with pytest.raises(ValueError, match="keep_us"):
+        engine._ask(lambda: engine._scheduler.prefetch("typing", 0)).result(timeout=20)
+    assert engine.health().live
+    assert engine.generate([1, 2, 3], GREEDY)[0].finish_reason in ("length", "stop")
 
 
 def test_owners_do_not_touch_each_others_sessions(engine: Engine) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -41,6 +42,22 @@ def test_a_session_is_kept_superseded_and_ended(url: str, engine: Engine) -> Non
     assert unknown.status_code == 404
     assert unknown.json()["error"]["param"] == "session_id"
     assert httpx.post(url + "/v1/sessions/a").status_code == 405
+
+
+def test_a_superseded_turn_is_told_so(url: str, engine: Engine) -> None:
+    turn = {"model": engine.model_name, "prompt": "Count:", "session_id": "typing"}
+    early = {**turn, "max_tokens": 400, "ignore_eos": True}
+    late = {**turn, "max_tokens": 2, "session_supersede": True}
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(httpx.post, url + TEXT, json=early, timeout=60)
+        deadline_s = time.monotonic() + 20
+        while not engine.stats().requests_running and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+        assert httpx.post(url + TEXT, json=late).status_code == 200
+        answer = first.result()
+    assert answer.status_code == 409
+    assert answer.json()["error"]["code"] == "superseded"
+    assert everything_back(engine)
 
 
 def test_a_key_and_a_salt_have_their_own_sessions(engine: Engine, tmp_path: Any) -> None:

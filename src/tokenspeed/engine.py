@@ -303,10 +303,17 @@ class Engine:
     def _ask(self, question: Callable[[], T]) -> Future[T]:
         """Have the engine's thread call something between two steps."""
         done: Future[T] = Future()
+
+        def answer() -> None:
+            try:
+                done.set_result(question())
+            except Exception as error:  # whoever asked is told; the loop goes on
+                done.set_exception(error)
+
         with self._wake:
             if self._failure is not None or self._closing:
                 raise EngineStopped(self.health().reason)
-            self._inbox.append(lambda: done.set_result(question()))
+            self._inbox.append(answer)
             self._wake.notify()
         return done
 
@@ -509,13 +516,13 @@ class Engine:
         for other in list(self._sequences.values()):
             of = other.request.session
             if of is not None and of.key == session_key and other.number != number:
-                self._cancel(other.number)
+                self._cancel(other.number, why="a later turn of its session superseded it")
 
-    def _cancel(self, number: int) -> None:
+    def _cancel(self, number: int, *, why: str | None = None) -> None:
         sequence = self._sequences.get(number)
         if sequence is not None:
             self._scheduler.abort(number)
-            self._end(sequence, "abort")
+            self._end(sequence, "abort", error=why)
 
     def _accept_run(self, sequence: LiveSequence, run: range, result: StepResult) -> bool:
         """Take the tokens of a run; true if the sequence stops there: what follows is dropped."""

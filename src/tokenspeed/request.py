@@ -229,7 +229,8 @@ class Delta:
         logprobs: one entry an id, where asked for.
         finish_reason: None until the last delta.
         usage: with the last delta.
-        error: with finish reason "error": what happened.
+        error: with finish reason "error": what happened; with "abort": why, unless its reader
+            wished it or the engine ends.
     """
 
     text: str = ""

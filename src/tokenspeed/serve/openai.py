@@ -422,6 +422,8 @@ def _failure(delta: Delta) -> HttpError | None:
     """An end that is nobody's wish."""
     if delta.finish_reason == "error":
         return HttpError(500, delta.error or "the step failed", code="step_failed")
+    if delta.finish_reason == "abort" and delta.error is not None:
+        return HttpError(409, delta.error, code="superseded")
     if delta.finish_reason == "abort":
         return HttpError(
             503, "the server stopped before the answer was complete", code="unavailable"
