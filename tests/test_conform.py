@@ -18,7 +18,7 @@ from tokenspeed.fsm.manifest import read_manifest
 from tokenspeed.fsm.mirror import Action, Mirror
 from tokenspeed.fsm.model import load_model
 from tokenspeed.fsm.museum import read_museum, try_exhibit
-from tokenspeed.fsm.runtime import Runtime, Tried, observed, replay
+from tokenspeed.fsm.runtime import Observed, Runtime, Tried, observed, replay
 
 ROOT = Path(__file__).resolve().parents[1]
 SPECS = ROOT / "specs"
@@ -80,6 +80,23 @@ def test_compiled_model_and_mirror_have_the_recorded_graph(name: str) -> None:
     compiled_graph = read_graph(SPECS / model.spec, SPECS / model.config)
     assert compiled_graph.digest() == model.graph
     assert mirrored(SPECS / model.spec, SPECS / model.config).digest() == model.graph
+
+
+def test_what_cannot_be_looked_at_is_a_divergence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A control plane gone wrong may show what is no state of any spec, or raise."""
+    state = Runtime.state
+
+    def impossible(runtime: Runtime) -> Observed:
+        if any(request[1] for request in runtime.snapshot()["requests"].values()):
+            raise IndexError("page 7 of 2")
+        return state(runtime)
+
+    monkeypatch.setattr(Runtime, "state", impossible)
+    found = conform(LIFECYCLE, SPECS / "toolong.cfg")
+    assert found.graph == ""
+    assert str(found.divergence) == (
+        'after Submit("r1") > Admit("r1"): Acquire("r1", "p1"): it raises IndexError: page 7 of 2'
+    )
 
 
 @needs_compiler

@@ -3,16 +3,16 @@
 Rule: the model says what to try and what must come of it; the control plane, with its real pages
 and its real prefix index, is what is judged. In every state every action is tried with every
 argument: what the spec allows must happen and lead where the spec leads, what it does not must be
-refused and change nothing.
+refused and change nothing. What cannot even be looked at is a divergence too.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 from attrs import frozen
 
@@ -190,15 +190,15 @@ class _Walk:
         self._seen.append(runtime.state())
         before = runtime.snapshot()
         for tried in tuple(runtime.attempts()):
-            if not runtime.take(tried):
+            try:
+                after = self._outcome(at, tried, runtime, before)
+            except Exception as error:  # where no spec could lead, there may be nothing to show
+                return Divergence(way, tried, f"it raises {type(error).__name__}: {error}")
+            if isinstance(after, str):
+                return Divergence(way, tried, after)
+            if after is None:
                 self._refused += 1
-                if runtime.reported or runtime.snapshot() != before:
-                    return Divergence(way, tried, "it is refused, and yet something changed")
                 continue
-            why = self._wrong(at, tried, runtime)
-            if why:
-                return Divergence(way, tried, why)
-            after = self._numbers[runtime.state()]
             led[tried.action].add(after)
             self._ways.setdefault(after, (*way, tried))
             runtime = self._at(way)
@@ -213,6 +213,15 @@ class _Walk:
         for tried in way:
             runtime.take(tried)
         return runtime
+
+    def _outcome(
+        self, at: int, tried: Tried, runtime: Runtime, before: Mapping[str, Any]
+    ) -> int | str | None:
+        """The state that an action led to, None if it was refused, or what was wrong with that."""
+        if not runtime.take(tried):
+            changed = runtime.reported or runtime.snapshot() != before
+            return "it is refused, and yet something changed" if changed else None
+        return self._wrong(at, tried, runtime) or self._numbers[runtime.state()]
 
     def _wrong(self, at: int, tried: Tried, runtime: Runtime) -> str:
         """What an action that was taken should not have done; empty if it is the spec's."""
