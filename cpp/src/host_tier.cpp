@@ -182,15 +182,30 @@ void HostTier::drain() {
   }
 }
 
+// Each page is walked over once: what is above it says how far below the node it is.
 std::vector<HostPage> HostTier::below(NodeId node) const {
+  constexpr std::int32_t kUnknown = -2;
+  constexpr std::int32_t kElsewhere = -1;
+  std::vector<std::int32_t> depths(pages_.size(), kUnknown);
+  std::vector<HostPage> path;
   std::vector<std::pair<std::int32_t, HostPage>> found;
   for (HostPage page = 0; page < total(); ++page) {
     if (pages_[index(page)].kind == Kind::Free) continue;
-    std::int32_t depth = 0;
-    NodeId at = pages_[index(page)].node;
-    for (; at != node && !index_.is_root(at); at = index_.parent(at)) ++depth;
-    if (at == node) found.emplace_back(-depth, page);
+    std::int32_t depth = kElsewhere;
+    for (NodeId at = pages_[index(page)].node; !index_.is_root(at); at = index_.parent(at)) {
+      const HostPage here = index_.host(at);
+      if (here < 0) break;  // a store whose page above went: it will be in vain
+      depth = at == node ? 0 : depths[index(here)];
+      if (depth != kUnknown) break;
+      depth = kElsewhere;
+      path.push_back(here);
+    }
+    for (; !path.empty(); path.pop_back()) {
+      if (depth >= 0) found.emplace_back(-++depth, path.back());
+      depths[index(path.back())] = depth;
+    }
   }
+  if (index_.host(node) >= 0) found.emplace_back(0, index_.host(node));
   std::ranges::sort(found);
   std::vector<HostPage> out;
   for (const auto& [depth, page] : found) out.push_back(page);
