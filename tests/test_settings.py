@@ -131,6 +131,17 @@ def test_what_contradicts_another_setting_says_which(changed: dict[str, int], wo
     assert str(caught.value) == words
 
 
+@pytest.mark.parametrize("now_us", [-(2**63), 0, 2**63 - 1])
+def test_pages_are_kept_whatever_the_time(now_us: int) -> None:
+    scheduler = Scheduler(**{**GOOD, "session_pages_max": 4})
+    scheduler.advance(now_us)
+    scheduler.submit(1, np.ones(8, np.int32), 1, session="a", keep_us=30 * 24 * 3600 * 10**6)
+    plan = scheduler.plan()
+    assert plan is not None
+    scheduler.commit(plan.step, np.ones(1, np.int32), np.zeros(1, np.bool_))
+    assert scheduler.stats().pages_kept == 2
+
+
 def test_every_setting_of_the_scheduler_is_in_the_tables() -> None:
     (init,) = (
         node

@@ -14,6 +14,8 @@ Retention::Retention(PageId pages, PageId kept_max) : kept_max_(kept_max) {
 }
 
 void Retention::advance(Microseconds now) {
+  constexpr Microseconds kEnd = Microseconds{1} << 62;  // later times cannot be added to
+  now = std::min(now, kEnd);
   if (now <= now_) return;
   now_ = now;
   next_ = -1;
