@@ -61,6 +61,7 @@ def _engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--dtype", type=click.Choice(DTYPES), help="weights, activations and KV"),
         click.option("--quantize", type=click.Choice(QUANTIZE), help="matrices of few bits"),
         click.option("--device", help="cpu, cuda, cuda:1 ..."),
+        click.option("--mesh", help="ranks that share the model: tp=2"),
         click.option("--page-size", type=int, help="tokens in a KV page"),
         click.option("--pages", type=int, help="KV pages  [default: by memory]"),
         click.option("--slots", type=int, help="requests that run at once"),
@@ -84,14 +85,14 @@ def _engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--trace-lifecycle", help="write every step of the lifecycle here, as NDJSON"),
         click.option("--kv-events", help="write the prefix cache's events here, as vLLM's NDJSON"),
-        click.option("--record-scheduler", help="write every call of the scheduler, for replay"),
+        click.option("--record-scheduler", help="write the scheduler's calls, for replay"),
     ]
     for option in reversed(options):
         command = option(command)
     for parameter in command.__click_params__:  # type: ignore[attr-defined]
         if parameter.name in defaults:
             parameter.default = defaults[parameter.name]
-            parameter.show_default = defaults[parameter.name] is not None
+            parameter.show_default = defaults[parameter.name] not in (None, "")
     return command
 
 
@@ -113,6 +114,12 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
             bars.update(tasks[phase], completed=done, total=total)
 
         yield report
+
+
+def _follow(config: EngineConfig) -> None:
+    """Where torchrun made this another rank than 0, be that, and end."""
+    if config.mesh and _room("tokenspeed.ranks").started_to_follow():
+        sys.exit(_room("tokenspeed.ranks").follow())
 
 
 def _load(model: str, config: EngineConfig) -> Engine:
@@ -153,6 +160,7 @@ def serve(
         host=host, port=port, api_key_file=api_key_file, no_auth=no_auth, drain_s=drain_s
     )
     config = EngineConfig(**settings)
+    _follow(config)
     room = _room("tokenspeed.serve")
     room.check(server)
     engine = _load(model, config)
@@ -201,7 +209,9 @@ def chat(
     params = SamplingParams(temperature=temperature, max_tokens=max_tokens)
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": message})
-    with _load(model, EngineConfig(**settings)) as engine:
+    config = EngineConfig(**settings)
+    _follow(config)
+    with _load(model, config) as engine:
         for delta in engine.stream(engine.encode_chat(messages), params):
             click.echo(delta.text, nl=False)
         click.echo()

@@ -65,6 +65,14 @@ def _device(_instance: Any, attribute: Any, value: Any) -> None:
         raise ConfigError(attribute.name, value, "cpu, cuda, or cuda:N")
 
 
+def _mesh(_instance: Any, attribute: Any, value: Any) -> None:
+    axis = r"(tp|ep|pp)=[1-9]\d{0,3}"
+    if not isinstance(value, str) or re.fullmatch(rf"({axis}(,{axis})*)?", value) is None:
+        raise ConfigError(
+            attribute.name, value, "sizes of tp, ep, pp, as tp=2 or tp=2,pp=2 (not dp, not yet)"
+        )
+
+
 def _seconds(low: float, high: float) -> _Validator:
     def check(_instance: Any, attribute: Any, value: Any) -> None:
         if (
@@ -96,6 +104,8 @@ class EngineConfig:
             numbers: "int8", "int4" (the output layer in 8), "none", or "auto", those that a GGUF
             has in few bits (in 4 or in 8), on a CPU in bfloat16.
         device: "cpu" or a torch device such as "cuda:0".
+        mesh: ranks that hold the model together, as "tp=2" or "tp=2,pp=2"; "": one. Each computes
+            every step on its part of the weights and of the KV.
         page_size: tokens in a KV page.
         pages: KV pages in the pool; None sizes the pool to hold `slots` average requests, or what
             the device's memory allows.
@@ -126,6 +136,7 @@ class EngineConfig:
     dtype: str = field(default="bfloat16", validator=_choice(*DTYPES))
     quantize: str = field(default="auto", validator=_choice(*QUANTIZE))
     device: str = field(default="cpu", validator=_device)
+    mesh: str = field(default="", validator=_mesh)
     page_size: int = field(default=16, validator=_integer(1, 1024))
     pages: int | None = field(default=None, validator=_integer(1, 1 << 24, optional=True))
     slots: int = field(default=64, validator=_integer(1, 4096))
@@ -165,6 +176,13 @@ class EngineConfig:
                     getattr(self, name),
                     f"{none} without the prefix cache: only cached pages are kept there",
                 )
+        for name, none in (("overlap", 0), ("host_pages", 0), ("host_memory_gb", None)):
+            if self.mesh and getattr(self, name) != none:
+                raise ConfigError(name, getattr(self, name), f"{none} on a mesh, so far")
+        if self.mesh and ":" in self.device:
+            raise ConfigError(
+                "device", self.device, "cpu or cuda: each rank takes a GPU of its own"
+            )
         if self.draft_tokens is not None and self.speculate is None:
             raise ConfigError("draft_tokens", self.draft_tokens, "none without speculate")
         if self.prefill_chunk < self.slots:

@@ -12,7 +12,6 @@ it, never the thread.
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import logging
 import threading
@@ -20,6 +19,7 @@ import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar, final
 
@@ -32,10 +32,18 @@ from tokenspeed import models
 from tokenspeed._core import QueueFull
 from tokenspeed.bounds import Bounds
 from tokenspeed.config import DEFAULT_MODEL, EngineConfig
-from tokenspeed.errors import ConfigError, EngineStopped, OverloadedError, RequestError, StepError
+from tokenspeed.errors import (
+    ConfigError,
+    EngineStopped,
+    OverloadedError,
+    RankLost,
+    RequestError,
+    StepError,
+)
 from tokenspeed.fsm.kv_log import make_kv_log
 from tokenspeed.fsm.replay import make_scheduler
 from tokenspeed.plan import PLANNED, Joined, StepPlan, StepResult
+from tokenspeed.ranks import LOST_JOIN_S, Leader, build_on_mesh, make_executor
 from tokenspeed.request import (
     Completion,
     Delta,
@@ -46,7 +54,7 @@ from tokenspeed.request import (
     session_key,
 )
 from tokenspeed.sequence import LiveSequence
-from tokenspeed.spmd import Executor, Mesh, Pending
+from tokenspeed.spmd import Pending
 from tokenspeed.stats import Cleared, Health, Stats
 from tokenspeed.stream import Prompt, Stream, completion, deliver, join, running_loop, several
 from tokenspeed.text import ChatEncoder, Tokenizer
@@ -82,6 +90,7 @@ class Engine:
         *,
         model_name: str,
         model_path: str,
+        leader: Leader | None = None,
     ) -> None:
         self.config = config
         self.model_name = model_name
@@ -113,7 +122,12 @@ class Engine:
             **model.kv.groups.settings,
         )
         self._kv_log = make_kv_log(config.kv_events, self._scheduler, time.time())
-        self._executor = Executor(
+        self._wake = threading.Condition()
+        self._failure: BaseException | None = None
+        self._leader = leader
+        self._executor = make_executor(
+            leader,
+            self._lose,
             model,
             slots=config.slots,
             pages=self.pages,
@@ -127,12 +141,10 @@ class Engine:
         self._launched: deque[tuple[StepPlan, Numbers, Pending]] = deque()
         self._outbox: list[tuple[Stream, Delta]] = []
         self._inbox: deque[Callable[[], None]] = deque()
-        self._wake = threading.Condition()
         self._open = 0
         self._numbers = itertools.count()
         self._draining = False
         self._closing = False
-        self._failure: BaseException | None = None
         self._prompt_tokens = 0
         self._generation_tokens = 0
         self._finished: Counter[str] = Counter()
@@ -164,24 +176,20 @@ class Engine:
         config = attrs.evolve(config or EngineConfig(), **settings)
         if config.device != "cpu" and not torch.cuda.is_available():
             raise ConfigError("device", config.device, "cpu: torch finds no CUDA device here")
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
         checkpoint = models.open_model(str(model), config.load_format, progress=report)
         tokenizer = Tokenizer.from_source(checkpoint.tokenizer)
         chat = ChatEncoder.from_source(tokenizer, checkpoint.tokenizer)
         peak, started_s = models.PeakMemory(), time.monotonic()
-        built = models.build(
-            checkpoint,
-            Mesh.single(),
-            dtype=config.dtype,
-            device=config.device,
-            quantize=config.quantize,
-            progress=lambda done, total: report("weights", done, total),
-        )
+        built, leader = build_on_mesh(checkpoint, config, partial(report, "weights"))
         seconds, path = time.monotonic() - started_s, str(checkpoint.path)
-        engine = cls(built, tokenizer, chat, config, model_name=str(model), model_path=path)
+        names = {"model_name": str(model), "model_path": path}
+        engine = cls(built, tokenizer, chat, config, leader=leader, **names)
         engine.loaded = models.Loaded(built.weights_bytes, seconds, peak.peak_bytes)
-        engine._warm_up(report)
+        try:
+            engine._warm_up(report)
+        except BaseException:
+            engine.close()
+            raise
         return engine
 
     # --- requests -------------------------------------------------------------------------------
@@ -341,6 +349,11 @@ class Engine:
             **counts,
         )
 
+    @property
+    def lost(self) -> RankLost | None:
+        """Why the mesh cannot go on; None: it can, or there is no mesh. From any thread."""
+        return None if self._leader is None else self._leader.lost
+
     def health(self) -> Health:
         """What the loop is doing, from any thread."""
         if self._failure is not None:
@@ -369,7 +382,7 @@ class Engine:
             self._closing = True
             self._wake.notify()
         if self._thread is not threading.current_thread():
-            self._thread.join()
+            self._thread.join(None if self.lost is None else LOST_JOIN_S)
         if self._kv_log is not None:
             self._kv_log.close(time.time())
         self._executor.close()
@@ -379,6 +392,11 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _lose(self, error: RankLost) -> None:
+        with self._wake:
+            self._failure = error
+            self._wake.notify_all()
 
     def _warm_up(self, report: Progress) -> None:
         report("warm-up", 0, 1)
@@ -392,6 +410,9 @@ class Engine:
         try:
             while self._obey():
                 self._turn()
+        except RankLost as error:
+            log.error("%s", error)
+            self._failure = error
         except BaseException as error:  # every reader learns of it below
             log.exception("the engine loop failed")
             self._failure = error
@@ -412,10 +433,13 @@ class Engine:
             self._step_started_s = None
         with self._wake:
             self._wake.wait_for(
-                lambda: self._closing or self._inbox or self._launched or not self._scheduler.idle()
-            )
+                lambda: self._closing or self._inbox or self._launched
+                or not self._scheduler.idle() or self._failure is not None
+            )  # fmt: skip
             if self._closing:
                 return False
+            if self._failure is not None:
+                raise self._failure
             commands = list(self._inbox)
             self._inbox.clear()
         self._scheduler.advance(time.monotonic_ns() // 1000)
@@ -569,17 +593,6 @@ class Engine:
             self._wake.notify_all()
 
     def _post(self) -> None:
-        """Hand the step's deltas on: at once to blocking readers, by one call to each loop."""
-        by_loop: dict[asyncio.AbstractEventLoop | None, list[tuple[Stream, Delta]]] = {}
-        for item in self._outbox:
-            by_loop.setdefault(item[0].loop, []).append(item)
-        self._outbox = []
-        for loop, batch in by_loop.items():
-            if loop is None:
-                deliver(batch)
-                continue
-            try:
-                loop.call_soon_threadsafe(deliver, batch)
-            except RuntimeError:  # the loop is closed: nobody is left to read
-                for stream, _ in batch:
-                    stream.abort()
+        """Hand the step's deltas on."""
+        outbox, self._outbox = self._outbox, []
+        deliver(outbox)

@@ -5,6 +5,7 @@
     ├── RequestError      one request is wrong; names its field; the engine never sees it
     ├── OverloadedError   the queue is full; try again later
     ├── EngineStopped     the engine is draining or has closed
+    ├── RankLost          a rank of the mesh has ended or disagrees; the others end too
     ├── StepError         one step failed; only the requests in it end
     ├── CheckpointError   a model file is missing, corrupt, or of an unknown kind; names the file
     ├── ContractError     what an op is given breaks its contract; names the argument
@@ -25,6 +26,7 @@ __all__ = [
     "KernelError",
     "OverloadedError",
     "PlacementError",
+    "RankLost",
     "RequestError",
     "SpecError",
     "StepError",
@@ -78,6 +80,10 @@ class OverloadedError(TokenSpeedError):
 
 class EngineStopped(TokenSpeedError):
     """The engine is draining or closed and takes no request."""
+
+
+class RankLost(TokenSpeedError):
+    """A rank of the mesh has ended, failed, or computed something else: the mesh cannot go on."""
 
 
 class StepError(TokenSpeedError):

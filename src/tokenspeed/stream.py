@@ -132,8 +132,23 @@ class Stream:
         self.abort()
 
 
-def deliver(batch: Sequence[tuple[Stream, Delta]]) -> None:
-    """Put each delta into its stream: one call an event loop a step."""
+def deliver(outbox: Sequence[tuple[Stream, Delta]]) -> None:
+    """Hand deltas on: at once to blocking readers, by one call to each event loop."""
+    by_loop: dict[asyncio.AbstractEventLoop | None, list[tuple[Stream, Delta]]] = {}
+    for item in outbox:
+        by_loop.setdefault(item[0].loop, []).append(item)
+    for loop, batch in by_loop.items():
+        if loop is None:
+            _put(batch)
+            continue
+        try:
+            loop.call_soon_threadsafe(_put, batch)
+        except RuntimeError:  # the loop is closed: nobody is left to read
+            for stream, _ in batch:
+                stream.abort()
+
+
+def _put(batch: Sequence[tuple[Stream, Delta]]) -> None:
     for stream, delta in batch:
         stream.put(delta)
 

@@ -1,7 +1,8 @@
 """Hypercorn around the application: binding, limits, draining.
 
 Rule: a signal first closes the door (readiness 503, new requests 503), then lets what runs finish
-within `drain_s`, then ends the rest with an error event, then exits 0.
+within `drain_s`, then ends the rest with an error event, then exits 0. When a rank of the mesh is
+lost, /health says so for `LOST_S`, then the process exits 1: the others have no use any more.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ BACKLOG = 1024
 CLOSE_S = 5.0
 """What hypercorn gets to write out the last bytes after the engine has stopped."""
 
+POLL_S = 0.25
+LOST_S = 3.0
+
 
 def run(engine: Engine, config: ServeConfig, on_ready: Callable[[str], None]) -> int:
     """Serve until SIGTERM or SIGINT; the exit status. Blocks.
@@ -54,13 +58,25 @@ async def _run(engine: Engine, config: ServeConfig, on_ready: Callable[[str], No
         loop.add_signal_handler(number, stop.set)
     async with serving(engine, config) as url:
         on_ready(url)
-        await stop.wait()
+        while not await _within(stop, POLL_S):
+            if engine.lost is not None:
+                await _within(stop, LOST_S)
+                await asyncio.to_thread(engine.close)
+                return 1
         log.info("draining")
         finished = await asyncio.to_thread(engine.drain, config.drain_s)
         if not finished:
             log.warning("%s; ending what is left", engine.health().reason)
         await asyncio.to_thread(engine.close)
     return 0
+
+
+async def _within(event: asyncio.Event, timeout_s: float) -> bool:
+    try:
+        await asyncio.wait_for(event.wait(), timeout_s)
+    except TimeoutError:
+        return False
+    return True
 
 
 def check(config: ServeConfig) -> None:
