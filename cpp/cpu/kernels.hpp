@@ -54,6 +54,10 @@ struct Kernels {
   void (*rope)(const void* x, std::int64_t token_stride, std::int64_t head_stride,
                std::int64_t heads, std::int64_t dim, const std::int64_t* positions,
                const float* cos_sin, void* out, bool interleaved, int dtype, std::int64_t tokens);
+  void (*argmax)(const void* x, std::int64_t width, std::int64_t* out, int dtype,
+                 std::int64_t begin, std::int64_t end);
+  void (*finite)(const void* x, std::int64_t width, std::uint8_t* out, int dtype,
+                 std::int64_t begin, std::int64_t end);
   // Items are (token, KV head), tokens outermost.
   void (*attention)(const Attention& call, int dtype, std::int64_t begin, std::int64_t end);
 };

@@ -12,7 +12,7 @@
 namespace tokenspeed::cpu {
 namespace {
 
-constexpr int kSpins = 4000;  // of a pause each: some tens of microseconds
+constexpr int kSpins = 1000;  // of a pause each: some tens of microseconds
 constexpr int kWorkersMax = 255;
 
 void relax() {
@@ -38,7 +38,10 @@ class Pool {
     if (asleep_.load(std::memory_order_seq_cst) > 0) generation_.notify_all();
     take();
     generation_.fetch_add(1, std::memory_order_seq_cst);
-    while (inside_.load(std::memory_order_seq_cst) != 0) relax();
+    // Whoever is inside may have been put aside by the system: then he needs the processor.
+    for (int spins = 0; inside_.load(std::memory_order_seq_cst) != 0; ++spins) {
+      spins < kSpins ? relax() : std::this_thread::yield();
+    }
   }
 
   std::mutex busy;

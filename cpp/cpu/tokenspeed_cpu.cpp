@@ -48,10 +48,12 @@ Rounded room(std::int64_t tokens, std::int64_t cols) {
   return {numbers.data(), scales.data(), scales.data() + groups};
 }
 
-constexpr std::int64_t kSmall = 16384;  // elements that are not worth a second thread
+// What is not worth a second thread, some microseconds: elements, and products.
+constexpr std::int64_t kSmall = 16384;
+constexpr std::int64_t kSmallProduct = 1 << 17;
 
-std::int64_t piece_of(std::int64_t items, std::int64_t item, int threads) {
-  return std::max({std::int64_t{1}, kSmall / item, items / (8 * std::int64_t{threads})});
+std::int64_t piece_of(std::int64_t items, std::int64_t item, std::int64_t small, int threads) {
+  return std::max({std::int64_t{1}, small / item, items / (8 * std::int64_t{threads})});
 }
 
 }  // namespace
@@ -71,11 +73,12 @@ void ts_cpu_linear(int dtype, const void* x, int64_t x_stride, int64_t tokens, i
   auto round = [&](int64_t begin, int64_t end) {
     run.round_to_8(x, x_stride, cols, begin, end, rounded, dtype);
   };
-  share(tokens, piece_of(tokens, cols, threads), threads, round);
+  share(tokens, piece_of(tokens, cols, kSmall, threads), threads, round);
   const Linear call{packed, rounded, tokens, cols, rows, bias, out};
   auto multiply = [&](int64_t begin, int64_t end) { run.linear(call, bits, dtype, begin, end); };
   const auto blocks = row_blocks(rows);
-  share(blocks, piece_of(blocks, kLanes * cols * tokens, threads), threads, multiply);
+  share(blocks, piece_of(blocks, kLanes * cols * tokens, kSmallProduct, threads), threads,
+        multiply);
 }
 
 void ts_cpu_rms_norm(int dtype, const void* x, const void* residual, const void* weight,
@@ -83,7 +86,7 @@ void ts_cpu_rms_norm(int dtype, const void* x, const void* residual, const void*
   auto work = [&](int64_t begin, int64_t end) {
     kernels().rms_norm(x, residual, weight, dim, eps, out, total, dtype, begin, end);
   };
-  share(tokens, piece_of(tokens, dim, threads), threads, work);
+  share(tokens, piece_of(tokens, dim, kSmall, threads), threads, work);
 }
 
 void ts_cpu_silu_mul(int dtype, const void* x, int64_t tokens, int64_t width, void* out,
@@ -91,7 +94,23 @@ void ts_cpu_silu_mul(int dtype, const void* x, int64_t tokens, int64_t width, vo
   auto work = [&](int64_t begin, int64_t end) {
     kernels().silu_mul(x, width, out, dtype, begin, end);
   };
-  share(tokens, piece_of(tokens, width, threads), threads, work);
+  share(tokens, piece_of(tokens, width, kSmall, threads), threads, work);
+}
+
+void ts_cpu_argmax(int dtype, const void* x, int64_t rows, int64_t width, int64_t* out,
+                   int threads) {
+  auto work = [&](int64_t begin, int64_t end) {
+    kernels().argmax(x, width, out, dtype, begin, end);
+  };
+  share(rows, piece_of(rows, width, kSmallProduct, threads), threads, work);
+}
+
+void ts_cpu_finite(int dtype, const void* x, int64_t rows, int64_t width, uint8_t* out,
+                   int threads) {
+  auto work = [&](int64_t begin, int64_t end) {
+    kernels().finite(x, width, out, dtype, begin, end);
+  };
+  share(rows, piece_of(rows, width, kSmallProduct, threads), threads, work);
 }
 
 void ts_cpu_rope(int dtype, const void* x, int64_t token_stride, int64_t head_stride,

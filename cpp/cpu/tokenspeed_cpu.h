@@ -38,6 +38,13 @@ TS_CPU_API void ts_cpu_rms_norm(int dtype, const void* x, const void* residual, 
 TS_CPU_API void ts_cpu_silu_mul(int dtype, const void* x, int64_t tokens, int64_t width, void* out,
                                 int threads);
 
+/* Of each row of x[rows, width]: the first index of its largest element (no element is a NaN); 1 if
+ * all are finite, else 0. */
+TS_CPU_API void ts_cpu_argmax(int dtype, const void* x, int64_t rows, int64_t width, int64_t* out,
+                              int threads);
+TS_CPU_API void ts_cpu_finite(int dtype, const void* x, int64_t rows, int64_t width, uint8_t* out,
+                              int threads);
+
 /* Halves (a, b) of each head, or neighbours where `interleaved` is not 0, become (a cos - b sin, b
  * cos + a sin); cos_sin float32[context, dim]; out[tokens, heads, dim]. */
 TS_CPU_API void ts_cpu_rope(int dtype, const void* x, int64_t token_stride, int64_t head_stride,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -49,6 +51,29 @@ def test_dense_ops(backend: str, dtype: torch.dtype, seed: int, tokens: int, wid
         agree("linear", backend, x, matrix, tensor(seed + 4, 5, dtype=dtype))
         ids = torch.randint(tokens, (6,), generator=torch.Generator().manual_seed(seed))
         agree("embedding", backend, ids, x)
+
+
+@pytest.mark.parametrize("backend", backends("argmax"))
+@given(dtypes, seeds, st.integers(1, 4), st.integers(1, 70), st.floats(0.5, 50), st.data())
+def test_what_sampling_looks_at(
+    backend: str,
+    dtype: torch.dtype,
+    seed: int,
+    rows: int,
+    width: int,
+    spread: float,
+    data: st.DataObject,
+) -> None:
+    """Few distinct values, so that there are ties: the first one is meant."""
+    x = (tensor(seed, rows, width, dtype=torch.float32) * spread).round().to(dtype)
+    row, column = data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, width - 1))
+    x[row, column] = data.draw(st.sampled_from([0.0, 1e30, float("-inf"), float("inf")]))
+    with registry.using(argmax=backend, finite=backend):
+        assert kernels.argmax(x).tolist() == [own.index(max(own)) for own in x.tolist()]
+        x[row, column] = data.draw(
+            st.sampled_from([0.0, 1e30, *map(float, ("nan", "inf", "-inf"))])
+        )
+        assert kernels.finite(x).tolist() == [all(map(math.isfinite, own)) for own in x.tolist()]
 
 
 @given(seeds, st.sampled_from([4, 8]), st.integers(1, 40), st.integers(1, 5))

@@ -27,7 +27,9 @@ __all__ = [
     "Registry",
     "Routing",
     "add_rms_norm",
+    "argmax",
     "embedding",
+    "finite",
     "kv_write",
     "latent_attention",
     "linear",
@@ -78,6 +80,16 @@ def rope(
 def silu_mul(x: Tensor) -> Tensor:
     """silu(x[:, :F]) * x[:, F:] of x[T, 2F]; [T, F]."""
     return cast(Tensor, registry.of("silu_mul", x)(x))
+
+
+def argmax(x: Tensor) -> Tensor:
+    """The first index of the largest element of each row of x[R, V]; int64[R]."""
+    return cast(Tensor, registry.of("argmax", x)(x))
+
+
+def finite(x: Tensor) -> Tensor:
+    """Whether all elements of each row of x[R, V] are finite; bool[R]."""
+    return cast(Tensor, registry.of("finite", x)(x))
 
 
 def kv_write(k_pages: Tensor, v_pages: Tensor, k: Tensor, v: Tensor, locations: Tensor) -> None:

@@ -16,6 +16,10 @@ sums are taken in float32 at least.
         the halves (a, b) of a head become (a cos - b sin, b cos + a sin); where `interleaved`, its
         even and odd elements do; Su et al., 2021
     silu_mul(x[T, 2F]) -> silu(x[:, :F]) * x[:, F:]
+    argmax(x[R, V]) -> int64[R]
+        the first index of each row's largest element; no element is a NaN
+    finite(x[R, V]) -> bool[R]
+        whether all elements of a row are
     kv_write(k_pages, v_pages, k[T, K, d], v[T, K, e], locations int64[T]) -> None
         location = page * page_size + offset; locations are distinct. Pages may be columns of others
     paged_attention(q[T, H, d], k_pages, v_pages, plan, window) -> [T, H, d]
@@ -67,6 +71,8 @@ OPS = (
     "add_rms_norm",
     "rope",
     "silu_mul",
+    "argmax",
+    "finite",
     "kv_write",
     "paged_attention",
     "mla_decode",

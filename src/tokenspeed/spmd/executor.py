@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tokenspeed import kernels
 from tokenspeed.errors import StepError
 from tokenspeed.plan import StepPlan, StepResult
 from tokenspeed.spmd.batch import Slots
@@ -185,7 +186,7 @@ class Executor:
         if not len(rows):
             return StepResult(step=plan.step, token_ids=token_ids)
         counts = plan.drafts[rows] + 1
-        finite = torch.isfinite(logits.sum(dim=-1, dtype=torch.float32)).cpu().numpy()
+        finite = kernels.finite(logits).cpu().numpy()
         spoilt = np.repeat(rows, counts)[~finite]
         failed = {int(row): "the logits were not finite" for row in spoilt}
         if failed:

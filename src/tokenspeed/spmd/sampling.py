@@ -20,6 +20,7 @@ from attrs import frozen
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tokenspeed import kernels
 from tokenspeed.plan import Joined
 from tokenspeed.request import SamplingParams
 
@@ -159,8 +160,7 @@ def sample(state: SamplerState, logits: Tensor, slots: Slots) -> Sampled:
     """
     edited, greedy = state.edited[slots], state.greedy[slots]
     scores = _edit(state, logits, slots, edited) if edited.any() else logits
-    # On a CPU, argmax of bfloat16 is slower than conversion and argmax together.
-    token_ids = scores.float().argmax(dim=-1) if greedy.any() else _empty(logits)
+    token_ids = kernels.argmax(scores) if greedy.any() else _empty(logits)
     if not greedy.all():
         draws = uniforms(state.seed[slots], state.position[slots])
         for filtered, draw in ((False, _draw_any), (True, _draw_filtered)):

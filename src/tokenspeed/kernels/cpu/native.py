@@ -40,6 +40,8 @@ _SIGNATURES = {
         *(_INT, _POINTER, _SIZE, _SIZE, _SIZE, _SIZE, _SIZE, _POINTER, _POINTER, _POINTER),
         _INT,
     ],
+    "argmax": [_INT, _POINTER, _SIZE, _SIZE, _POINTER, _INT],
+    "finite": [_INT, _POINTER, _SIZE, _SIZE, _POINTER, _INT],
     "kv_write": [_INT, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER, _POINTER],
     "attention": [
         *(_INT, _POINTER, _POINTER, _POINTER, _SIZE, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE),
@@ -116,6 +118,25 @@ def silu_mul(x: Tensor) -> Tensor:
     _library().ts_cpu_silu_mul(
         _DTYPES[x.dtype], x.data_ptr(), tokens, width, out.data_ptr(), torch.get_num_threads()
     )
+    return out
+
+
+def argmax(x: Tensor) -> Tensor:
+    """See contract.py."""
+    return _of_rows("argmax", x, torch.int64)
+
+
+def finite(x: Tensor) -> Tensor:
+    """See contract.py."""
+    return _of_rows("finite", x, torch.bool)
+
+
+def _of_rows(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+    x = x.contiguous()
+    rows, width = x.shape
+    out = torch.empty(rows, dtype=dtype)
+    run = getattr(_library(), f"ts_cpu_{name}")
+    run(_DTYPES[x.dtype], x.data_ptr(), rows, width, out.data_ptr(), torch.get_num_threads())
     return out
 
 
@@ -200,6 +221,8 @@ BACKEND = Backend(
         "add_rms_norm": add_rms_norm,
         "rope": rope,
         "silu_mul": silu_mul,
+        "argmax": argmax,
+        "finite": finite,
         "kv_write": kv_write,
         "paged_attention": paged_attention,
     },

@@ -4,7 +4,9 @@ from tokenspeed.kernels.contract import Backend
 from tokenspeed.kernels.reference.attention import kv_write, paged_attention, rope
 from tokenspeed.kernels.reference.dense import (
     add_rms_norm,
+    argmax,
     embedding,
+    finite,
     linear,
     linear_packed,
     rms_norm,
@@ -26,6 +28,8 @@ BACKEND = Backend(
         "add_rms_norm": add_rms_norm,
         "rope": rope,
         "silu_mul": silu_mul,
+        "argmax": argmax,
+        "finite": finite,
         "kv_write": kv_write,
         "paged_attention": paged_attention,
         "mla_decode": mla_decode,

@@ -7,7 +7,16 @@ from torch import Tensor
 
 from tokenspeed.kernels.packing import PackedWeight, unpack
 
-__all__ = ["add_rms_norm", "embedding", "linear", "linear_packed", "rms_norm", "silu_mul"]
+__all__ = [
+    "add_rms_norm",
+    "argmax",
+    "embedding",
+    "finite",
+    "linear",
+    "linear_packed",
+    "rms_norm",
+    "silu_mul",
+]
 
 
 def embedding(ids: Tensor, weight: Tensor) -> Tensor:
@@ -43,3 +52,14 @@ def silu_mul(x: Tensor) -> Tensor:
     """See contract.py."""
     gate, up = x.float().chunk(2, dim=-1)
     return (gate * torch.sigmoid(gate) * up).to(x.dtype)
+
+
+def argmax(x: Tensor) -> Tensor:
+    """See contract.py."""
+    # On a CPU, argmax of bfloat16 is slower than conversion and argmax together.
+    return x.float().argmax(dim=-1)
+
+
+def finite(x: Tensor) -> Tensor:
+    """See contract.py."""
+    return x.isfinite().all(dim=-1)
