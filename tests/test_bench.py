@@ -20,10 +20,11 @@ import tiny
 from tokenspeed.bench import quality
 from tokenspeed.bench.conversations import BLOCK, generate, live_blocks, read
 from tokenspeed.bench.http import HttpSide, served
+from tokenspeed.bench.jobs import Job, timed
 from tokenspeed.bench.kernels import CELLS, Cell, Measured, Report, Timing
 from tokenspeed.bench.roofline import plot
 from tokenspeed.bench.scheduler import Sizes
-from tokenspeed.bench.serve import Job, Workload, compare
+from tokenspeed.bench.serve import Workload, compare
 from tokenspeed.bench.sessions import (
     COPY_TOKENS_S,
     Link,
@@ -293,6 +294,8 @@ def test_another_server_is_measured_by_the_same_client(tmp_path: Path) -> None:
         assert found.as_json()["peer"] == url
         with pytest.raises(ConfigError, match=r"peer: .* status 404"):
             HttpSide(f"{url}/elsewhere").run([Job(0.0, (1, 2), 3)])
+    with pytest.raises(RuntimeError, match="gave 2 tokens of 3"):
+        timed([Job(0.0, (1, 2), 3)], lambda _: 2)
     for address in ("ftp://somewhere", "transformer"):
         with pytest.raises(ConfigError, match="transformers, or http://host:port"):
             HttpSide(address)

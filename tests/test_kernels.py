@@ -167,6 +167,24 @@ def test_strangers_are_added_and_a_broken_one_is_left_out(monkeypatch: pytest.Mo
     assert registry.of("rope", torch.zeros(1))() == "good"
 
 
+@pytest.mark.parametrize("isa", ["avx2", "portable"])
+def test_lesser_instruction_sets_keep_the_laws(isa: str) -> None:
+    """The laws of the native kernels, where the library has chosen other ones; more cannot run here
+    than the machine has."""
+    laws = Path(__file__).parent / "property" / "test_kernels.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-k", "native", str(laws)]
+    env = {**os.environ, "TOKENSPEED_CPU_ISA": isa}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout
+    asks = "import ctypes; from tokenspeed.kernels.cpu.native import _library; name = _library()"
+    asks += ".ts_cpu_isa; name.restype = ctypes.c_char_p; print(name().decode())"
+    chosen = subprocess.run(
+        [sys.executable, "-c", asks], env=env, capture_output=True, text=True, check=True
+    )
+    assert chosen.stdout.strip() in (isa, "portable")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the laws run on the GPU itself")
 @pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed: '.[test]' has it"

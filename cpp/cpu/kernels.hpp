@@ -12,11 +12,6 @@ constexpr int kLanes = 16;  // rows that lie together
 inline std::int64_t row_blocks(std::int64_t rows) {
   return (rows + kLanes - 1) / kLanes;
 }
-// Bytes of a group of columns of kLanes rows: numbers, then kLanes scales and kLanes offsets.
-inline std::int64_t group_bytes(int bits) {
-  return kLanes * kGroup * bits / 8 + kLanes * 4;
-}
-
 // Activations rounded to 8 bits: numbers[tokens, cols], and of each group its scale and the sum of
 // what the numbers stand for.
 struct Rounded {

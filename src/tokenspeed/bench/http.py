@@ -14,10 +14,12 @@ import time
 import urllib.parse
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 from attrs import frozen
 
+from tokenspeed.bench.jobs import Job, timed
 from tokenspeed.config import ServeConfig
 from tokenspeed.engine import Engine
 from tokenspeed.errors import ConfigError
@@ -26,25 +28,6 @@ from tokenspeed.serve import serving
 __all__ = ["HttpSide", "served"]
 
 _TIMEOUT_S = 600
-
-
-class Job(Protocol):
-    """One request: when it arrives, what it says, how much it wants."""
-
-    @property
-    def arrival_s(self) -> float:
-        """After the first one."""
-        ...
-
-    @property
-    def prompt_ids(self) -> tuple[int, ...]:
-        """The prompt."""
-        ...
-
-    @property
-    def output_tokens(self) -> int:
-        """That are to come, whatever the model says."""
-        ...
 
 
 @frozen
@@ -68,25 +51,12 @@ class HttpSide:
         Raises:
             ConfigError: a request failed, or ended early.
         """
-        failed: list[BaseException] = []
         try:
             model = self._model()
+            return timed(jobs, partial(self._tokens, model))
         except (OSError, RuntimeError, ValueError, LookupError) as error:
-            raise ConfigError(
-                "peer", self.url, f"a server that names its model: {error}"
-            ) from error
-        threads = [threading.Thread(target=self._read, args=(model, job, failed)) for job in jobs]
-        start_s = time.perf_counter()
-        for job, thread in zip(jobs, threads, strict=True):
-            time.sleep(max(0.0, start_s + job.arrival_s - time.perf_counter()))
-            thread.start()
-        for thread in threads:
-            thread.join()
-        taken_s = time.perf_counter() - start_s
-        if failed:
-            expected = f"a server that gives what it is asked for: {failed[0]}"
-            raise ConfigError("peer", self.url, expected) from failed[0]
-        return taken_s
+            expected = f"a server that gives what it is asked for: {error}"
+            raise ConfigError("peer", self.url, expected) from error
 
     def _connection(self) -> http.client.HTTPConnection:
         parts = urllib.parse.urlsplit(self.url)
@@ -97,15 +67,6 @@ class HttpSide:
         with closing(self._connection()) as connection:
             connection.request("GET", f"{urllib.parse.urlsplit(self.url).path}/v1/models")
             return str(json.loads(_good(connection).read())["data"][0]["id"])
-
-    def _read(self, model: str, job: Job, failed: list[BaseException]) -> None:
-        try:
-            tokens = self._tokens(model, job)
-            if tokens != job.output_tokens:
-                raise RuntimeError(f"gave {tokens} tokens of {job.output_tokens}")
-        # It ends a thread: the caller raises it.
-        except Exception as error:
-            failed.append(error)
 
     def _tokens(self, model: str, job: Job) -> int:
         """Ask, read to the end, and return how many tokens the server says that it gave."""

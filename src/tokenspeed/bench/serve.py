@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import random
 import statistics
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ from rich.table import Table
 
 from tokenspeed import models
 from tokenspeed.bench.http import HttpSide, served
+from tokenspeed.bench.jobs import Job, timed
 from tokenspeed.bench.machine import machine
 from tokenspeed.config import EngineConfig
 from tokenspeed.engine import Engine
@@ -52,15 +52,6 @@ class Workload:
         for name in ("prompt_tokens", "output_tokens", "rounds"):
             if getattr(self, name) < 1:
                 raise ConfigError(name, getattr(self, name), "at least 1")
-
-
-@frozen
-class Job:
-    """One request: when it arrives, what it says, how much it wants."""
-
-    arrival_s: float
-    prompt_ids: tuple[int, ...]
-    output_tokens: int
 
 
 @frozen
@@ -195,21 +186,12 @@ class _EngineSide:
     engine: Engine
 
     def run(self, jobs: Sequence[Job]) -> float:
-        threads = [threading.Thread(target=self._read, args=(job,)) for job in jobs]
-        start_s = time.perf_counter()
-        for job, thread in zip(jobs, threads, strict=True):
-            time.sleep(max(0.0, start_s + job.arrival_s - time.perf_counter()))
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return time.perf_counter() - start_s
+        return timed(jobs, self._read)
 
-    def _read(self, job: Job) -> None:
+    def _read(self, job: Job) -> int:
         request = Request(prompt_ids=job.prompt_ids, params=_params(job))
         with self.engine.submit(request) as stream:
-            tokens = sum(len(delta.token_ids) for delta in stream)
-        if tokens != job.output_tokens:
-            raise RuntimeError(f"the engine gave {tokens} tokens of {job.output_tokens}")
+            return sum(len(delta.token_ids) for delta in stream)
 
 
 class _Transformers:

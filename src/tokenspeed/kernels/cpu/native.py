@@ -19,7 +19,7 @@ from tokenspeed.kernels.contract import AttentionPlan, Backend, Problem
 from tokenspeed.kernels.cpu import attention as composed
 from tokenspeed.kernels.packing import PackedWeight
 
-__all__ = ["BACKEND", "isa"]
+__all__ = ["BACKEND"]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _DIM_MAX = 256
@@ -66,20 +66,15 @@ def _library() -> ctypes.CDLL:
     for name, arguments in _SIGNATURES.items():
         function = getattr(library, f"ts_cpu_{name}")
         function.argtypes, function.restype = arguments, None
-    library.ts_cpu_isa.restype = ctypes.c_char_p
     return library
-
-
-def isa() -> str:
-    """The instruction set that the kernels run on: "avx512-vnni", "avx2" or "portable"."""
-    name: bytes = _library().ts_cpu_isa()
-    return name.decode()
 
 
 def linear_packed(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """See contract.py."""
     if x.stride(-1) != 1:
         x = x.contiguous()
+    if bias is not None:
+        bias = bias.to(x.dtype)
     out = torch.empty((x.shape[0], weight.rows), dtype=x.dtype)
     _library().ts_cpu_linear(
         _DTYPES[x.dtype], x.data_ptr(), x.stride(0), x.shape[0], weight.columns,
@@ -100,6 +95,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 
 def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    weight = weight.to(x.dtype)
     out, total = torch.empty_like(x), torch.empty_like(x)
     dim = x.shape[-1]
     _library().ts_cpu_rms_norm(
@@ -186,11 +182,13 @@ def paged_attention(
 ) -> Tensor:
     """See contract.py."""
     heads, dim = q.shape[1:]
-    if dim > _DIM_MAX:
+    if dim > _DIM_MAX or not (k_pages.is_contiguous() and v_pages.is_contiguous()):
         return composed.paged_attention(q, k_pages, v_pages, plan, window)
     q = q.contiguous()
     out = torch.empty_like(q)
     table = plan.page_table
+    if table.stride(1) != 1:
+        table = table.contiguous()
     _library().ts_cpu_attention(
         _DTYPES[q.dtype], q.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), table.shape[0],
         plan.query_start.data_ptr(), plan.context_lens.data_ptr(), table.data_ptr(),
