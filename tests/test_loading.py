@@ -26,6 +26,7 @@ from tokenspeed.errors import CheckpointError
 from tokenspeed.models.safetensors_file import FP8, SafetensorsFile
 from tokenspeed.request import SamplingParams
 from tokenspeed.spmd import Mesh
+from tokenspeed.spmd.arena import Arena
 from tokenspeed.spmd.params import Parameter, leaves
 
 BLOCK = (16, 8)
@@ -259,6 +260,49 @@ def test_loading_takes_little_more_than_the_weights(
     assert "MB of weights in" in said
     assert more >= size * 0.9, "what is resident was not counted"
     assert more <= size + max(largest, SLACK)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(DTYPES), st.integers(0, 2), st.integers(0, 5)), max_size=9)
+)
+def test_what_an_arena_gives_is_zeroed_and_everybody_s_own(
+    wanted: list[tuple[torch.dtype, int, int]],
+) -> None:
+    """In blocks of a few hundred bytes, so that some end and some are too small."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tokenspeed.spmd.arena.BLOCK_BYTES", 300)
+        patch.setattr("tokenspeed.spmd.arena.HUGE_BYTES", 4096)
+        arena = Arena(torch.device("cpu"))
+        held = []
+        for number, (dtype, rows, columns) in enumerate(wanted, 1):
+            made = arena.zeros((rows, 30 * columns), dtype=dtype)
+            assert made.is_contiguous()
+            assert made.data_ptr() % 64 == 0
+            assert not made.any()
+            held.append(made.fill_(number))
+            held.append(arena.keep(made))
+    for at, tensor in enumerate(held):
+        assert (tensor == at // 2 + 1).all()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux tells what was advised")
+def test_weights_and_kv_ask_for_huge_pages(tmp_path: Path) -> None:
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists():
+        pytest.skip("this system has no transparent huge pages")
+    model = models.build(models.open_checkpoint(tiny.write(tmp_path)), Mesh.single())
+    kv = model.kv.allocate(3, 4)
+    places = {part.data_ptr() for part in kv[0]}
+    places |= {leaf.data_ptr() for path, leaf in leaves(model.params) if path[-1] != "cos_sin"}
+    advised, here = set[int](), range(0)
+    for line in Path("/proc/self/smaps").read_text(encoding="ascii").splitlines():
+        head, _, rest = line.partition(" ")
+        if "-" in head:
+            low, high = (int(end, 16) for end in head.split("-"))
+            here = range(low, high)
+        elif head == "VmFlags:" and "hg" in rest.split():
+            advised |= {place for place in places if place in here}
+    assert advised == places
 
 
 # --- without weights ------------------------------------------------------------------------------

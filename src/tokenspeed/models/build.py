@@ -27,6 +27,7 @@ from tokenspeed.models.families import Family
 from tokenspeed.models.hub import Progress as HubProgress
 from tokenspeed.models.hub import resolve_model
 from tokenspeed.plan import StepPlan
+from tokenspeed.spmd.arena import Arena
 from tokenspeed.spmd.collectives import Communicator
 from tokenspeed.spmd.compile import Program, compile_model
 from tokenspeed.spmd.kv import CacheGroups, KVSpec
@@ -318,6 +319,7 @@ def _load(
 ) -> Tree:
     """Fill the tree. A parameter that occurs twice on one rank alike is one tensor, read once."""
     counter = _Counter(checkpoint, tree, program, progress)
+    arena = Arena(kind["device"])
     shared: dict[Any, Tensor | PackedWeight] = {}
     filled: dict[Path, Tensor | PackedWeight] = {}
     for path, leaf in leaves(tree):
@@ -331,8 +333,10 @@ def _load(
         bits = packing(leaf)
         key = (attrs.evolve(leaf, bits_min=None), bits, lies.within(program.mesh))
         if key not in shared:
-            own = kind if bits is None else {**kind, "dtype": torch.float32}
-            target = allocate(leaf, lies, program.mesh, path, **own)
+            make, dtype = arena.zeros, kind["dtype"]
+            if bits is not None:  # this one will go, as soon as it is packed
+                make, dtype = partial(torch.empty, device=kind["device"]), torch.float32
+            target = allocate(leaf, lies, program.mesh, path, make, dtype)
             joined, row = target.flatten(0, 1) if leaf.stacked else target, 0
             for source, part in own_sources(leaf, lies, program.mesh, path):
                 rows = part[0].stop - part[0].start
@@ -340,9 +344,12 @@ def _load(
                 row += rows
                 counter.read(source)
             if bits is not None and target.shape[1] % kernels.GROUP == 0:
-                shared[key] = kernels.pack(target, bits)
+                packed = kernels.pack(target, bits)
+                shared[key] = attrs.evolve(packed, data=arena.keep(packed.data))
+            elif bits is not None:
+                shared[key] = arena.keep(target.to(leaf.dtype or kind["dtype"]))
             else:
-                shared[key] = target.to(leaf.dtype or kind["dtype"])
+                shared[key] = target
         filled[path] = shared[key]
     return _assembled(tree, filled, ())
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Self, final
+from typing import Self, final
 
 import torch
 from attrs import Factory, field, frozen
 from torch import Tensor
 
 from tokenspeed.errors import StepError
+from tokenspeed.spmd.arena import Arena
 
 __all__ = ["KV", "CacheGroups", "KVSpec", "LayerKV"]
 
@@ -122,9 +123,9 @@ class KVSpec:
 
     def allocate(self, pages: int, page_size: int) -> KV:
         """Zeroed pages of `page_size` tokens. Layers in the same row have the same tensors."""
-        kind: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
+        arena = Arena(self.device)
         rows = [
-            tuple(torch.zeros((pages, page_size, *part), **kind) for part in self.parts)
+            tuple(arena.zeros((pages, page_size, *part), dtype=self.dtype) for part in self.parts)
             if row in self._rows
             else ()
             for row in range(self.groups.rows)

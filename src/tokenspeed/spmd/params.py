@@ -178,8 +178,13 @@ def local_shape(parameter: Parameter, lies: Layout, mesh: Mesh, path: Path) -> t
     return rows, *rest
 
 
-def allocate(parameter: Parameter, lies: Layout, mesh: Mesh, path: Path, **kind: Any) -> Tensor:
-    """Uninitialised memory for this rank's part of a parameter (`kind`: dtype and device)."""
-    if parameter.dtype is not None:
-        kind["dtype"] = parameter.dtype
-    return torch.empty(local_shape(parameter, lies, mesh, path), **kind)
+def allocate(
+    parameter: Parameter,
+    lies: Layout,
+    mesh: Mesh,
+    path: Path,
+    make: Callable[..., Tensor],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Memory for this rank's part of a parameter: `make(shape, dtype=own dtype, or this one)`."""
+    return make(local_shape(parameter, lies, mesh, path), dtype=parameter.dtype or dtype)
