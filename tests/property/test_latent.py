@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import attrs
 import pytest
 import torch
 from hypothesis import given
@@ -56,12 +57,14 @@ def test_expanding_equals_absorbing(
     assert rel(got, wanted) <= (1e-5 if dtype == torch.float32 else 3e-2)
 
 
-@given(steps(), st.integers(0, 99), st.sampled_from([1, 4]), st.integers(0, 3))
+@given(steps(), st.integers(0, 99), st.sampled_from([1, 4]), st.integers(0, 3), st.booleans())
 def test_a_step_takes_both_forms(
-    step: tuple[AttentionPlan, int, int], seed: int, heads: int, padding: int
+    step: tuple[AttentionPlan, int, int], seed: int, heads: int, padding: int, known: bool
 ) -> None:
     """Rows of up to five queries are absorbed here, longer ones expanded, and padding is 0."""
     plan, pages_max, tokens = step
+    if known:
+        plan = attrs.evolve(plan, counts=tuple(plan.query_start.diff().tolist()))
     pages = random(seed, pages_max, plan.page_size, 16 + ROPE)
     q = random(seed + 1, tokens + padding, heads, 4 + ROPE)
     up = random(seed + 2, heads, 8, 16) / 4
@@ -86,6 +89,26 @@ def test_a_step_takes_both_forms(
     got = latent_attention(q, pages, up, plan, latent=16, scale=SCALE)
     assert rel(got, wanted) <= 1e-5
     assert not got[tokens:].any()
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_a_plan_whose_counts_are_known_is_read_on_the_device_alone(count: int) -> None:
+    """Tensors without values stand for a GPU that nobody may wait for, as while a graph is made."""
+    ints = {"dtype": torch.int32, "device": "meta"}
+    plan = AttentionPlan(
+        query_start=torch.empty(4, **ints),
+        context_lens=torch.empty(3, **ints),
+        page_table=torch.empty(3, 2, **ints),
+        page_size=4,
+        counts=(count,) * 3,
+    )
+    sizes = {"heads": 2, "latent": 16, "nope": 4, "rope": ROPE, "value": 4}
+    absorbed, expanded = latent_file._parts(plan, **sizes)
+    assert expanded is None
+    assert absorbed is not None
+    assert (absorbed.tokens, absorbed.plan.q_len_max) == (None, count)
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        latent_file._parts(attrs.evolve(plan, counts=None), **sizes)
 
 
 def test_heads_are_expanded_as_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,12 +111,15 @@ class AttentionPlan(_Plan):
         page_table: int32[R, n]; entries past a row's last page mean nothing, and with a window
             those of pages wholly behind the window of the row's first query mean nothing.
         page_size: tokens in a page.
+        counts: queries of each row, as query_start has them, where the CPU knows them; None: who
+            needs them there reads query_start, which waits for a GPU, and no CUDA graph is made so.
     """
 
     query_start: Tensor
     context_lens: Tensor
     page_table: Tensor
     page_size: int
+    counts: tuple[int, ...] | None = None
 
 
 @final

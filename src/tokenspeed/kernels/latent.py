@@ -43,34 +43,35 @@ Parts = tuple[_Part | None, _Part | None]
 
 
 def _parts(plan: AttentionPlan, heads: int, latent: int, nope: int, rope: int, value: int) -> Parts:
-    counts = plan.query_start.diff()
-    kinds = [
-        absorbs(count, latent=latent, nope=nope, rope=rope, value=value)
-        for count in counts.tolist()
-    ]
+    known = plan.query_start.diff().tolist() if plan.counts is None else plan.counts
+    kinds = [absorbs(n, latent=latent, nope=nope, rope=rope, value=value) for n in known]
     sizes = {"page_size": plan.page_size, "heads": heads, "latent": latent, "rope": rope}
 
     def part(kind: bool) -> _Part | None:
         rows = [row for row, own in enumerate(kinds) if own == kind]
         if not rows:
             return None
-        at = torch.tensor(rows, device=counts.device)
-        own = counts[at]
-        starts = torch.zeros(len(rows) + 1, dtype=torch.int32, device=counts.device)
-        starts[1:] = own.cumsum(0)
-        made = mla_decode_plan(
-            starts,
-            plan.context_lens[at] + own,
-            plan.page_table[at],
-            q_len_max=max(1, int(own.max())),
-            **sizes,
-        )
-        if len(rows) == len(kinds):
-            return _Part(made, None)
-        first = torch.repeat_interleave(plan.query_start[at] - starts[:-1], own)
-        return _Part(made, first + torch.arange(len(first), device=counts.device))
+        sizes["q_len_max"] = max(1, *(known[row] for row in rows))
+        return _whole(plan, sizes) if len(rows) == len(kinds) else _some(plan, rows, sizes)
 
     return part(True), part(False)
+
+
+def _whole(plan: AttentionPlan, sizes: dict[str, int]) -> _Part:
+    """All rows; the CPU sends nothing for it and waits for nothing."""
+    lens = plan.context_lens + plan.query_start.diff()
+    return _Part(mla_decode_plan(plan.query_start, lens, plan.page_table, **sizes), None)
+
+
+def _some(plan: AttentionPlan, rows: list[int], sizes: dict[str, int]) -> _Part:
+    counts = plan.query_start.diff()
+    at = torch.tensor(rows, device=counts.device)
+    own = counts[at]
+    starts = torch.zeros(len(rows) + 1, dtype=torch.int32, device=counts.device)
+    starts[1:] = own.cumsum(0)
+    made = mla_decode_plan(starts, plan.context_lens[at] + own, plan.page_table[at], **sizes)
+    first = torch.repeat_interleave(plan.query_start[at] - starts[:-1], own)
+    return _Part(made, first + torch.arange(len(first), device=counts.device))
 
 
 def latent_attention(

@@ -106,6 +106,7 @@ def _with_row(plan: AttentionPlan, tokens: int, pages: Tensor) -> AttentionPlan:
         context_lens=torch.cat((contexts, contexts.new_zeros(1))),
         page_table=wide,
         page_size=plan.page_size,
+        counts=None if plan.counts is None else (*plan.counts, tokens),
     )
 
 
@@ -159,6 +160,7 @@ class Slots:
         lengths = plan.context_lens + np.diff(plan.query_start)
         widest = -(-int(lengths.max(initial=0)) // self._page_size)  # a rank may have no row
         starts, contexts = map(self._to_device, (plan.query_start, plan.context_lens))
+        counts = tuple(np.diff(plan.query_start).tolist())
         groups = len(self._groups.windows)
         paged = []
         for group in range(groups):
@@ -168,6 +170,7 @@ class Slots:
                 context_lens=contexts,
                 page_table=self._to_device(table[plan.slots, :widest]),
                 page_size=self._page_size,
+                counts=counts,
             )
             locations = table[slots, page] * np.int64(self._page_size) + offset
             paged.append(Paged(self._to_device(locations), plan_of_group))

@@ -80,11 +80,9 @@ class _Tokens:
     lengths: Tensor
 
 
-def _tokens(plan: AttentionPlan) -> _Tokens:
-    counts = plan.query_start.diff().to(torch.int64)
-    every = torch.arange(len(counts), device=counts.device)
-    rows = torch.repeat_interleave(every, counts)
-    index = torch.arange(len(rows), device=counts.device)
+def _tokens(plan: AttentionPlan, count: int) -> _Tokens:
+    index = torch.arange(count, dtype=torch.int32, device=plan.query_start.device)
+    rows = torch.searchsorted(plan.query_start[1:], index, right=True)  # which end before
     lengths = plan.context_lens[rows] + (index - plan.query_start[rows]) + 1
     return _Tokens(rows.to(torch.int32), lengths.to(torch.int32))
 
@@ -135,7 +133,7 @@ def paged_attention(
     """See contract.py."""
     tokens, heads, dim = q.shape
     kv_heads = k_pages.shape[2]
-    each = plan.once(_tokens)
+    each = plan.once(_tokens, tokens)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     _attend[(tokens, kv_heads)](
         q.contiguous(),
