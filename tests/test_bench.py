@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 import tiny
-from tokenspeed.bench import quality
+from tokenspeed.bench import mesh, quality
 from tokenspeed.bench.conversations import BLOCK, generate, live_blocks, read
 from tokenspeed.bench.http import HttpSide, served
 from tokenspeed.bench.jobs import Job, timed
@@ -324,3 +324,22 @@ def test_quality_is_measured_alike_for_all_ways_to_keep_weights(tmp_path: Path) 
         quality.measure(str(folder), str(text), 8192, 4096, lambda *_: None)
     with pytest.raises(ConfigError, match="a file in UTF-8"):
         quality.measure(str(folder), str(tmp_path), 8192, 32, lambda *_: None)
+
+
+def test_a_mesh_is_measured_by_its_ranks(tmp_path: Path) -> None:
+    config = {**tiny.CONFIG, "eos_token_id": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    command = ["bench", "mesh", str(tmp_path), "--rows", "2", "--context", "70", "--json"]
+    found = CliRunner().invoke(cli, command, catch_exceptions=False)
+    assert found.exit_code == 0
+    told = json.loads(found.stdout)
+    ops = ["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
+    assert [one["what"] for one in told["collectives"][::3]] == ops
+    assert all(one["eager_s"] > 0 and one["graph_s"] is None for one in told["collectives"])
+    assert {one["bytes"] for one in told["collectives"]} == {1 << 10, 1 << 15, 1 << 20}
+    assert told["step"]["eager_s"] > 0
+
+
+def test_rows_are_dealt_out_evenly() -> None:
+    with pytest.raises(ConfigError, match="rows: got 3; expected a multiple of 2"):
+        mesh.measure(None, "ep=2", device="cpu", dtype="float32", rows=3, context=0)

@@ -16,17 +16,21 @@ import httpx
 import numpy as np
 import pytest
 import tokenizers
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
 from serving import TEXT
+from tokenspeed import ranks
 from tokenspeed.config import EngineConfig
 from tokenspeed.engine import Engine
-from tokenspeed.errors import ConfigError, EngineStopped, PlacementError, StepError
+from tokenspeed.errors import ConfigError, EngineStopped, PlacementError, RankLost, StepError
 from tokenspeed.plan import PLANNED, Joined, StepPlan
 from tokenspeed.request import SamplingParams
 from tokenspeed.spmd.messages import Plan, decoded, encoded
+
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs are needed")
 
 PROMPTS = [[7 * i % 90 + 3 for i in range(40)], [5, 9, 33, 70], [7 * i % 90 + 3 for i in range(29)]]
 SIZES = {"pages": 48, "page_size": 4, "slots": 3, "prefill_chunk": 24}
@@ -54,12 +58,17 @@ def expected(folder: Path) -> list[tuple[int, ...]]:
         return outputs(engine)
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=two_gpus)])
+def device(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @contextmanager
-def two_ranks(folder: Path) -> Iterator[tuple[str, subprocess.Popen[str], int]]:
+def two_ranks(folder: Path, device: str) -> Iterator[tuple[str, subprocess.Popen[str], int]]:
     """`tokenspeed serve --mesh tp=2`: the URL, rank 0, and the process id of rank 1."""
     sizes = [word for name, n in SIZES.items() for word in ("--" + name.replace("_", "-"), str(n))]
     command = [sys.executable, "-m", "tokenspeed", "serve", str(folder), "--mesh", "tp=2",
-               "--port", "0", "--dtype", "float32", *sizes]  # fmt: skip
+               "--device", device, "--port", "0", "--dtype", "float32", *sizes]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     try:
@@ -92,9 +101,9 @@ def gone(pid: int, within_s: float) -> bool:
 
 
 def test_two_ranks_serve_the_ids_of_one_until_one_of_them_is_killed(
-    folder: Path, expected: list[tuple[int, ...]]
+    folder: Path, device: str, expected: list[tuple[int, ...]]
 ) -> None:
-    with two_ranks(folder) as (url, process, follower):
+    with two_ranks(folder, device) as (url, process, follower):
         body = {"model": str(folder), "temperature": 0, "max_tokens": 40, "ignore_eos": True}
         with httpx.Client(base_url=url, timeout=60) as client:
             for prompt, ids in zip(PROMPTS, expected, strict=False):
@@ -117,8 +126,8 @@ def test_two_ranks_serve_the_ids_of_one_until_one_of_them_is_killed(
         assert "Traceback" not in rest
 
 
-def test_a_follower_ends_when_rank_0_is_killed(folder: Path) -> None:
-    with two_ranks(folder) as (_, process, follower):
+def test_a_follower_ends_when_rank_0_is_killed(folder: Path, device: str) -> None:
+    with two_ranks(folder, device) as (_, process, follower):
         process.kill()
         assert process.stderr is not None
         assert gone(follower, within_s=10)
@@ -126,7 +135,15 @@ def test_a_follower_ends_when_rank_0_is_killed(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chosen", [{"mesh": "pp=2"}, {"mesh": "tp=2", "speculate": "ngram"}])
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"mesh": "pp=2"},
+        {"mesh": "tp=2", "speculate": "ngram"},
+        pytest.param({"mesh": "tp=2", "device": "cuda"}, marks=two_gpus),
+        pytest.param({"mesh": "pp=2", "device": "cuda"}, marks=two_gpus),
+    ],
+)
 def test_samples_and_guesses_are_those_of_one_rank(
     folder: Path, expected: list[tuple[int, ...]], chosen: dict[str, str]
 ) -> None:
@@ -192,6 +209,36 @@ def test_a_model_that_the_mesh_cannot_cut_leaves_no_process(folder: Path) -> Non
         Engine.from_pretrained(folder, dtype="float32", mesh="tp=3", **SIZES)
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     assert not [pid for pid in children if not gone(int(pid), within_s=0.1)]
+
+
+def test_there_is_a_gpu_for_each_rank(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match=r"mesh: got 'tp=2'; .* a rank a GPU: .* 1 GPU$"):
+        Engine.from_pretrained(folder, mesh="tp=2", device="cuda", **SIZES)
+
+
+def test_a_rank_that_ends_as_ranks_meet_is_not_waited_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 is in the rendezvous by then, which waits for ten minutes."""
+    code = """
+import os, socket
+from tokenspeed.spmd.messages import Channel, Introduction
+host, _, port = os.environ["TOKENSPEED_LEADER"].rpartition(":")
+channel = Channel(socket.create_connection((host, int(port))))
+channel.send(Introduction(1, os.environ["TOKENSPEED_LEADER_TOKEN"]))
+channel.receive()
+os._exit(3)
+"""
+
+    def spawn(rank: int, address: str, token: str) -> subprocess.Popen[bytes]:
+        names = {"TOKENSPEED_LEADER": address, "TOKENSPEED_LEADER_TOKEN": token}
+        return subprocess.Popen([sys.executable, "-c", code], env={**os.environ, **names})
+
+    monkeypatch.setattr(ranks, "_spawn", spawn)
+    with pytest.raises(RankLost, match=r"rank 1 .* has ended \(exit status 3\)"):
+        Engine.from_pretrained(folder, dtype="float32", mesh="tp=2", **SIZES)
 
 
 def arrays(dtype: type, *shape: int) -> st.SearchStrategy[np.ndarray]:

@@ -98,13 +98,18 @@ def plan_of(step: int, fed: list[list[int]], contexts: list[int]) -> StepPlan:
 
 @torch.inference_mode()
 def logits_on(
-    folder: Path, mesh: Mesh, links: str, communicator: Communicator | None = None
+    folder: Path,
+    mesh: Mesh,
+    links: str,
+    communicator: Communicator | None = None,
+    device: str = "cpu",
 ) -> tuple[Tensor, Program]:
     """This rank's rows [its prompts * 2, vocab] of a prefill and a decode."""
     batch = batch_of(mesh)
     model = models.build(
         models.open_checkpoint(folder),
         mesh,
+        device=device,
         communicator=communicator,
         tokens=TOKENS,
         batch=batch,
@@ -113,7 +118,7 @@ def logits_on(
     own = TOKENS // batch.parts(mesh)
     kv = model.kv.allocate(PAGES + SPARE, PAGE)
     slots = Slots(len(PROMPTS), PAGES, PAGE, model.kv)
-    spare = torch.arange(PAGES, PAGES + SPARE, dtype=torch.int32)
+    spare = torch.arange(PAGES, PAGES + SPARE, dtype=torch.int32, device=device)
     prompts = [PROMPTS[i] for i in sequences(mesh)]
     lengths = [len(prompt) for prompt in prompts]
     found = []
@@ -123,7 +128,7 @@ def logits_on(
     ):
         slots.patch(plan)
         logits, kv = model.step(model.params, slots.batch(plan).padded(own, spare), kv)
-        found.append(logits)
+        found.append(logits.cpu())
     return torch.cat(found), model.step
 
 

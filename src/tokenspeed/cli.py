@@ -413,6 +413,25 @@ def bench_policy(floors: str, as_json: bool, **settings: int | None) -> None:
         click.echo(json.dumps(found.as_json(), indent=2))
 
 
+@bench.command("mesh")
+@click.argument("model", required=False)
+@click.option("--mesh", default="tp=2", show_default=True, help="axes and their sizes")
+@click.option("--device", default="cpu", show_default=True, help="cpu, or cuda: a GPU a rank")
+@click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True)
+@click.option("--rows", default=32, show_default=True, help="of the step, of all ranks together")
+@click.option("--context", default=1024, show_default=True, help="cached tokens of each row")
+@click.option("--json", "as_json", is_flag=True, help="JSON on stdout; the table is on stderr")
+def bench_mesh(model: str | None, as_json: bool, **settings: Any) -> None:
+    """Collectives between the ranks of a mesh here, by size, and a decode step of MODEL, if given.
+
+    MODEL is a configuration, or the name of a shape that is shipped; weights are random.
+    """
+    found = _room("tokenspeed.bench.mesh").measure(model, **settings)
+    _screen.print(found.table())
+    if as_json:
+        click.echo(json.dumps(found.as_json(), indent=2))
+
+
 @bench.command("kernels")
 @click.option("--cell", "cells", multiple=True, help="b4_q1_h16_64K ...  [default: all]")
 @click.option("--backend", "backends", multiple=True, help="cuda_sm90 ...  [default: all]")

@@ -34,6 +34,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from datetime import timedelta
 from pathlib import Path
 from queue import Queue
@@ -71,6 +72,8 @@ __all__ = [
     "Leader",
     "LedExecutor",
     "build_on_mesh",
+    "connect",
+    "device_of",
     "follow",
     "make_executor",
     "started_to_follow",
@@ -125,19 +128,22 @@ class Leader:
 
     Attributes:
         mesh: as rank 0 sees it.
-        communicator: of the mesh.
+        communicator: of the mesh, once its ranks have met.
         device: that rank 0 computes on.
         lost: why the mesh cannot go on; None: it can.
 
     Raises:
-        ConfigError: torchrun started another number of ranks; or this is not its rank 0.
+        ConfigError: torchrun started another number of ranks, or this is not its rank 0; or there
+            are fewer GPUs here than ranks.
         RankLost: a rank ended, or did not come.
     """
 
     def __init__(self, config: EngineConfig, checkpoint: str) -> None:
         self.mesh = parse_mesh(config.mesh)
-        self.device = _device(config, int(os.environ.get("LOCAL_RANK", "0")))
+        _check_gpus(config, self.mesh)
+        self.device = device_of(config, int(os.environ.get("LOCAL_RANK", "0")))
         self.lost: RankLost | None = None
+        self.communicator: ProcessGroups | None = None
         self._config = config
         self._lock = threading.Lock()
         self._told: Callable[[RankLost], None] = lambda _lost: None
@@ -171,7 +177,23 @@ class Leader:
         self._tell(Hello(checkpoint, attrs.asdict(self._config), meeting))
         for rank, channel in self._channels.items():
             threading.Thread(target=self._listen, args=(rank, channel), daemon=True).start()
-        self.communicator = _connect(self.mesh, self.device, meeting, store)
+        self.communicator = self._connected(meeting, store)
+
+    def _connected(self, meeting: str | None, store: Store | None) -> ProcessGroups:
+        """Join the process group; a rank that ends meanwhile is not waited for."""
+        joined: Future[ProcessGroups] = Future()
+
+        def join() -> None:
+            try:
+                joined.set_result(connect(self.mesh, self.device, meeting, store))
+            except Exception as error:  # raised again below
+                joined.set_exception(error)
+
+        threading.Thread(target=join, daemon=True).start()
+        while not wait([joined], timeout=0.1).done:
+            if self.lost is not None:
+                raise self.lost
+        return joined.result()
 
     def _accept(self, door: socket.socket, token: str) -> None:
         door.settimeout(0.2)
@@ -269,6 +291,8 @@ class Leader:
             child.kill()  # where one rank has left a collective, this is what ends it for rank 0
         self._ready.put(None)
         self._told(self.lost)
+        if self.communicator is not None:
+            self.communicator.abort()
 
     def close(self) -> None:
         """End the other ranks."""
@@ -309,6 +333,8 @@ class LedExecutor:
             digest = self._tally.add(plan, pending.result())
         except StepError as error:
             raise self._leader.blame(error) from error
+        if self._leader.lost is not None:  # what a collective gives that was aborted is no result
+            raise self._leader.lost
         if digest is not None:
             self._leader.compare(0, digest)
         return pending
@@ -441,9 +467,9 @@ def _compute(rank: int, channel: Channel, inbox: Queue[Message], store: Store | 
     assert isinstance(hello, Hello), hello
     config = EngineConfig(**hello.config)
     mesh = parse_mesh(config.mesh).at(rank)
-    device = _device(config, int(os.environ["LOCAL_RANK"]))
+    device = device_of(config, int(os.environ["LOCAL_RANK"]))
     _set_threads(config, mesh)
-    communicator = _connect(mesh, device, hello.meeting, store)
+    communicator = connect(mesh, device, hello.meeting, store)
     model = models.build(
         models.open_model(hello.checkpoint, config.load_format),
         mesh,
@@ -465,6 +491,7 @@ def _compute(rank: int, channel: Channel, inbox: Queue[Message], store: Store | 
         if digest is not None:
             channel.send(digest)
     executor.close()
+    dist.destroy_process_group()
 
 
 def _set_threads(config: EngineConfig, mesh: Mesh) -> None:
@@ -488,7 +515,15 @@ def _status(child: subprocess.Popen[bytes]) -> str:
     return f"killed by signal {-status}" if status < 0 else f"exit status {status}"
 
 
-def _device(config: EngineConfig, local_rank: int) -> str:
+def _check_gpus(config: EngineConfig, mesh: Mesh) -> None:
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", mesh.ranks)), torch.cuda.device_count()
+    if config.device != "cpu" and here > gpus:
+        have = f"this machine has {gpus} GPU{'' if gpus == 1 else 's'}"
+        raise ConfigError("mesh", config.mesh, f"at most a rank a GPU: {have}")
+
+
+def device_of(config: EngineConfig, local_rank: int) -> str:
+    """What a rank computes on, by its number on this machine; a GPU is made the current one."""
     if config.device == "cpu":
         return "cpu"
     torch.cuda.set_device(local_rank)
@@ -504,17 +539,26 @@ def _torchrun_store(mesh: Mesh | None) -> Store:
     return store
 
 
-def _connect(mesh: Mesh, device: str, meeting: str | None, store: Store | None) -> ProcessGroups:
-    """Join the process group, and make those of the axes. All ranks call it at once."""
+def connect(mesh: Mesh, device: str, meeting: str | None, store: Store | None) -> ProcessGroups:
+    """Join the process group, and make those of the axes. All ranks call it at once.
+
+    Args:
+        mesh: as this rank sees it.
+        device: of this rank, as `device_of` gives it.
+        meeting: a file where the ranks of one machine meet, or None.
+        store: where they meet otherwise.
+    """
     if store is None:
         assert meeting is not None
         store = FileStore(meeting, mesh.ranks)
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nobody beyond this machine connects
+        for library in ("GLOO", "NCCL"):  # nobody beyond this machine connects
+            os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
     dist.init_process_group(
         "gloo" if device == "cpu" else "nccl",
         store=PrefixStore("tokenspeed", store),
         rank=mesh.rank,
         world_size=mesh.ranks,
         timeout=timedelta(seconds=COLLECTIVE_S),
+        device_id=None if device == "cpu" else torch.device(device),
     )
     return ProcessGroups(mesh)

@@ -107,6 +107,15 @@ class ProcessGroups:
                 if mesh.rank in peers:
                     self._groups[axis] = group
 
+    def abort(self) -> None:
+        """Have what is under way end, without a result; from any thread. Nothing works after that.
+
+        NCCL waits for a rank that is gone for ever, on the GPU; gloo notices by itself.
+        """
+        for group in set(self._groups.values()):
+            if dist.get_backend(group) == "nccl":
+                group.abort()
+
     def all_reduce(self, x: Tensor, *, axis: str) -> Tensor:
         """See Communicator."""
         total = x.clone(memory_format=torch.contiguous_format)
@@ -116,18 +125,19 @@ class ProcessGroups:
     def all_gather(self, x: Tensor, *, axis: str, dim: int) -> Tensor:
         """See Communicator."""
         mine = x.contiguous()
-        parts = [torch.empty_like(mine) for _ in range(self._mesh.size(axis))]
-        dist.all_gather(parts, mine, group=self._groups[axis])
-        return torch.cat(parts, dim)
+        size = self._mesh.size(axis)
+        parts = mine.new_empty((size * mine.shape[0], *mine.shape[1:]))
+        _all_gather(parts, mine, group=self._groups[axis])
+        return parts if dim == 0 else torch.cat(parts.chunk(size), dim)
 
     def reduce_scatter(self, x: Tensor, *, axis: str, dim: int) -> Tensor:
         """See Communicator."""
         size, at = self._mesh.size(axis), self._mesh.coordinate(axis)
         if dist.get_backend(self._groups[axis]) == "gloo":  # it has no reduce_scatter of its own
             return local_slice(self.all_reduce(x, axis=axis), dim=dim, size=size, at=at)
-        parts = _slices(x, dim, size)
-        mine = torch.empty_like(parts[at])
-        dist.reduce_scatter(mine, parts, group=self._groups[axis])
+        parts = x.contiguous() if dim == 0 else torch.cat(_slices(x, dim, size))
+        mine = torch.empty_like(local_slice(parts, dim=0, size=size, at=at))
+        _reduce_scatter(mine, parts, group=self._groups[axis])
         return mine
 
     def all_to_all(self, x: Tensor, *, axis: str, dim: int, from_dim: int) -> Tensor:
@@ -157,7 +167,7 @@ class ProcessGroups:
     def exchange_counts(self, counts: Sequence[int], *, axis: str) -> list[int]:
         """See Communicator."""
         group = self._groups[axis]
-        device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+        device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"  # the current one
         sent = torch.tensor(counts, dtype=torch.int64, device=device)
         came = torch.empty_like(sent)
         dist.all_to_all_single(came, sent, group=group)
@@ -177,6 +187,10 @@ class ProcessGroups:
 def _slices(x: Tensor, dim: int, size: int) -> list[Tensor]:
     return [local_slice(x, dim=dim, size=size, at=at).contiguous() for at in range(size)]
 
+
+# torch 2.13 has new names for these two.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -7,6 +7,7 @@ changes it announced are applied first, so the next step finds everything in pla
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -115,6 +116,9 @@ class Executor:
     ) -> None:
         device = model.kv.device
         self._device = device
+        # What launches kernels by the current device is called from several threads.
+        on_gpu = device.type == "cuda"
+        self._on_device = torch.cuda.device(device) if on_gpu else contextlib.nullcontext()
         self._step = model.step.step
         self._params = model.params
         self._kv = model.kv.allocate(pages, page_size)
@@ -170,10 +174,11 @@ class Executor:
     @torch.inference_mode()
     def _run(self, plan: StepPlan) -> StepResult:
         try:
-            self._slots.patch(plan)
-            for joined in plan.joined:
-                self._sampler.join(joined)
-            return self._compute(plan)
+            with self._on_device:
+                self._slots.patch(plan)
+                for joined in plan.joined:
+                    self._sampler.join(joined)
+                return self._compute(plan)
         except Exception as error:
             self._kv = KV(self._pages)
             raise StepError(f"step {plan.step}: {type(error).__name__}: {error}") from error

@@ -1,0 +1,188 @@
+"""What runs on gloo runs on NCCL, a GPU a rank: model on mesh, and a decode step as a CUDA graph.
+
+Rule: skipped where there are fewer than two GPUs. Two processes are started once; each job says
+what both are to do, and what they answer is compared with one rank on one GPU. float32.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import attrs
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+import tiny
+from test_ranks import LINKS, MODELS, checkpoint, logits_on, name, rows_of
+from tokenspeed import models
+from tokenspeed.bench.mesh import captured, decode, unplanned
+from tokenspeed.config import EngineConfig
+from tokenspeed.ranks import connect, device_of
+from tokenspeed.spmd import KV, Communicator, Mesh
+from tokenspeed.spmd.batch import Batch
+from tokenspeed.spmd.report import batch_of
+
+pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs are needed")
+
+MESHES: list[dict[str, int]] = [{"tp": 2}, {"ep": 2}, {"pp": 2}, {"dp": 2}]
+ON_TRITON = {"kv_lora_rank": 32, "qk_rope_head_dim": 16}
+"""Sizes that its latent attention takes: the reference waits for the GPU, so it is in no graph."""
+
+
+def _rank(rank: int, jobs: Any, results: Any) -> None:
+    """A process that runs what it is given until it is given None."""
+    device = device_of(EngineConfig(device="cuda"), rank)
+    while (job := jobs.get()) is not None:
+        what, meeting, axes, folder, links = job
+        mesh = Mesh(axes, rank)
+        try:
+            communicator = connect(mesh, device, meeting, None)
+            results.put((rank, what(folder, mesh, links, communicator, device), None))
+        except Exception as error:
+            results.put((rank, None, f"{type(error).__name__}: {error}"))
+        finally:
+            dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def gpus() -> Iterator[tuple[list[Any], Any]]:
+    context = multiprocessing.get_context("spawn")
+    jobs, results = [context.Queue() for _ in range(2)], context.Queue()
+    ranks = [
+        context.Process(target=_rank, args=(rank, queue, results), daemon=True)
+        for rank, queue in enumerate(jobs)
+    ]
+    for process in ranks:
+        process.start()
+    yield jobs, results
+    for queue in jobs:
+        queue.put(None)
+    for process in ranks:
+        process.join(30)
+        assert process.exitcode == 0
+
+
+def on_both(gpus: Any, what: Any, folder: Path, axes: Any, links: str, meeting: Path) -> list[Any]:
+    """What each rank answers, in their order."""
+    jobs, answers = gpus
+    for queue in jobs:
+        queue.put((what, str(meeting), axes, folder, links))
+    found = sorted((answers.get(timeout=120) for _ in jobs), key=lambda answer: answer[0])
+    assert [error for _, _, error in found] == [None, None]
+    return [answer for _, answer, _ in found]
+
+
+def _logits(
+    folder: Path, mesh: Mesh, links: str, communicator: Communicator, device: str
+) -> tuple[Any, list[str]]:
+    found, program = logits_on(folder, mesh, links, communicator, device)
+    return found.numpy(), [one.op for one in program.collectives]
+
+
+@pytest.mark.parametrize("links", LINKS)
+@pytest.mark.parametrize("axes", MESHES, ids=name)
+@pytest.mark.parametrize("model", MODELS)
+def test_gpus_equal_one_gpu(
+    tmp_path: Path, gpus: Any, model: str, axes: dict[str, int], links: str
+) -> None:
+    folder, mesh = checkpoint(tmp_path, model), Mesh.of(**axes)
+    alone, _ = logits_on(folder, Mesh.single(), links, device="cuda:0")
+    found = on_both(gpus, _logits, folder, mesh.axes, links, tmp_path / "ranks")
+    for rank, (logits, ops) in enumerate(found):
+        own = rows_of(alone, mesh.at(rank)).numpy()
+        np.testing.assert_allclose(logits, own, atol=2e-5, rtol=2e-5)
+        assert bool(ops) == (
+            "dp" not in axes and (model.startswith("deepseek") or "ep" not in axes)
+        )
+
+
+def _in_a_graph(
+    folder: Path, mesh: Mesh, links: str, communicator: Communicator, device: str
+) -> tuple[Any, Any, list[str]]:
+    """A step without a graph and one as the replay of another step's: other tokens, and one more
+    of each row cached."""
+    batch_lies = batch_of(mesh) if links == "own" else batch_of(Mesh.single())
+    rows = 8 // batch_lies.parts(mesh)
+    model = models.build(
+        models.open_checkpoint(folder),
+        mesh,
+        device=device,
+        communicator=communicator,
+        tokens=8,
+        batch=batch_lies,
+    )
+    with torch.inference_mode():
+        first, kv = decode(model, rows, 40)
+        for own in kv.pages:
+            for part in own:
+                part.copy_(torch.randn(part.shape, generator=torch.Generator().manual_seed(7)))
+        pages = kv.pages
+        fixed = _copied(first)
+        graph, logits = captured(lambda: model.step(model.params, unplanned(fixed), KV(pages))[0])
+        later, _ = decode(model, rows, 41)
+        later = attrs.evolve(later, token_ids=later.token_ids.flip(0) + 5)
+        wanted, _ = model.step(model.params, unplanned(later), KV(pages))
+        _fill(fixed, later)
+        logits.fill_(float("nan"))
+        graph.replay()
+        return logits.cpu().numpy(), wanted.cpu().numpy(), [c.op for c in model.step.collectives]
+
+
+def _tensors(batch: Batch) -> list[torch.Tensor]:
+    plans = [group.attention for group in batch.groups]
+    return [
+        batch.token_ids,
+        batch.positions,
+        batch.sampled_rows,
+        *(group.locations for group in batch.groups),
+        *(part for p in plans for part in (p.query_start, p.context_lens, p.page_table)),
+    ]
+
+
+def _copied(batch: Batch) -> Batch:
+    groups = [
+        attrs.evolve(
+            group,
+            locations=group.locations.clone(),
+            attention=attrs.evolve(
+                group.attention,
+                query_start=group.attention.query_start.clone(),
+                context_lens=group.attention.context_lens.clone(),
+                page_table=group.attention.page_table.clone(),
+            ),
+        )
+        for group in batch.groups
+    ]
+    return attrs.evolve(
+        batch,
+        token_ids=batch.token_ids.clone(),
+        positions=batch.positions.clone(),
+        sampled_rows=batch.sampled_rows.clone(),
+        groups=tuple(groups),
+    )
+
+
+def _fill(fixed: Batch, batch: Batch) -> None:
+    for to, of in zip(_tensors(fixed), _tensors(batch), strict=True):
+        to.copy_(of)
+
+
+@pytest.mark.parametrize("rows", ["own", "all"])
+@pytest.mark.parametrize("axes", [{"tp": 2}, {"ep": 2}], ids=name)
+@pytest.mark.parametrize("model", ["llama", "deepseek_v3"])
+def test_a_decode_step_with_its_collectives_is_a_cuda_graph(
+    tmp_path: Path, gpus: Any, model: str, axes: dict[str, int], rows: str
+) -> None:
+    changes = {**MODELS[model], **(ON_TRITON if model == "deepseek_v3" else {})}
+    folder = tiny.write(tmp_path, num_key_value_heads=4, **changes)
+    mesh = Mesh.of(**axes)
+    found = on_both(gpus, _in_a_graph, folder, mesh.axes, rows, tmp_path / "ranks")
+    for replayed, wanted, ops in found:
+        assert np.isfinite(wanted).all()
+        np.testing.assert_allclose(replayed, wanted, atol=1e-5, rtol=1e-5)
+        assert bool(ops) == (model == "deepseek_v3" or "tp" in axes)
