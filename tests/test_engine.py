@@ -244,7 +244,7 @@ def test_a_superseding_turn_ends_the_one_that_still_runs(engine: Engine) -> None
 
 def test_a_question_that_fails_is_its_askers_alone(engine: Engine) -> None:
     with pytest.raises(ValueError, match="keep_us"):
-        engine._ask(lambda: engine._scheduler.prefetch("typing", 0)).result(timeout=20)
+        engine._loop.ask(lambda: engine._scheduler.prefetch("typing", 0)).result(timeout=20)
     assert engine.health().live
     assert engine.generate([1, 2, 3], GREEDY)[0].finish_reason in ("length", "stop")
 

@@ -74,7 +74,7 @@ def clear_under_way(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Cleared:
     def wait_then_launch(plan: StepPlan) -> Pending:
         if next(steps) == 8:
             helper.start()
-            while not engine._inbox:
+            while not engine._loop._inbox:
                 time.sleep(0.001)
         return launch(plan)
 
@@ -287,7 +287,7 @@ def test_off_nothing_is_kept(folder: Path) -> None:
     with start(folder) as engine:
         ask(engine, [1, 2, 3, 4, 5], 4)
         assert engine.stats().pages_cached > 0
-        assert engine._kv_log is None
+        assert engine._loop._kv_log is None
         assert engine._scheduler.kv_events() == []
         assert engine.clear_cache().held == 0
     with pytest.raises(EngineStopped, match="closed"):
@@ -306,8 +306,8 @@ def test_a_full_disk_ends_the_log_and_not_the_engine(
     path = tmp_path / "events"
     with start(folder, kv_events=str(path)) as engine:
         before = ask(engine, [1, 2, 3, 4, 5], 4)
-        assert engine._kv_log is not None
-        engine._kv_log.path = Path("/dev/full")
+        assert engine._loop._kv_log is not None
+        engine._loop._kv_log.path = Path("/dev/full")
         assert ask(engine, [1, 2, 3, 4, 5, 6, 7, 8, 9], 20)[:5] == before[:5]
         assert engine.health().ready
     assert caplog.text.count("the log of KV events ends here: No space left on device") == 1
