@@ -68,7 +68,16 @@ LATENT_EPS = 1e-6
 @module(
     inputs={"x": BATCH},
     outputs=as_batch(tp=Partial()),
-    params={"q": ROWS, "q_up": ROWS, "kv_up": ROWS, "out": COLUMNS},
+    params={
+        "down": REPLICATED,
+        "down_bias": REPLICATED,
+        "q_norm": REPLICATED,
+        "kv_norm": REPLICATED,
+        "q": ROWS,
+        "q_up": ROWS,
+        "kv_up": ROWS,
+        "out": COLUMNS,
+    },
 )
 def attention(
     params: Params,

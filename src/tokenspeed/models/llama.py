@@ -37,7 +37,7 @@ from tokenspeed.spmd.batch import Batch
 from tokenspeed.spmd.kv import LayerKV
 from tokenspeed.spmd.module import module
 from tokenspeed.spmd.params import Constant, Parameter, Source
-from tokenspeed.spmd.placement import Partial, as_batch
+from tokenspeed.spmd.placement import REPLICATED, Partial, as_batch
 
 __all__ = [
     "GGUF_NAMES",
@@ -69,7 +69,13 @@ GGUF_NAMES = {
 @module(
     inputs={"x": BATCH},
     outputs=as_batch(tp=Partial()),
-    params={"qkv": ROWS, "qkv_bias": ROWS, "out": COLUMNS},
+    params={
+        "qkv": ROWS,
+        "qkv_bias": ROWS,
+        "q_norm": REPLICATED,
+        "k_norm": REPLICATED,
+        "out": COLUMNS,
+    },
 )
 def attention(
     params: Params,

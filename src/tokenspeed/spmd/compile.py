@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, final
@@ -26,11 +27,19 @@ from tokenspeed.spmd.forms import Form, Sent
 from tokenspeed.spmd.mesh import Mesh
 from tokenspeed.spmd.module import Module
 from tokenspeed.spmd.moves import Move
-from tokenspeed.spmd.params import Parameter, Path, Tree, leaves, local_shape, own_rows, own_sources
+from tokenspeed.spmd.params import (
+    Parameter,
+    Path,
+    Tree,
+    leaves,
+    local_shape,
+    own_rows,
+    own_sources,
+)
 from tokenspeed.spmd.placement import REPLICATED, Layout, as_batch
 from tokenspeed.spmd.solve import Solution, solve
 from tokenspeed.spmd.stages import AXIS, HOP, held_layers, split
-from tokenspeed.spmd.trace import Bucket, Call, Ref, Trace, Value
+from tokenspeed.spmd.trace import Bucket, Call, Ref, Trace, Value, trace_model
 
 __all__ = ["Collective", "Program", "Step", "compile_model"]
 
@@ -163,12 +172,10 @@ def compile_model(
         PlacementError: two boundaries cannot be joined, or a parameter cannot be split.
     """
     held = held_layers(layers, mesh)
-    trace = Trace(bucket or Bucket())
-    kv = Ref(trace, "kv", [()] * layers)
-    result, kv_out = function(Ref(trace, "params", params), Ref(trace, "batch"), kv)
-    if not isinstance(result, Value) or kv_out is not kv:
-        raise PlacementError("a model returns (the output of a module, the kv it was given)")
-    if not all(p.is_shard(0) and axis != AXIS for axis, p in batch.axes):
+    trace, result = trace_model(function, params, layers, bucket or Bucket())
+    if not isinstance(batch, Layout) or not all(
+        p.is_shard(0) and axis != AXIS for axis, p in batch.axes
+    ):
         raise PlacementError(
             f"a batch lies {batch}, expected Shard(0) or Replicate along each axis but {AXIS}"
         )
@@ -272,7 +279,7 @@ class _Linker:
         arguments = []
         for name, argument in call.arguments.items():
             text = moved.get(name) or (
-                argument.source if isinstance(argument, Ref) else repr(argument)
+                argument.source if isinstance(argument, Ref) else _literal(argument)
             )
             arguments.append(f"{name}={text}")
         targets = [value.name for value in call.outputs]
@@ -319,7 +326,7 @@ class _Linker:
 
     def finish(self, calls: list[Call], result: Value) -> None:
         """Write the return of the model's output, which all stages have."""
-        last, lies = next(call for call in calls if result in call.outputs), self.plan.result
+        last, lies = next(c for c in calls if any(v is result for v in c.outputs)), self.plan.result
         here, name = self.mesh.coordinate(AXIS), result.name
         if here == last.stage:
             name = self._convert(result, lies, "output", len(calls))
@@ -373,10 +380,9 @@ class _Linker:
 
     def _function(self, module: Module) -> str:
         if id(module) not in self.functions:
-            taken = {*self.functions.values(), *self.names}
-            name = module.name
-            while name in taken:
-                name += "_"
+            name = re.sub(r"\W", "_", module.name)
+            while (name := f"{name}_") in self.names:  # no other name in the program ends so
+                pass
             self.functions[id(module)] = name
             self.names[name] = module.function
         return self.functions[id(module)]
@@ -483,6 +489,14 @@ class _Linker:
             self.names[function] = partial(count_own, first=first, rows=rows)
             self._write([target], function, [name], (name,))
         return self.own[name, first]
+
+
+def _literal(constant: Any) -> str:
+    """A number, a string or None as Python reads it; infinity has no literal."""
+    text = repr(constant)
+    return (
+        text if not isinstance(constant, float) or math.isfinite(constant) else f"float({text!r})"
+    )
 
 
 def _blank(

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, final
+from typing import Any, NoReturn, final
 
 from attrs import frozen
 
 from tokenspeed.errors import PlacementError
-from tokenspeed.spmd.placement import REPLICATED, Boundary, Layout, boundary
+from tokenspeed.spmd.placement import REPLICATED, Boundary, Layout, Partial, boundary
 
 __all__ = ["Module", "Traced", "module"]
 
@@ -21,11 +21,57 @@ Declared = Layout | Boundary
 
 
 class Traced:
-    """What stands for a value while a model is traced (abstract)."""
+    """What stands for a value while a model is traced (abstract).
+
+    A model function can pass it on. Whatever would depend on its numbers is a PlacementError, `==`
+    and `if` too, which Python would else answer by identity.
+    """
+
+    @property
+    def told(self) -> str:
+        """What this is, for messages."""
+        raise NotImplementedError
 
     def call(self, module: Module, arguments: Mapping[str, Any]) -> Any:
         """Record a module call and return what stands for its outputs."""
         raise NotImplementedError
+
+    def refusal(self, operation: str) -> PlacementError:
+        """What to raise where a model function does more than that."""
+        return PlacementError(
+            f"{operation} of {self.told}: a model function passes on what it is given and is "
+            "traced once, without numbers; do it in the body of a @module, or decide by the "
+            "configuration"
+        )
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> NoReturn:
+        """Called by torch for its functions of stand-ins."""
+        several = (
+            a if isinstance(a, tuple | list) else (a,) for a in (*args, *(kwargs or {}).values())
+        )
+        given = next(a for some in several for a in some if isinstance(a, Traced))
+        raise given.refusal(f"torch.{function.__name__}")
+
+
+_OPERATIONS = """
+bool call eq ne lt le gt ge neg pos abs invert float int index contains iter len getitem
+add sub mul truediv floordiv mod pow matmul and or xor lshift rshift
+radd rsub rmul rtruediv rfloordiv rmod rpow rmatmul rand ror rxor
+"""
+
+
+def _refusing(name: str) -> Callable[..., NoReturn]:
+    def refuse(self: Traced, *_: Any, **__: Any) -> NoReturn:
+        raise self.refusal(name)
+
+    return refuse
+
+
+for _name in _OPERATIONS.split():
+    setattr(Traced, f"__{_name}__", _refusing(_name))
 
 
 @final
@@ -67,7 +113,12 @@ class Module:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Record a call in the trace that its arguments belong to."""
-        bound = self.signature.bind(*args, **kwargs)
+        try:
+            bound = self.signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise PlacementError(
+                f"{self.name}: {error}; it takes {', '.join(self.signature.parameters)}"
+            ) from error
         traced = next((a for a in bound.arguments.values() if isinstance(a, Traced)), None)
         if traced is None:
             raise PlacementError(
@@ -95,7 +146,8 @@ def module(
         inputs: of the arguments that other modules make, and of fields of the batch that are to be
             moved to where the module wants them.
         outputs: of the result, or of each result of a tuple.
-        params: of parameters; one that is not named is on every rank.
+        params: of parameters; one that is not named is on every rank. Names that a tree has not
+            are for other configurations; then every parameter that it has must be named.
         indices: argument -> parameter: the argument holds row numbers of that parameter. Where its
             rows are sharded, a rank sees numbers of its own rows, from 0, and -1 for all others.
         routed: one of `indices`, [tokens, choices]. A token whose choices are all -1 has the result
@@ -112,6 +164,11 @@ def module(
     def declare(function: Callable[..., Any]) -> Module:
         signature = inspect.signature(function)
         single = not isinstance(outputs, tuple)
+        for given, what in ((inputs, "inputs"), (params, "params"), (indices, "indices")):
+            if not isinstance(given, Mapping | None):
+                raise PlacementError(
+                    f"{function.__name__}: {what} is {given!r}, expected a mapping by name"
+                )
         made = Module(
             function=function,
             inputs={name: boundary(one) for name, one in (inputs or {}).items()},
@@ -139,6 +196,23 @@ def _check(made: Module) -> None:
             f"{made.name}: placements for {', '.join(unknown)}, but its arguments are "
             f"{', '.join(made.signature.parameters)}"
         )
+    for name, parameter in made.signature.parameters.items():
+        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            raise PlacementError(
+                f"{made.name}: its argument {parameter} is {parameter.kind.description}; every "
+                "argument of a module has a name, by which it is called"
+            )
+        if name in made.indices and name not in made.inputs:
+            raise PlacementError(
+                f"{made.name}: {name} counts rows of {made.indices[name]} but has no placement; "
+                f"declare it in @module(inputs={{{name!r}: ...}})"
+            )
+    for name, lies in made.params.items():
+        if not isinstance(lies, Layout) or any(isinstance(p, Partial) for _, p in lies.axes):
+            raise PlacementError(
+                f"{made.name}: parameter {name} is placed {lies}, expected layout(...) of "
+                "Shard(dim) and Replicate(): a parameter is read, cut or whole, never in summands"
+            )
     free = [one for one in made.boundaries if one.is_free]
     named = {tuple(axis for axis, _ in one.named) for one in free}
     if len(named) > 1 or len({one.rest for one in free}) > 1:

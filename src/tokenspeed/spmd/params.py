@@ -111,7 +111,7 @@ def shard_slice(source: Source, lies: Layout, mesh: Mesh, path: Path) -> tuple[s
     """The part of a source that this rank holds.
 
     Raises:
-        PlacementError: an axis does not divide the dim into whole granules.
+        PlacementError: an axis does not divide the dim into whole granules, or there is none.
     """
     index = [slice(0, size) for size in source.shape]
     for axis, size in mesh.axes:  # outermost first: inner axes split what outer ones left
@@ -119,6 +119,11 @@ def shard_slice(source: Source, lies: Layout, mesh: Mesh, path: Path) -> tuple[s
         if not isinstance(placement, Shard) or size == 1:
             continue
         dim = placement.dim
+        if dim >= len(index):
+            raise PlacementError(
+                f"{path_name(path)} ({source.name} {list(source.shape)}): {lies} shards dim {dim}, "
+                f"but there are {len(index)} dims; declare another in @module(params=...)"
+            )
         part = index[dim]
         units = (part.stop - part.start) // source.granule
         if units % size:

@@ -39,6 +39,15 @@ Axes = tuple[tuple[str, Placement], ...]
 
 def _by_name(axes: Axes) -> Axes:
     for axis, placement in axes:
+        if not isinstance(placement, (Shard, Replicate, Partial)):
+            raise PlacementError(
+                f"axis {axis}: got {placement!r}; expected Shard(dim), Replicate() or Partial()"
+            )
+        if isinstance(placement, Shard) and placement.dim < 0:
+            raise PlacementError(
+                f"axis {axis}: got {placement}; dims count from 0, the first: how many a tensor "
+                "has is not known here"
+            )
         if isinstance(placement, Partial) and placement.reduce_op != "sum":
             raise PlacementError(
                 f"axis {axis}: got {placement}; a partial value here is a sum: use Partial()"
@@ -47,7 +56,7 @@ def _by_name(axes: Axes) -> Axes:
 
 
 def _canonical(axes: Axes) -> Axes:
-    return _by_name(tuple(item for item in axes if not item[1].is_replicate()))
+    return tuple(item for item in _by_name(axes) if not item[1].is_replicate())
 
 
 @final
@@ -148,8 +157,15 @@ class Boundary:
 
 
 def boundary(declared: Layout | Boundary) -> Boundary:
-    """A layout is the boundary that leaves nothing open."""
-    return declared if isinstance(declared, Boundary) else Boundary(declared.axes, Rest.REPLICATE)
+    """A layout is the boundary that leaves nothing open. Raises PlacementError for others."""
+    if isinstance(declared, Boundary):
+        return declared
+    if not isinstance(declared, Layout):
+        raise PlacementError(
+            f"got {declared!r} as a placement; expected layout(...), tokens(...), as_batch(...) or "
+            "alike(...) by axis names, as in layout(tp=Shard(0))"
+        )
+    return Boundary(declared.axes, Rest.REPLICATE)
 
 
 def tokens(**axes: Placement) -> Boundary:

@@ -44,7 +44,7 @@ def held_layers(layers: int, mesh: Mesh) -> range:
         PlacementError: there are more stages than layers.
     """
     stages, here = mesh.size(AXIS), mesh.coordinate(AXIS)
-    if stages > max(layers, 1):
+    if layers < 0 or stages > max(layers, 1):
         raise PlacementError(
             f"{layers} layers cannot be split over {stages} stages on the mesh {mesh}; choose "
             f"{AXIS} from 1 to {max(layers, 1)}"

@@ -7,20 +7,24 @@ number. Shapes are those of the bucket that is compiled, as tensors on the meta 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, final
 
 import torch
 from attrs import define, field, frozen
 from torch import Tensor
 
-from tokenspeed.errors import PlacementError
+from tokenspeed.errors import ConfigError, PlacementError
 from tokenspeed.spmd.module import Module, Traced
 from tokenspeed.spmd.moves import Kind
-from tokenspeed.spmd.params import Parameter, Path, Tree, path_name
+from tokenspeed.spmd.params import Constant, Parameter, Path, Tree, leaves, path_name
 from tokenspeed.spmd.placement import REPLICATED, Boundary, Layout, as_batch
 
-__all__ = ["Bucket", "Call", "Ref", "Trace", "Value"]
+__all__ = ["Bucket", "Call", "Ref", "Trace", "Value", "trace_model"]
+
+
+COUNT_MAX = 1 << 31
+"""Tokens of a step; more have no number of 32 bits."""
 
 
 @final
@@ -40,6 +44,11 @@ class Bucket:
     rows: int = 1
     dtype: torch.dtype = torch.float32
     fields: Mapping[str, Tensor] = field(factory=dict)
+
+    def __attrs_post_init__(self) -> None:
+        for name, count in (("tokens", self.tokens), ("rows", self.rows)):
+            if count is not None and not 1 <= count <= COUNT_MAX:
+                raise ConfigError(name, count, f"1 to {COUNT_MAX:,} in a step")
 
     def meta(self, name: str) -> Tensor | None:
         """A field of the batch as a meta tensor, if its shape is known."""
@@ -131,6 +140,16 @@ class Value(Traced):
     name: str
 
     @property
+    def told(self) -> str:
+        """See Traced."""
+        return f"{self.name}, which {self.producer} gives"
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise self.refusal(f".{name}")
+
+    @property
     def kind(self) -> Kind:
         """What moving it depends on."""
         any_count = self.trace.bucket.tokens is None
@@ -157,7 +176,15 @@ class Ref(Traced):
         """See Traced."""
         return _record(self.trace, module, arguments)
 
+    @property
+    def told(self) -> str:
+        """See Traced."""
+        return self.source
+
     def __getitem__(self, key: str | int) -> Ref:
+        known = self._keys("[]")
+        if key not in known:
+            raise PlacementError(f"{self.source} has no {key!r}; it has {_listed(known)}")
         return Ref(self.trace, f"{self.source}[{key!r}]", self.tree[key], (*self.path, key))
 
     def __getattr__(self, name: str) -> Ref:
@@ -168,10 +195,57 @@ class Ref(Traced):
         return Ref(self.trace, f"{self.source}.{name}")
 
     def __iter__(self) -> Iterator[Ref]:
-        return (self[index] for index in range(len(self.tree)))
+        return (self[key] for key in self._keys("iteration"))
 
     def __len__(self) -> int:
-        return len(self.tree)
+        return len(self._keys("len"))
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._keys("in")
+
+    def _keys(self, operation: str) -> Collection[Any]:
+        """Of a branch. Raises PlacementError: this is a tensor, or what only a rank has."""
+        if isinstance(self.tree, dict):
+            return self.tree.keys()
+        if isinstance(self.tree, list):
+            return range(len(self.tree))
+        raise self.refusal(operation)
+
+
+def trace_model(
+    function: Callable[[Any, Any, Any], Any], params: Tree, layers: int, bucket: Bucket
+) -> tuple[Trace, Value]:
+    """Run `function(params, batch, kv)` on stand-ins: the calls, and which value it returns.
+
+    Raises:
+        PlacementError: it does what a model function cannot, or its tree is none.
+    """
+    for path, leaf in leaves(params):
+        if not isinstance(leaf, Parameter | Constant):
+            raise PlacementError(
+                f"{path_name(path) or 'params'} is of type {type(leaf).__name__}; the leaves of a "
+                "tree of dicts and lists are Parameter and Constant"
+            )
+    trace = Trace(bucket)
+    kv = Ref(trace, "kv", [()] * layers)
+    returned = function(Ref(trace, "params", params), Ref(trace, "batch"), kv)
+    match returned:
+        case (Value() as result, Ref() as kept) if result.trace is trace and kept is kv:
+            return trace, result
+    raise PlacementError(
+        f"a model returns (the output of a module, the kv it was given), not {_told(returned)}"
+    )
+
+
+def _told(returned: Any) -> str:
+    """What a model function returned, for a message."""
+    if isinstance(returned, tuple):
+        return f"({', '.join(map(_told, returned))})"
+    return returned.told if isinstance(returned, Traced) else type(returned).__name__
+
+
+def _listed(names: Collection[Any]) -> str:
+    return ", ".join(map(str, names)) or "nothing"
 
 
 def _record(trace: Trace, module: Module, arguments: Mapping[str, Any]) -> Any:
@@ -182,9 +256,11 @@ def _record(trace: Trace, module: Module, arguments: Mapping[str, Any]) -> Any:
         layer = at[1]
     where = path_name(at) or ("model" if layer is None else f"layers.{layer}")
     path = f"{where}:{module.name}"
+    for name, argument in arguments.items():
+        _check_argument(trace, name, argument, path)
     uses = _uses(trace, module, arguments, path)
-    subtree = isinstance(first, Ref) and isinstance(first.tree, dict)
-    placed = _place_params(trace, module, first, path) if subtree else ()
+    _check_names(module, first, path)
+    placed = _place_params(trace, module, arguments.values(), path)
     metas = _metas(trace, module, arguments, path)
     outputs = tuple(
         trace.value(boundary, meta, path, f"v{len(trace.values)}")
@@ -234,16 +310,31 @@ def _metas(
     elif any(isinstance(a, Value) and a.meta is None for a in arguments.values()):
         results = [None] * len(module.outputs)
     else:
-        made = module.meta(**given)
-        results = [made] if module.single else list(made)
-        if len(results) != len(module.outputs):
-            raise PlacementError(
-                f"{path}: meta gives {len(results)} tensors for {len(module.outputs)} outputs"
-            )
+        results = _by_rule(module, given, path)
     if trace.bucket.tokens is not None and None in [r if r is None else 0 for r in results]:
         raise PlacementError(
             f"{path}: the shape of its result is not known; declare @module(meta=...), a function "
             "of the same arguments that gives meta tensors"
+        )
+    return results
+
+
+def _by_rule(module: Module, given: Mapping[str, Any], path: str) -> list[Tensor | None]:
+    """What a module's own shape rule says."""
+    assert module.meta is not None
+    try:
+        made = module.meta(**given)
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+        raise PlacementError(
+            f"{path}: its meta failed with {error!r}; it is called by name as the body is, with "
+            f"{_listed(given)}: meta tensors of whole shape, and None for what has no shape"
+        ) from error
+    results = [made] if module.single else list(made) if isinstance(made, tuple | list) else []
+    if len(results) != len(module.outputs) or not all(isinstance(r, Tensor) for r in results):
+        raise PlacementError(
+            f"{path}: meta gives {len(results)} tensors for {len(module.outputs)} outputs"
+            if all(isinstance(r, Tensor) for r in results)
+            else f"{path}: meta gives {made!r}, expected a meta tensor for each output"
         )
     return results
 
@@ -265,18 +356,71 @@ def _meta(trace: Trace, argument: Any) -> Any:
     return trace.parameter(argument.tree) if isinstance(argument.tree, Parameter) else None
 
 
-def _place_params(trace: Trace, module: Module, subtree: Ref, path: str) -> tuple[Path, ...]:
-    """Note where the parameters of a call lie; their paths."""
-    paths = []
-    for key, leaf in subtree.tree.items():
-        if not isinstance(leaf, Parameter):
-            continue
-        paths.append((*subtree.path, key))
-        lies = module.params.get(key, REPLICATED)
-        known = trace.param_layouts.setdefault(paths[-1], lies)
-        if known != lies:
+def _check_argument(trace: Trace, name: str, argument: Any, path: str) -> None:
+    """Raise PlacementError for what cannot be written into the program."""
+    if isinstance(argument, Traced):
+        if not isinstance(argument, Value | Ref) or argument.trace is not trace:
             raise PlacementError(
-                f"{path}: parameter {key} is placed {lies} here and {known} by another module; "
-                "give both the same placement, or list the parameter twice in the tree"
+                f"{path}: argument {name} is {argument.told} in another model's trace; a model "
+                "function gets by with its own arguments"
             )
+    elif type(argument) not in _LITERALS:
+        raise PlacementError(
+            f"{path}: argument {name} is of type {type(argument).__name__}, expected what a module "
+            "gave, a branch of params, a field of the batch, a layer's KV, a number, a string or "
+            "None; pass several one by one, and tensors as Constant leaves of params"
+        )
+
+
+_LITERALS = (bool, int, float, str, type(None))
+
+
+def _check_names(module: Module, first: Any, path: str) -> None:
+    """Raise PlacementError where names of parameters are not those of the tree."""
+    if not module.params and not module.indices:
+        return
+    if not isinstance(first, Ref) or not isinstance(first.tree, dict):
+        raise PlacementError(
+            f"{path}: its parameters have placements, but its first argument is no branch of "
+            "params with names"
+        )
+    named, held = {*module.params}, {k for k, v in first.tree.items() if isinstance(v, Parameter)}
+    if named - held and held - named:
+        raise PlacementError(
+            f"{path}: @module places {_listed(sorted(named - held))}, which {first.source} has "
+            f"not, and does not place {_listed(sorted(held - named))}, which it has; name all "
+            "parameters as the tree does, with layout() those that are on every rank"
+        )
+    unknown = sorted({*module.indices.values()} - held)
+    if unknown:
+        raise PlacementError(
+            f"{path}: indices count rows of {_listed(unknown)}, but {first.source} has "
+            f"{_listed(sorted(held))}"
+        )
+
+
+def _place_params(
+    trace: Trace, module: Module, arguments: Iterable[Any], path: str
+) -> tuple[Path, ...]:
+    """Note where the parameters that a call is given lie; their paths.
+
+    The module's declaration is of those in its first argument; all others are on every rank.
+    """
+    paths = []
+    for index, argument in enumerate(arguments):
+        if not isinstance(argument, Ref) or argument.tree is None:
+            continue
+        for at, leaf in leaves(argument.tree):
+            if not isinstance(leaf, Parameter):
+                continue
+            own = index == 0 and len(at) == 1
+            lies = module.params.get(str(at[0]), REPLICATED) if own else REPLICATED
+            paths.append((*argument.path, *at))
+            known = trace.param_layouts.setdefault(paths[-1], lies)
+            if known != lies:
+                raise PlacementError(
+                    f"{path}: parameter {path_name(paths[-1])} is placed {lies} here and {known} "
+                    "by another module; give both the same placement, or list the parameter twice "
+                    "in the tree"
+                )
     return tuple(paths)
