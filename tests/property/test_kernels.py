@@ -188,6 +188,30 @@ def test_paged_attention(
     agree("paged_attention", backend, q, k, v, plan, window)
 
 
+@pytest.mark.parametrize("backend", backends("paged_attention"))
+@pytest.mark.parametrize("window", [None, 700])
+def test_long_rows_and_short_ones_are_attended_in_parts(
+    backend: str, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys enough to be divided, beside a row that has fewer than there are parts."""
+    if backend == "triton":
+        monkeypatch.setattr("tokenspeed.kernels.triton.attention.cores", lambda _like: 16)
+    lengths, counts = [1100, 3, 513], [1, 2, 3]
+    wide = -(-max(lengths) // 64)
+    order = torch.randperm(3 * wide, generator=torch.Generator().manual_seed(1))
+    plan = AttentionPlan(
+        query_start=torch.tensor([0, *counts]).cumsum(0).to(torch.int32),
+        context_lens=torch.tensor(lengths, dtype=torch.int32) - torch.tensor(counts).int(),
+        page_table=order.to(torch.int32).view(3, wide),
+        page_size=64,
+    )
+    q, k, v = (
+        tensor(seed, *shape, dtype=torch.float32)
+        for seed, shape in enumerate(((6, 4, 8), (3 * wide, 64, 1, 8), (3 * wide, 64, 1, 8)))
+    )
+    agree("paged_attention", backend, q, k, v, plan, window)
+
+
 def behind_is_nan(plan: AttentionPlan, window: int, hole: int) -> None:
     """Puts a page into the table wherever no query of the row sees anything."""
     for row, context in enumerate(plan.context_lens.tolist()):

@@ -46,15 +46,19 @@ def by_definition(logits: Tensor, own_bias: Tensor | None, how: Routing) -> dict
     return {e: scores[e] / total * how.scale for e in chosen}
 
 
+@pytest.mark.parametrize("backend", registry.offering("moe_route"))
 @given(routings(), seeds, st.integers(1, 5), st.booleans())
 def test_routing_is_its_definition(
-    how: tuple[Routing, int], seed: int, tokens: int, biased: bool
+    backend: str, how: tuple[Routing, int], seed: int, tokens: int, biased: bool
 ) -> None:
     routing, count = how
     logits = tensor(seed, tokens, count, dtype=torch.float32)
     bias = tensor(seed + 1, count, dtype=torch.float32) if biased else None
-    experts, weights = kernels.moe_route(logits, bias, routing)
+    given_ = [moved(value, backend) for value in (logits, bias, routing)]
+    with registry.using(moe_route=backend):
+        experts, weights = kernels.moe_route(*given_)
     assert experts.shape == weights.shape == (tokens, routing.chosen)
+    assert (experts.dtype, weights.dtype) == (torch.int64, torch.float32)
     for row in range(tokens):
         wanted = by_definition(logits[row], bias, routing)
         got = dict(zip(experts[row].tolist(), weights[row].tolist(), strict=True))
@@ -132,10 +136,32 @@ def test_the_reference_is_each_token_by_itself(given_: dict[str, Tensor]) -> Non
 )
 @given(mixtures())
 def test_experts(backend: str, given_: dict[str, Tensor]) -> None:
+    """Few choices, which Triton multiplies one by one, and as if they were many."""
     limit = 2 * TOLERANCE[given_["x"].dtype]
-    got = run(backend, given_)
-    assert got.dtype == given_["x"].dtype
-    torch.testing.assert_close(got, run("reference", given_), atol=limit, rtol=limit)
+    wanted = run("reference", given_)
+    for most in (64, 0) if backend == "triton" else (None,):
+        with pytest.MonkeyPatch.context() as patch:
+            if most is not None:
+                patch.setattr("tokenspeed.kernels.triton.moe.CHOICES_MAX", most)
+            got = run(backend, given_)
+        assert got.dtype == given_["x"].dtype
+        torch.testing.assert_close(got, wanted, atol=limit, rtol=limit)
+
+
+@pytest.mark.parametrize(
+    "backend", [name for name in registry.offering("moe_route") if name != "reference"]
+)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, under Triton's interpreter
+@given(seeds, st.booleans(), st.sampled_from([float("nan"), float("inf"), float("-inf")]))
+def test_whatever_the_logits_are_what_is_chosen_is_an_expert(
+    backend: str, seed: int, grouped: bool, odd: float
+) -> None:
+    logits = tensor(seed, 2, 6, dtype=torch.float32)
+    logits[0, seed % 6] = odd
+    how = Routing(scoring="softmax", chosen=3, groups=2 if grouped else 1, groups_chosen=1)
+    with registry.using(moe_route=backend):
+        experts, _ = kernels.moe_route(moved(logits, backend), None, how)
+    assert bool(((experts >= 0) & (experts < 6)).all())
 
 
 @pytest.mark.skipif(bool(ON_GPU), reason="a law of the op, whichever machine runs it")

@@ -1,8 +1,8 @@
 """Rotary positions, KV pages and attention.
 
-Rule: a program of attention serves one token and one key head with all query heads that share it,
-so that keys are read once for the group; scores are folded into a running maximum and sum (Milakov
-and Gimelshein, 2018).
+Rule: query tokens of a row and the query heads that share a key head are rows of one tile, so that
+a key is read once for all of them; a program takes one tile and one part of the keys (Dao et al.,
+2023), whose scores are folded into a running maximum and sum (Milakov and Gimelshein, 2018).
 """
 
 from __future__ import annotations
@@ -14,117 +14,209 @@ from attrs import frozen
 from torch import Tensor
 
 from tokenspeed.kernels.contract import AttentionPlan
+from tokenspeed.kernels.triton.mla import INTERPRETED, LOG2_E, precision
+from tokenspeed.kernels.triton.tiles import Tiles, cores, fold, merge, tiled
 
 __all__ = ["kv_write", "paged_attention", "rope"]
-
 
 _ALL = 2**31 - 1
 """A window that hides nothing."""
 
+KEYS_MIN = 256
+"""A part of fewer keys costs more to merge than it saves."""
+
+PARTS_MAX = 64
+
+
+@triton.jit
+def _turn(
+    x, out, cos, sin, head, heads, half, token, x_token, x_head, HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    at = tl.arange(0, HALF)
+    inside = (head < heads)[:, None] & (at < half)[None, :]
+    first = 2 * at if INTERLEAVED else at
+    second = first + 1 if INTERLEAVED else at + half
+    source = x + token * x_token + head[:, None] * x_head
+    a = tl.load(source + first[None, :], mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(source + second[None, :], mask=inside, other=0.0).to(tl.float32)
+    target = out + (token * heads + head[:, None]) * 2 * half
+    tl.store(target + first[None, :], a * cos[None, :] - b * sin[None, :], mask=inside)
+    tl.store(target + second[None, :], b * cos[None, :] + a * sin[None, :], mask=inside)
+
 
 @triton.jit
 def _rope(
-    x, out, positions, cos_sin, heads, dim, stride, HALF: tl.constexpr, INTERLEAVED: tl.constexpr
-):
+    q, k, q_out, k_out, positions, cos_sin, heads, kv_heads, dim, q_token, q_head, k_token, k_head,
+    q_blocks, HEADS: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """Some heads of a token: of its queries, or behind all of these of its keys."""
     token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
+    block = tl.program_id(1)
     at = tl.arange(0, HALF)
     half = dim // 2
-    inside = at < half
     angle = cos_sin + tl.load(positions + token) * dim + at
-    cos = tl.load(angle, mask=inside, other=0.0).to(tl.float32)
-    sin = tl.load(angle + half, mask=inside, other=0.0).to(tl.float32)
-    first = 2 * at if INTERLEAVED else at
-    second = first + 1 if INTERLEAVED else at + half
-    source = x + token * stride + head * dim
-    a = tl.load(source + first, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(source + second, mask=inside, other=0.0).to(tl.float32)
-    target = out + (token * heads + head) * dim
-    tl.store(target + first, a * cos - b * sin, mask=inside)
-    tl.store(target + second, b * cos + a * sin, mask=inside)
+    cos = tl.load(angle, mask=at < half, other=0.0).to(tl.float32)
+    sin = tl.load(angle + half, mask=at < half, other=0.0).to(tl.float32)
+    if block < q_blocks:
+        head = block * HEADS + tl.arange(0, HEADS)
+        _turn(q, q_out, cos, sin, head, heads, half, token, q_token, q_head, HALF, INTERLEAVED)
+    else:
+        head = (block - q_blocks) * HEADS + tl.arange(0, HEADS)
+        _turn(k, k_out, cos, sin, head, kv_heads, half, token, k_token, k_head, HALF, INTERLEAVED)
 
 
 def rope(
     q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor, interleaved: bool
 ) -> tuple[Tensor, Tensor]:
     """See contract.py."""
-    return (
-        _turned(q, positions, cos_sin, interleaved),
-        _turned(k, positions, cos_sin, interleaved),
-    )
-
-
-def _turned(x: Tensor, positions: Tensor, cos_sin: Tensor, interleaved: bool) -> Tensor:
-    tokens, heads, dim = x.shape
-    if x.stride()[1:] != (dim, 1):
-        x = x.contiguous()
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    tokens, heads, dim = q.shape
+    kv_heads = k.shape[1]
+    q, k = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k))
+    q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     half = triton.next_power_of_2(dim // 2)
-    _rope[(tokens, heads)](
-        x, out, positions, cos_sin, heads, dim, x.stride(0), HALF=half, INTERLEAVED=interleaved
-    )
-    return out
+    block = min(max(1, 1024 // half), triton.next_power_of_2(heads))
+    q_blocks = triton.cdiv(heads, block)
+    if tokens:
+        _rope[(tokens, q_blocks + triton.cdiv(kv_heads, block))](
+            q, k, q_out, k_out, positions, cos_sin, heads, kv_heads, dim,
+            q.stride(0), q.stride(1), k.stride(0), k.stride(1), q_blocks,
+            HEADS=block, HALF=half, INTERLEAVED=interleaved,
+        )  # fmt: skip
+    return q_out, k_out
+
+
+@triton.jit
+def _put(x, pages, token, at, heads, dim, x_token, x_head, p_page, p_key, p_head, size,
+         HEADS: tl.constexpr, DIM: tl.constexpr):  # fmt: skip
+    head = tl.arange(0, HEADS)[:, None]
+    lane = tl.arange(0, DIM)[None, :]
+    inside = (head < heads) & (lane < dim)
+    values = tl.load(x + token * x_token + head * x_head + lane, mask=inside, other=0.0)
+    place = (at // size) * p_page + (at % size) * p_key
+    tl.store(pages + place + head * p_head + lane, values, mask=inside)
+
+
+@triton.jit
+def _write(
+    k, v, k_pages, v_pages, locations, heads, k_dim, v_dim, size,
+    k_token, k_head, v_token, v_head, kp_page, kp_key, kp_head, vp_page, vp_key, vp_head,
+    HEADS: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.load(locations + token)
+    _put(k, k_pages, token, at, heads, k_dim, k_token, k_head, kp_page, kp_key, kp_head, size,
+         HEADS, K_DIM)  # fmt: skip
+    _put(v, v_pages, token, at, heads, v_dim, v_token, v_head, vp_page, vp_key, vp_head, size,
+         HEADS, V_DIM)  # fmt: skip
 
 
 def kv_write(k_pages: Tensor, v_pages: Tensor, k: Tensor, v: Tensor, locations: Tensor) -> None:
     """See contract.py."""
-    k_pages.flatten(0, 1).index_copy_(0, locations, k)
-    v_pages.flatten(0, 1).index_copy_(0, locations, v)
-
-
-@frozen(eq=False)
-class _Tokens:
-    """rows int32[T]: whose token; lengths int32[T]: positions that it sees, its own included."""
-
-    rows: Tensor
-    lengths: Tensor
-
-
-def _tokens(plan: AttentionPlan, count: int) -> _Tokens:
-    index = torch.arange(count, dtype=torch.int32, device=plan.query_start.device)
-    rows = torch.searchsorted(plan.query_start[1:], index, right=True)  # which end before
-    lengths = plan.context_lens[rows] + (index - plan.query_start[rows]) + 1
-    return _Tokens(rows.to(torch.int32), lengths.to(torch.int32))
+    tokens, heads, dim = k.shape
+    k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (k, v))
+    if tokens:
+        _write[(tokens,)](
+            k, v, k_pages, v_pages, locations, heads, dim, v.shape[2], k_pages.shape[1],
+            *k.stride()[:2], *v.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3],
+            HEADS=triton.next_power_of_2(heads), K_DIM=triton.next_power_of_2(dim),
+            V_DIM=triton.next_power_of_2(v.shape[2]),
+        )  # fmt: skip
 
 
 @triton.jit
 def _attend(
-    q, k_pages, v_pages, out, table, rows, lengths,
-    columns, groups, kv_heads, dim, page_size, window, scale,
-    GROUPS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
+    q, k_pages, v_pages, out, lse, query_start, context_lens, table, rows, firsts,
+    columns, all_rows, heads, groups, each, q_token, q_head,
+    k_page, k_key, k_head, v_page, v_key, v_head, window, parts, least, scale,
+    PAGE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    KEYS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(0)
     kv_head = tl.program_id(1)
-    row = tl.load(rows + token).to(tl.int64)
-    length = tl.load(lengths + token)
-    group = tl.arange(0, GROUPS)
-    lane = tl.arange(0, DIM)
-    in_dim = lane < dim
-    heads = (token * kv_heads + kv_head) * groups + group
-    q_at = heads[:, None] * dim + lane[None, :]
-    q_in = (group < groups)[:, None] & in_dim[None, :]
-    query = tl.load(q + q_at, mask=q_in, other=0.0).to(tl.float32) * scale
-    best = tl.full((GROUPS,), float("-inf"), tl.float32)
-    total = tl.zeros((GROUPS,), tl.float32)
-    mixed = tl.zeros((GROUPS, DIM), tl.float32)
-    for start in range(tl.maximum(length - window, 0), length, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        seen = at < length
-        page = tl.load(table + row * columns + at // page_size, mask=seen, other=0).to(tl.int64)
-        place = ((page * page_size + at % page_size) * kv_heads + kv_head) * dim
-        inside = seen[:, None] & in_dim[None, :]
-        keys = tl.load(k_pages + place[:, None] + lane[None, :], mask=inside, other=0.0)
-        scores = tl.sum(query[:, None, :] * keys.to(tl.float32)[None, :, :], axis=2)
-        scores = tl.where(seen[None, :], scores, float("-inf"))
-        higher = tl.maximum(best, tl.max(scores, axis=1))
-        weights = tl.exp(scores - higher[:, None])
-        fade = tl.exp(best - higher)
-        values = tl.load(v_pages + place[:, None] + lane[None, :], mask=inside, other=0.0)
-        part = tl.sum(weights[:, :, None] * values.to(tl.float32)[None, :, :], axis=1)
-        mixed = mixed * fade[:, None] + part
-        total = total * fade + tl.sum(weights, axis=1)
-        best = higher
-    tl.store(out + q_at, mixed / total[:, None], mask=q_in)
+    part = tl.program_id(2)
+    row = tl.load(rows + tile).to(tl.int64)
+    first = tl.load(firsts + tile)
+    start = tl.load(query_start + row)
+    count = tl.load(query_start + row + 1) - start
+    context = tl.load(context_lens + row)
+    mine = tl.arange(0, ROWS)
+    token = first + mine // groups
+    inside = (mine < each * groups) & (token < count)
+    limit = context + token + 1
+    head = kv_head * groups + mine % groups
+    lane = tl.arange(0, LANES)
+    in_dim = lane < DIM
+    place = (start + token).to(tl.int64) * q_token + head * q_head
+    q_in = inside[:, None] & in_dim[None, :]
+    query = tl.load(q + place[:, None] + lane[None, :], mask=q_in, other=0.0)
+    # What the first query sees no more, and the last one sees not yet, is not read.
+    low = tl.maximum(context + first + 1 - window, 0)
+    high = tl.where(first < count, context + tl.minimum(first + each, count), 0)
+    share = tl.cdiv(tl.cdiv(tl.maximum(high - low, 0), KEYS), parts) * KEYS
+    share = tl.maximum(share, least)
+    begin = low + part * share
+    stop = tl.minimum(begin + share, high)
+    best = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    mixed = tl.zeros((ROWS, LANES), tl.float32)
+    for from_key in tl.range(begin, stop, KEYS):
+        at = from_key + tl.arange(0, KEYS)
+        there = at < stop
+        page = tl.load(table + row * columns + at // PAGE, mask=there, other=0).to(tl.int64)
+        kv_in = there[:, None] & in_dim[None, :]
+        key = page * k_page + (at % PAGE) * k_key + kv_head * k_head
+        keys = tl.load(k_pages + key[:, None] + lane[None, :], mask=kv_in, other=0.0)
+        value = page * v_page + (at % PAGE) * v_key + kv_head * v_head
+        values = tl.load(v_pages + value[:, None] + lane[None, :], mask=kv_in, other=0.0)
+        if WIDEN:
+            scores = tl.dot(query.to(tl.float32), tl.trans(keys.to(tl.float32)))
+        else:
+            scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION)
+        seen = (at[None, :] < limit[:, None]) & (at[None, :] >= (limit - window)[:, None])
+        scores = tl.where(seen & there[None, :], scores * scale, float("-inf"))
+        best, total, mixed = fold(scores, values, best, total, mixed, PRECISION, WIDEN)
+    some = total > 0
+    mixed = mixed / tl.where(some, total, 1.0)[:, None]
+    to = part.to(tl.int64) * all_rows + (start + token).to(tl.int64) * heads + head
+    tl.store(out + to[:, None] * DIM + lane[None, :], mixed, mask=q_in)
+    if parts > 1:
+        sums = tl.where(some, best + tl.log2(tl.where(some, total, 1.0)), float("-inf"))
+        tl.store(lse + to, sums, mask=inside)
+
+
+@frozen
+class Cut:
+    """How a step is cut: rows of a tile, query tokens of it, keys of a step of the loop, parts."""
+
+    rows: int
+    each: int
+    keys: int
+    parts: int
+    warps: int
+    stages: int
+
+
+def cut(plan: AttentionPlan, q: Tensor, kv_heads: int, window: int | None) -> Cut:
+    """By the mean of queries a row, which alone is known without waiting for the device."""
+    tokens, heads, dim = q.shape
+    groups = heads // kv_heads
+    mean = triton.cdiv(tokens, max(1, len(plan.context_lens)))
+    most = 128 if q.element_size() == 2 and dim <= 128 else 64
+    rows = max(16, min(most, triton.next_power_of_2(mean * groups)), triton.next_power_of_2(groups))
+    each = rows // groups
+    lanes = max(16, triton.next_power_of_2(dim))
+    keys = max(16, min(64, 8192 * 2 // (lanes * q.element_size())))
+    tiles = min(tokens, tokens // each + len(plan.context_lens)) * kv_heads
+    keys_max = plan.page_table.shape[1] * plan.page_size
+    if window is not None:
+        keys_max = min(keys_max, window + each)
+    parts = min(PARTS_MAX, keys_max // KEYS_MIN, 4 * cores(q) // max(1, tiles))
+    return Cut(rows, each, keys, max(1, parts), 8 if rows >= 128 else 4, 2)
+
+
+def _tiles(plan: AttentionPlan, tokens: int, each: int) -> Tiles:
+    return tiled(plan.query_start, tokens, each)
 
 
 def paged_attention(
@@ -133,25 +225,32 @@ def paged_attention(
     """See contract.py."""
     tokens, heads, dim = q.shape
     kv_heads = k_pages.shape[2]
-    each = plan.once(_tokens, tokens)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    _attend[(tokens, kv_heads)](
-        q.contiguous(),
-        k_pages,
-        v_pages,
-        out,
-        plan.page_table,
-        each.rows,
-        each.lengths,
-        plan.page_table.shape[1],
-        heads // kv_heads,
-        kv_heads,
-        dim,
-        plan.page_size,
-        _ALL if window is None else window,
-        dim**-0.5,
-        GROUPS=triton.next_power_of_2(heads // kv_heads),
-        DIM=triton.next_power_of_2(dim),
-        BLOCK=32,
+    q, k_pages, v_pages = (
+        x if x.stride(-1) == 1 else x.contiguous() for x in (q, k_pages, v_pages)
     )
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if not tokens:
+        return out
+    how = cut(plan, q, kv_heads, window)
+    tiles = plan.once(_tiles, tokens, how.each)
+    rows = tokens * heads
+    part_out, part_lse = out, out
+    if how.parts > 1:
+        wide = (how.parts, rows, dim)
+        part_out = torch.empty(wide, dtype=torch.float32, device=q.device)
+        part_lse = torch.empty(wide[:2], dtype=torch.float32, device=q.device)
+    _attend[(len(tiles.rows), kv_heads, how.parts)](
+        q, k_pages, v_pages, part_out, part_lse, plan.query_start, plan.context_lens,
+        plan.page_table, tiles.rows, tiles.firsts, plan.page_table.stride(0), rows, heads,
+        heads // kv_heads, how.each, q.stride(0), q.stride(1),
+        *k_pages.stride()[:3], *v_pages.stride()[:3],
+        _ALL if window is None else window, how.parts, KEYS_MIN if how.parts > 1 else 1,
+        dim**-0.5 * LOG2_E,
+        PAGE=plan.page_size, DIM=dim, ROWS=how.rows, LANES=max(16, triton.next_power_of_2(dim)),
+        KEYS=how.keys, PRECISION=precision(q), WIDEN=INTERPRETED,
+        num_warps=how.warps, num_stages=how.stages,
+    )  # fmt: skip
+    if how.parts > 1:
+        lse = torch.empty(rows, dtype=torch.float32, device=q.device)
+        merge(part_out, part_lse, out, lse)
     return out

@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 
 from tokenspeed.kernels.contract import Backend, Problem
-from tokenspeed.kernels.cpu.mla import mla_prefill
 from tokenspeed.kernels.triton.attention import kv_write, paged_attention, rope
 from tokenspeed.kernels.triton.dense import add_rms_norm, embedding, linear, rms_norm, silu_mul
-from tokenspeed.kernels.triton.mla import cost_us, mla_decode, unsupported
-from tokenspeed.kernels.triton.moe import moe_mlp
+from tokenspeed.kernels.triton.mla import cost_us, mla_decode, mla_prefill, unsupported
+from tokenspeed.kernels.triton.moe import moe_mlp, moe_route
 
 __all__ = ["BACKEND"]
 
@@ -41,7 +40,8 @@ BACKEND = Backend(
         "kv_write": kv_write,
         "paged_attention": paged_attention,
         "mla_decode": mla_decode,
-        "mla_prefill": mla_prefill,  # no kernel of ours yet: torch's attention, a row at a time
+        "mla_prefill": mla_prefill,
+        "moe_route": moe_route,
         "moe_mlp": moe_mlp,
     },
     supports=_supports,

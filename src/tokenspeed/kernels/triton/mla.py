@@ -2,7 +2,8 @@
 
 Rule: the query tokens of a row and its heads are rows of one tile, so that a key is read once for
 all of them; a program takes one tile and one part of the keys (Dao et al., 2023), and a second
-kernel merges the parts by their log-sum-exp. Scores are kept in powers of two.
+kernel merges the parts by their log-sum-exp. Scores are kept in powers of two. Rows of many queries
+have their keys expanded, some heads at a time, and a program takes a tile of one head's queries.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tokenspeed.kernels.contract import MlaPlan, Problem
+from tokenspeed.kernels.triton.tiles import Tiles, fold, merge, tiled
 
-__all__ = ["cost_us", "mla_decode", "unsupported"]
+__all__ = ["cost_us", "mla_decode", "mla_prefill", "precision", "unsupported"]
 
 LOG2_E = 1.4426950408889634
 # The interpreter multiplies bfloat16 as if its bits were whole numbers.
@@ -27,6 +29,14 @@ KEYS_MIN = 256
 """A part of fewer keys costs more to merge than it saves."""
 
 PARTS_MAX = 128
+
+EXPANDED_MAX = 1 << 27
+"""Elements of expanded keys and values that a step may take at once."""
+
+
+def precision(x: Tensor) -> str:
+    """Of products with tensors like `x`: float32 is not to be rounded to fewer bits."""
+    return "ieee" if x.dtype == torch.float32 else "tf32"
 
 
 def unsupported(problem: Problem) -> str | None:
@@ -50,22 +60,14 @@ def _step(
     latent, rope, at, limit, q_latent, q_rope, best, total, mixed, scale,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Some keys more: the maximum, the sum of weights and the weighted sum with them."""
-    weights_dtype: tl.constexpr = latent.dtype
+    """The scores of some keys, folded into what came before."""
+    keys, turned = latent, rope
     if WIDEN:
-        latent, rope = latent.to(tl.float32), rope.to(tl.float32)
-    scores = tl.dot(q_latent, tl.trans(latent), input_precision=PRECISION)
-    scores = tl.dot(q_rope, tl.trans(rope), scores, input_precision=PRECISION) * scale
+        keys, turned = latent.to(tl.float32), rope.to(tl.float32)
+    scores = tl.dot(q_latent, tl.trans(keys), input_precision=PRECISION)
+    scores = tl.dot(q_rope, tl.trans(turned), scores, input_precision=PRECISION) * scale
     scores = tl.where(at[None, :] < limit[:, None], scores, float("-inf"))
-    higher = tl.maximum(best, tl.max(scores, axis=1))
-    # Where nothing is seen yet the difference would be NaN.
-    base = tl.where(higher == float("-inf"), 0.0, higher)
-    weights = tl.exp2(scores - base[:, None])
-    fade = tl.exp2(best - base)
-    mixed = mixed * fade[:, None]
-    rounded = weights.to(weights_dtype).to(latent.dtype)
-    mixed = tl.dot(rounded, latent, mixed, input_precision=PRECISION)
-    return higher, total * fade + tl.sum(weights, axis=1), mixed
+    return fold(scores, latent, best, total, mixed, PRECISION, WIDEN)
 
 
 @triton.jit
@@ -131,26 +133,6 @@ def _attend(
     to = part.to(tl.int64) * rows + first * heads + mine
     tl.store(out + to[:, None] * LATENT + lane[None, :], mixed, mask=inside[:, None])
     tl.store(lse + to, sums, mask=inside)
-
-
-@triton.jit
-def _merge(part_out, part_lse, out, lse, rows, parts,
-           PARTS: tl.constexpr, WIDTH: tl.constexpr, LATENT: tl.constexpr):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    lane = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    part = tl.arange(0, PARTS)
-    there = part < parts
-    sums = tl.load(part_lse + part * rows + row, mask=there, other=float("-inf"))
-    best = tl.max(sums, axis=0)
-    base = tl.where(best == float("-inf"), 0.0, best)
-    weights = tl.exp2(sums - base)
-    total = tl.sum(weights, axis=0)
-    from_part = part_out + (part[:, None] * rows + row) * LATENT + lane[None, :]
-    values = tl.load(from_part, mask=there[:, None], other=0.0)
-    mixed = tl.sum(values * weights[:, None], axis=0) / tl.where(total > 0, total, 1.0)
-    tl.store(out + row * LATENT + lane, mixed)
-    if tl.program_id(1) == 0:
-        tl.store(lse + row, (base + tl.log2(total)) * 0.6931471805599453)
 
 
 @frozen
@@ -226,14 +208,120 @@ def mla_decode(q: Tensor, kv_pages: Tensor, plan: MlaPlan, scale: float) -> tupl
         q.stride(0), q.stride(1), kv_pages.stride(0), kv_pages.stride(1), scale * LOG2_E,
         PAGE=plan.page_size, LATENT=plan.latent, ROPE=plan.rope, ROWS=shape.rows,
         KEYS=shape.keys, BOXES=boxes is not None, num_warps=shape.warps, num_stages=2,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        WIDEN=INTERPRETED,
+        PRECISION=precision(q), WIDEN=INTERPRETED,
     )  # fmt: skip
     if shape.parts > 1:
-        padded = triton.next_power_of_2(shape.parts)
-        width = min(8192 // padded, 128, plan.latent)
-        _merge[(rows, plan.latent // width)](
-            part_out, part_lse, out, lse, rows, shape.parts,
-            PARTS=padded, WIDTH=width, LATENT=plan.latent,
-        )  # fmt: skip
+        merge(part_out, part_lse, out, lse)
     return out, lse
+
+
+@triton.jit
+def _expanded(
+    q, keys, wide, out, query_start, kv_starts, rows, firsts, heads_from, each,
+    q_token, q_head, key_stride, wide_head, wide_key, out_token, out_head, scale,
+    NOPE: tl.constexpr, ROPE: tl.constexpr, VALUE: tl.constexpr, LATENT: tl.constexpr,
+    NOPE_LANES: tl.constexpr, ROPE_LANES: tl.constexpr, VALUE_LANES: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(1)
+    head = tl.program_id(0)
+    row = tl.load(rows + tile)
+    first = tl.load(firsts + tile)
+    start = tl.load(query_start + row)
+    count = tl.load(query_start + row + 1) - start
+    origin = tl.load(kv_starts + row).to(tl.int64)
+    length = (tl.load(kv_starts + row + 1) - origin).to(tl.int32)
+    token = first + tl.arange(0, ROWS)
+    inside = token < count
+    limit = length - count + token + 1
+    nope = tl.arange(0, NOPE_LANES)
+    rope = tl.arange(0, ROPE_LANES)
+    value = tl.arange(0, VALUE_LANES)
+    place = (start + token).to(tl.int64)[:, None] * q_token + (heads_from + head) * q_head
+    q_nope = tl.load(q + place + nope[None, :], mask=inside[:, None] & (nope < NOPE)[None, :],
+                     other=0.0)  # fmt: skip
+    q_rope = tl.load(q + place + NOPE + rope[None, :],
+                     mask=inside[:, None] & (rope < ROPE)[None, :], other=0.0)  # fmt: skip
+    if WIDEN:
+        q_nope, q_rope = q_nope.to(tl.float32), q_rope.to(tl.float32)
+    best = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    mixed = tl.zeros((ROWS, VALUE_LANES), tl.float32)
+    stop = tl.where(first < count, length - count + tl.minimum(first + each, count), 0)
+    own = wide + head.to(tl.int64) * wide_head + origin * wide_key
+    turned = keys + origin * key_stride + LATENT
+    for begin in tl.range(0, stop, KEYS):
+        at = begin + tl.arange(0, KEYS)
+        there = (at < stop)[:, None]
+        key = own + at[:, None].to(tl.int64) * wide_key
+        k_nope = tl.load(key + nope[None, :], mask=there & (nope < NOPE)[None, :], other=0.0)
+        k_rope = tl.load(turned + at[:, None].to(tl.int64) * key_stride + rope[None, :],
+                         mask=there & (rope < ROPE)[None, :], other=0.0)  # fmt: skip
+        v = tl.load(key + NOPE + value[None, :], mask=there & (value < VALUE)[None, :], other=0.0)
+        if WIDEN:
+            k_nope, k_rope = k_nope.to(tl.float32), k_rope.to(tl.float32)
+        scores = tl.dot(q_nope, tl.trans(k_nope), input_precision=PRECISION)
+        scores = tl.dot(q_rope, tl.trans(k_rope), scores, input_precision=PRECISION) * scale
+        scores = tl.where(at[None, :] < limit[:, None], scores, float("-inf"))
+        best, total, mixed = fold(scores, v, best, total, mixed, PRECISION, WIDEN)
+    mixed = mixed / tl.where(total > 0, total, 1.0)[:, None]
+    to = (start + token).to(tl.int64)[:, None] * out_token + (heads_from + head) * out_head
+    tl.store(out + to + value[None, :], mixed, mask=inside[:, None] & (value < VALUE)[None, :])
+
+
+@frozen(eq=False)
+class _Keys:
+    """Keys of all rows one after the other. where: int64[K] locations; starts: int32[R + 1]."""
+
+    where: Tensor
+    starts: Tensor
+
+
+def _keys(plan: MlaPlan, pages_count: int) -> _Keys:
+    """Waits for the device, once a step: how many keys there are says how much they take."""
+    device, size = plan.kv_lens.device, plan.page_size
+    lens = plan.kv_lens.clamp(0, plan.page_table.shape[1] * size)
+    starts = torch.zeros(len(lens) + 1, dtype=torch.int32, device=device)
+    starts[1:] = lens.cumsum(0)
+    count = int(starts[-1])
+    every = torch.arange(len(lens), device=device)
+    row = torch.repeat_interleave(every, lens, output_size=count)
+    at = torch.arange(count, device=device) - starts[row]
+    page = plan.page_table[row, at // size].to(torch.int64).clamp(0, pages_count - 1)
+    return _Keys(page * size + at % size, starts)
+
+
+def _row_tiles(plan: MlaPlan, tokens: int, each: int) -> Tiles:
+    return tiled(plan.query_start, tokens, each)
+
+
+def mla_prefill(q: Tensor, kv_pages: Tensor, up: Tensor, plan: MlaPlan, scale: float) -> Tensor:
+    """See contract.py."""
+    tokens, heads, width = q.shape
+    nope, latent = width - plan.rope, plan.latent
+    value = up.shape[1] - nope
+    # Tokens that no row covers, which pad a step, come out as 0.
+    out = torch.zeros(tokens, heads, value, dtype=q.dtype, device=q.device)
+    found = plan.once(_keys, kv_pages.shape[0])
+    if not tokens or not len(found.where):
+        return out
+    q = q if q.stride(2) == 1 else q.contiguous()
+    keys = kv_pages.flatten(0, 1).index_select(0, found.where)
+    lanes = [max(16, triton.next_power_of_2(size)) for size in (nope, plan.rope, value)]
+    narrow = q.element_size() == 2
+    rows = 128 if narrow and sum(lanes) <= 320 else 64
+    tiles = plan.once(_row_tiles, tokens, rows)
+    step = max(1, EXPANDED_MAX // (up.shape[1] * len(keys)))
+    for first in range(0, heads, step):
+        some = up[first : first + step]
+        wide = torch.matmul(keys[:, :latent], some.transpose(1, 2))
+        _expanded[(len(some), len(tiles.rows))](
+            q, keys, wide, out, plan.query_start, found.starts, tiles.rows, tiles.firsts, first,
+            rows, q.stride(0), q.stride(1), keys.stride(0), wide.stride(0), wide.stride(1),
+            out.stride(0), out.stride(1), scale * LOG2_E,
+            NOPE=nope, ROPE=plan.rope, VALUE=value, LATENT=latent,
+            NOPE_LANES=lanes[0], ROPE_LANES=lanes[1], VALUE_LANES=lanes[2],
+            ROWS=rows, KEYS=64 if narrow else 32, PRECISION=precision(q), WIDEN=INTERPRETED,
+            num_warps=8 if rows == 128 else 4, num_stages=2,
+        )  # fmt: skip
+    return out
