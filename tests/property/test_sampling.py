@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from strategies import moved
+from tokenspeed import kernels
+from tokenspeed.kernels import Draws, registry
 from tokenspeed.plan import Joined
 from tokenspeed.request import SamplingParams
-from tokenspeed.spmd import sampling
 from tokenspeed.spmd.sampling import SamplerState, sample
 
 VOCAB = 40
@@ -58,7 +62,7 @@ def test_company_changes_nothing(head: int, rows: list[SamplingParams], seed: in
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(len(rows), VOCAB, generator=generator) * 3
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling, "HEAD", head)
+        patch.setattr("tokenspeed.kernels.cpu.sampling.HEAD", head)
         together = draw(rows, logits)
         alone = [draw([row], logits[at : at + 1])[0] for at, row in enumerate(rows)]
     assert together == alone
@@ -75,6 +79,81 @@ def test_the_head_is_only_a_short_cut(row: SamplingParams, seed: int) -> None:
     drawn = set()
     for head in (1, 3, 16, 1024):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sampling, "HEAD", head)
+            patch.setattr("tokenspeed.kernels.cpu.sampling.HEAD", head)
             drawn.add(draw([row], logits)[0])
     assert len(drawn) == 1
+
+
+def intervals(scores: list[float], how: list[float]) -> dict[int, tuple[float, float]]:
+    """Token -> between which u it is drawn, by the definition, in float64."""
+    _, temperature, top_k, top_p, min_p = how
+    top = max(scores)
+    powers = [math.exp((score - top) / temperature) for score in scores]
+    order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+    before, kept = 0.0, []
+    for rank, token in enumerate(order):
+        in_p = top_p >= 1 or before < top_p * math.fsum(powers)
+        if (not top_k or rank < top_k) and in_p and powers[token] >= min_p:
+            kept.append(token)
+        before += powers[token]
+    total, done, found = math.fsum(powers[token] for token in kept), 0.0, {}
+    for token in sorted(kept):
+        found[token] = done / total, (done + powers[token]) / total
+        done += powers[token]
+    return found
+
+
+filters = st.tuples(
+    st.floats(0, 1, exclude_max=True),
+    st.sampled_from([0.3, 1.0, 2.0]),
+    st.sampled_from([0.0, 1.0, 2.0, 7.0, 60.0]),
+    st.sampled_from([0.13, 0.52, 0.91, 1.0]),
+    st.sampled_from([0.0, 0.0101, 0.37]),
+)
+
+
+@pytest.mark.parametrize("backend", registry.offering("draw"))
+@given(
+    st.lists(filters, min_size=1, max_size=4),
+    st.integers(0, 2**31),
+    st.integers(1, 50),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.booleans(),
+)
+def test_a_token_is_drawn_where_the_definition_has_it(
+    backend: str,
+    rows: list[tuple[float, ...]],
+    seed: int,
+    vocab: int,
+    dtype: torch.dtype,
+    ties: bool,
+) -> None:
+    """Up to rounding of u; equal scores too, of which those with lower ids are kept."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(len(rows), vocab, generator=generator) * 2
+    scores = (scores.round() if ties else scores).to(dtype)
+    scores[:, seed % vocab] = 1.0
+    if vocab > 1:
+        scores[0, (seed + 1) % vocab] = float("-inf")
+    draws = Draws(torch.tensor(rows, dtype=torch.float64).T.contiguous())
+    with registry.using(draw=backend):
+        got = kernels.draw(moved(scores, backend), Draws(moved(draws.table, backend))).tolist()
+        last = Draws(moved(draws.table[:, -1:], backend))
+        alone = kernels.draw(moved(scores[-1:], backend), last).tolist()
+    assert alone == got[-1:], "a row is drawn by itself"
+    for own, how, token in zip(scores.tolist(), rows, got, strict=True):
+        low, high = intervals(own, list(how))[token]
+        assert low - 1e-5 <= how[0] <= high + 1e-5
+
+
+@pytest.mark.parametrize("backend", [name for name in registry.offering("draw") if name != "cpu"])
+def test_a_wide_vocabulary_is_drawn_block_by_block(backend: str) -> None:
+    """More tokens than a program takes at once; with filters and without."""
+    scores = torch.randn(3, 4500, generator=torch.Generator().manual_seed(4)) * 3
+    hows = [(0, 1, 0), (0, 0.9, 0), (700, 0.97, 0.001)]
+    table = torch.tensor([(0.71, 1.3, *how) for how in hows], dtype=torch.float64)
+    with registry.using(draw=backend):
+        got = kernels.draw(moved(scores, backend), Draws(moved(table.T.contiguous(), backend)))
+    for own, how, token in zip(scores.tolist(), table.tolist(), got.tolist(), strict=True):
+        low, high = intervals(own, how)[token]
+        assert low - 1e-5 <= how[0] <= high + 1e-5

@@ -10,7 +10,7 @@ from typing import cast
 
 from torch import Tensor
 
-from tokenspeed.kernels.contract import AttentionPlan, Backend, MlaPlan, Problem, Routing
+from tokenspeed.kernels.contract import AttentionPlan, Backend, Draws, MlaPlan, Problem, Routing
 from tokenspeed.kernels.latent import latent_attention
 from tokenspeed.kernels.mla import mla_decode, mla_decode_plan, mla_prefill
 from tokenspeed.kernels.packing import GROUP, PackedWeight, pack
@@ -21,6 +21,7 @@ __all__ = [
     "AttentionPlan",
     "Backend",
     "Choice",
+    "Draws",
     "MlaPlan",
     "PackedWeight",
     "Problem",
@@ -28,6 +29,7 @@ __all__ = [
     "Routing",
     "add_rms_norm",
     "argmax",
+    "draw",
     "embedding",
     "finite",
     "kv_write",
@@ -90,6 +92,11 @@ def argmax(x: Tensor) -> Tensor:
 def finite(x: Tensor) -> Tensor:
     """Whether all elements of each row of x[R, V] are finite; bool[R]."""
     return cast(Tensor, registry.of("finite", x)(x))
+
+
+def draw(scores: Tensor, draws: Draws) -> Tensor:
+    """A token of each row of scores[R, V], drawn as `draws` says; int64[R]."""
+    return cast(Tensor, registry.of("draw", scores)(scores, draws))
 
 
 def kv_write(k_pages: Tensor, v_pages: Tensor, k: Tensor, v: Tensor, locations: Tensor) -> None:

@@ -20,6 +20,13 @@ sums are taken in float32 at least.
         the first index of each row's largest element; no element is a NaN
     finite(x[R, V]) -> bool[R]
         whether all elements of a row are
+    draw(scores[R, V], draws) -> int64[R]
+        a token of each row: of exp(score / temperature), divided by its sum, keep the tokens that
+        pass top-k, top-p (Holtzman et al., 2020) and min-p, each judged before the others: the k
+        most probable; those before which less than p has come, best first; those of at least min_p
+        times the largest. Of equal tokens the one with the lower id is the better one. What is
+        drawn is the first id, in the order of ids, at which the sum of what is kept exceeds u of
+        the whole. No score is a NaN, and one is finite. A row's token depends on that row alone
     kv_write(k_pages, v_pages, k[T, K, d], v[T, K, e], locations int64[T]) -> None
         location = page * page_size + offset; locations are distinct. Pages may be columns of others
     paged_attention(q[T, H, d], k_pages, v_pages, plan, window) -> [T, H, d]
@@ -59,7 +66,7 @@ from typing import Any, TypeVar, cast, final
 from attrs import field, frozen
 from torch import Tensor
 
-__all__ = ["OPS", "AttentionPlan", "Backend", "MlaPlan", "Problem", "Routing"]
+__all__ = ["OPS", "AttentionPlan", "Backend", "Draws", "MlaPlan", "Problem", "Routing"]
 
 T = TypeVar("T")
 
@@ -73,6 +80,7 @@ OPS = (
     "silu_mul",
     "argmax",
     "finite",
+    "draw",
     "kv_write",
     "paged_attention",
     "mla_decode",
@@ -172,6 +180,47 @@ class Routing:
     groups_chosen: int = 1
     normalised: bool = False
     scale: float = 1.0
+
+
+@final
+@frozen(eq=False)
+class Draws:
+    """How `draw` chooses, of each row.
+
+    Attributes:
+        table: float64[5, R], whose rows the properties name.
+    """
+
+    table: Tensor
+
+    @property
+    def u(self) -> Tensor:
+        """float64[R]; in [0, 1), where in the distribution the token lies."""
+        return self.table[0]
+
+    @property
+    def temperature(self) -> Tensor:
+        """float64[R]; above 0."""
+        return self.table[1]
+
+    @property
+    def top_k(self) -> Tensor:
+        """float64[R]; whole numbers, 0 for no such filter."""
+        return self.table[2]
+
+    @property
+    def top_p(self) -> Tensor:
+        """float64[R]; above 0, and 1 or more for no such filter."""
+        return self.table[3]
+
+    @property
+    def min_p(self) -> Tensor:
+        """float64[R]; 0 to 1."""
+        return self.table[4]
+
+    def of(self, rows: Tensor) -> Draws:
+        """Those of some rows, given by number or by a mask."""
+        return Draws(self.table[:, rows])
 
 
 @final

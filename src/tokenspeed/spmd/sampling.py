@@ -2,8 +2,7 @@
 
 Rule: what a row draws depends on its own logits, parameters, seed and position in the sequence, on
 nothing else: not on its neighbours, its slot, a preemption, or the device. So each row takes one
-uniform number, the hash of (seed, position), and inverts the cumulative distribution with it. Rows
-are grouped by what they need; a row pays for nothing that only another one asked for.
+uniform number, the hash of (seed, position), and inverts the cumulative distribution with it.
 
 In this order: logit bias, penalties, ban of stop tokens before `min_tokens`, temperature, then
 top-k, top-p and min-p, each judged on the tempered distribution; a token must pass all of them.
@@ -31,9 +30,6 @@ Logprobs = tuple[float, tuple[int, ...], tuple[float, ...]]
 """Of the chosen token; then the most probable ids, best first, and theirs."""
 
 _U64 = 2**64 - 1
-
-HEAD = 1024
-"""Tokens, most probable first, among which top-k, top-p and min-p look before they sort all."""
 
 
 @final
@@ -72,7 +68,7 @@ class SamplerState:
         self.position = np.zeros(slots, np.int64)
         self.generated = np.zeros(slots, np.int64)
         self.greedy = np.ones(slots, np.bool_)
-        self.filtered = np.zeros(slots, np.bool_)
+        self.filters = np.ones((4, slots))
         self.penalised = np.zeros(slots, np.bool_)
         self.edited = np.zeros(slots, np.bool_)
         self.wants_logprobs = np.zeros(slots, np.bool_)
@@ -101,7 +97,7 @@ class SamplerState:
         self.position[slot] = len(joined.prompt_ids) + len(joined.output_ids)
         self.generated[slot] = len(joined.output_ids)
         self.greedy[slot] = params.temperature == 0
-        self.filtered[slot] = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+        self.filters[:, slot] = params.temperature, params.top_k, params.top_p, params.min_p
         self.wants_logprobs[slot] = params.logprobs is not None
         self.penalised[slot] = bool(
             params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1
@@ -162,14 +158,11 @@ def sample(state: SamplerState, logits: Tensor, slots: Slots) -> Sampled:
     scores = _edit(state, logits, slots, edited) if edited.any() else logits
     token_ids = kernels.argmax(scores) if greedy.any() else _empty(logits)
     if not greedy.all():
-        draws = uniforms(state.seed[slots], state.position[slots])
-        for filtered, draw in ((False, _draw_any), (True, _draw_filtered)):
-            rows = np.flatnonzero(~greedy & (state.filtered[slots] == filtered))
-            if len(rows):
-                params = [state.params[slot] for slot in slots[rows]]
-                at = torch.from_numpy(rows).to(logits.device)
-                u = torch.from_numpy(draws[rows]).to(logits.device)
-                token_ids[at] = draw(_tempered(scores[at], params), u, params)
+        rows = np.flatnonzero(~greedy)
+        at = torch.from_numpy(rows).to(logits.device)
+        draws = _draws(state, slots[rows])
+        every = len(rows) == len(slots)
+        token_ids[at] = kernels.draw(scores if every else scores[at], draws)
     penalised = np.flatnonzero(state.penalised[slots])
     if len(penalised):
         at = torch.from_numpy(penalised).to(logits.device)
@@ -182,6 +175,12 @@ def sample(state: SamplerState, logits: Tensor, slots: Slots) -> Sampled:
 
 def _empty(logits: Tensor) -> Tensor:
     return torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
+
+
+def _draws(state: SamplerState, slots: Slots) -> kernels.Draws:
+    u = uniforms(state.seed[slots], state.position[slots])
+    table = np.concatenate((u[None], state.filters[:, slots]))
+    return kernels.Draws(torch.from_numpy(table).to(state.device))
 
 
 def _edit(state: SamplerState, logits: Tensor, slots: Slots, edited: NDArray[np.bool_]) -> Tensor:
@@ -203,52 +202,6 @@ def _edit(state: SamplerState, logits: Tensor, slots: Slots, edited: NDArray[np.
         if slot in state.banned and state.generated[slot] < params.min_tokens:
             own[state.banned[slot]] = float("-inf")
     return scores
-
-
-def _column(values: Sequence[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
-
-
-def _tempered(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Probabilities float32 [rows, vocab]; the largest logit is taken off before the division."""
-    wide = scores.to(torch.float32)
-    wide = wide - wide.amax(dim=-1, keepdim=True)
-    return (wide / _column([p.temperature for p in params], wide)).softmax(dim=-1)
-
-
-def _invert(probs: Tensor, u: Tensor) -> Tensor:
-    """The first index whose cumulative mass exceeds u of the total; never one of mass 0."""
-    mass = probs.cumsum(dim=-1, dtype=torch.float64)
-    return torch.searchsorted(mass, u[:, None] * mass[:, -1:], right=True).squeeze(1)
-
-
-def _draw_any(probs: Tensor, u: Tensor, _params: Sequence[SamplingParams]) -> Tensor:
-    return _invert(probs, u)
-
-
-def _draw_filtered(probs: Tensor, u: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Top-k, top-p (Holtzman et al., 2020) and min-p keep a prefix of the tokens by probability.
-
-    It mostly ends within the first HEAD tokens; rows where it does not are sorted whole.
-    """
-    head = probs.topk(min(HEAD, probs.shape[-1]), dim=-1)
-    keep = _kept(head.values, params)
-    token_ids = head.indices.gather(1, _invert(head.values * keep, u)[:, None]).squeeze(1)
-    if head.values.shape[-1] < probs.shape[-1] and bool(keep[:, -1].any()):
-        rows = keep[:, -1].nonzero().flatten()
-        ordered, ids = probs[rows].sort(dim=-1, descending=True, stable=True)
-        keep = _kept(ordered, [params[row] for row in rows.tolist()])
-        token_ids[rows] = ids.gather(1, _invert(ordered * keep, u[rows])[:, None]).squeeze(1)
-    return token_ids
-
-
-def _kept(ordered: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Which of the most probable tokens, best first, pass every filter of their row."""
-    before = ordered.cumsum(dim=-1, dtype=torch.float64) - ordered
-    rank = torch.arange(ordered.shape[-1], device=ordered.device)
-    keep = rank < _column([p.top_k or 2**31 for p in params], before)
-    keep &= before < _column([p.top_p if p.top_p < 1 else float("inf") for p in params], before)
-    return keep & (ordered >= ordered[:, :1] * _column([p.min_p for p in params], ordered))
 
 
 def _logprobs(

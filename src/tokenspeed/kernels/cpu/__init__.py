@@ -9,6 +9,7 @@ from tokenspeed.kernels.cpu.dense import add_rms_norm, embedding, linear, rms_no
 from tokenspeed.kernels.cpu.mla import mla_decode, mla_prefill
 from tokenspeed.kernels.cpu.moe import moe_mlp
 from tokenspeed.kernels.cpu.native import BACKEND as NATIVE
+from tokenspeed.kernels.cpu.sampling import draw
 
 __all__ = ["BACKEND", "NATIVE"]
 
@@ -31,6 +32,7 @@ BACKEND = Backend(
         "add_rms_norm": add_rms_norm,
         "rope": rope,
         "silu_mul": silu_mul,
+        "draw": draw,
         "kv_write": kv_write,
         "paged_attention": paged_attention,
         "mla_decode": mla_decode,

@@ -14,6 +14,7 @@ from tokenspeed.kernels.reference.dense import (
 )
 from tokenspeed.kernels.reference.mla import mla_decode, mla_prefill
 from tokenspeed.kernels.reference.moe import moe_mlp, moe_route
+from tokenspeed.kernels.reference.sampling import draw
 
 __all__ = ["BACKEND"]
 
@@ -30,6 +31,7 @@ BACKEND = Backend(
         "silu_mul": silu_mul,
         "argmax": argmax,
         "finite": finite,
+        "draw": draw,
         "kv_write": kv_write,
         "paged_attention": paged_attention,
         "mla_decode": mla_decode,

@@ -9,6 +9,7 @@ from tokenspeed.kernels.triton.attention import kv_write, paged_attention, rope
 from tokenspeed.kernels.triton.dense import add_rms_norm, embedding, linear, rms_norm, silu_mul
 from tokenspeed.kernels.triton.mla import cost_us, mla_decode, mla_prefill, unsupported
 from tokenspeed.kernels.triton.moe import moe_mlp, moe_route
+from tokenspeed.kernels.triton.sampling import argmax, draw, finite
 
 __all__ = ["BACKEND"]
 
@@ -37,6 +38,9 @@ BACKEND = Backend(
         "add_rms_norm": add_rms_norm,
         "rope": rope,
         "silu_mul": silu_mul,
+        "argmax": argmax,
+        "finite": finite,
+        "draw": draw,
         "kv_write": kv_write,
         "paged_attention": paged_attention,
         "mla_decode": mla_decode,
