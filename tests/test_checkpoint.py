@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import http.server
 import json
+import math
 import os
 import shutil
 import struct
@@ -282,6 +283,10 @@ def rewrite(path: Path, entries: dict[str, Any], data: bytes) -> None:
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
+def with_offsets(entries: dict[str, Any], offsets: list[float]) -> dict[str, Any]:
+    return {**entries, "lm_head.weight": {**entries["lm_head.weight"], "data_offsets": offsets}}
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -300,8 +305,11 @@ def rewrite(path: Path, entries: dict[str, Any], data: bytes) -> None:
         ),
         (lambda e, d: ({**e, "lm_head.weight": 3}, d), "damaged"),
         (lambda e, d: ([], d), "damaged"),
+        (lambda e, d: (with_offsets(e, [0]), d), "damaged"),
+        (lambda e, d: (with_offsets(e, [0, 1, 2]), d), "damaged"),
+        (lambda e, d: (with_offsets(e, [0, math.inf]), d), "damaged"),
     ],
-    ids=["short", "dtype", "shape", "overlap", "entry", "list"],
+    ids=["short", "dtype", "shape", "overlap", "entry", "list", "one", "three", "infinite"],
 )
 def test_damaged_safetensors_are_refused(
     copy: Path, change: Callable[[Any, bytes], tuple[Any, bytes]], reason: str

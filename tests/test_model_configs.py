@@ -144,6 +144,27 @@ def test_blocks_of_fp8_are_read(tmp_path: Path) -> None:
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"rope_parameters": {"rope_type": "yarn", "truncate": False}}, "truncate is False"),
         ({"vocab_size": 0, "rms_norm_eps": 0}, "vocab_size is 0.*norm_eps is 0"),
+        ({"num_hidden_layers": 2**31}, "layers is 2147483648, expected an integer from 1 to 1,024"),
+        ({"n_routed_experts": 10**6}, "experts is 1000000, expected an integer from 1 to 4,096"),
+        ({"max_position_embeddings": 2**40}, "context_max is 1099511627776"),
+        (
+            {"tie_word_embeddings": "false"},
+            "tie_word_embeddings is 'false'",
+        ),
+        ({"norm_topk_prob": 0}, "norm_topk_prob is 0, expected true or false"),
+        ({"attention_bias": []}, "attention_bias is \\[\\], expected true or false"),
+        ({"n_shared_experts": False}, "shared_experts is False"),
+        ({"rope_theta": 1.0}, "rope_theta is 1.0, expected a number above 1"),
+        ({"rope_scaling": {"factor": 4.0}}, "has a factor and no rope_type"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 1e-300}},
+            "factor is 1e-300",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4, "beta_fast": 0.5}},
+            "blends from 1.0 to 0.5",
+        ),
+        ({"rope_scaling": {"type": "yarn", "factor": 4, "mscale": 1e300}}, "mscale is 1e\\+300"),
     ],
 )
 def test_what_is_not_known_is_refused_by_name(

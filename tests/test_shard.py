@@ -156,7 +156,11 @@ def test_a_configuration_file_will_do(tmp_path: Path) -> None:
     [
         (("smollm2", "tp=x", None), ConfigError, "as in tp=4,ep=4"),
         (("smollm2", "tp=3,tp=3", None), ConfigError, "distinct axis names"),
-        (("smollm2", "dp=8", 12), ConfigError, "a multiple of 8"),
+        (("smollm2", "dp=8", 12), ConfigError, "expected 8 to .*, a multiple of 8: so many ranks"),
+        (("smollm2", "tp=3", 0), ConfigError, "tokens: got 0; expected 1 to 2,147,483,648$"),
+        (("smollm2", "tp=3", 1 << 70), ConfigError, "expected 1 to 2,147,483,648$"),
+        (("smollm2", "pt=3", None), ConfigError, "axes among dp, ep, tp, pp"),
+        (("smollm2", "tp=99999999", None), ConfigError, "at most 65,536 ranks"),
         (("smollm2", "tp=4", None), PlacementError, r"q_proj.*tp=4.*divisor of 9"),
         (("smollm2", "pp=31", None), PlacementError, "30 layers cannot be split over 31 stages"),
         (("no-such-model", "tp=2", None), CheckpointError, "none of .*deepseek-v3"),
@@ -169,7 +173,7 @@ def test_what_cannot_be_is_refused(
         shard.measure(*arguments, "bfloat16")
 
 
-@pytest.mark.parametrize("link", ["tp", "tp=1", "tp=1,x", "tp=-1,5", "tp=1,0"])
+@pytest.mark.parametrize("link", ["tp", "tp=1", "tp=1,x", "tp=-1,5", "tp=1,0", "ep=1,2"])
 def test_bad_links_are_refused(link: str) -> None:
     with pytest.raises(ConfigError, match="link"):
         shard.measure("smollm2", "tp=3", None, "bfloat16", [link])

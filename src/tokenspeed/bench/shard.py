@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import torch
 
 from tokenspeed import models
+from tokenspeed.errors import ConfigError
 from tokenspeed.spmd.cost import Costs
-from tokenspeed.spmd.report import Report, batch_of, parse_links, parse_mesh, report, rows_of
+from tokenspeed.spmd.report import AXES, Report, batch_of, parse_links, parse_mesh, report, rows_of
 from tokenspeed.spmd.trace import Bucket
 
 __all__ = ["measure"]
@@ -34,10 +35,17 @@ def measure(
         ConfigError: a flag cannot be used.
         PlacementError: the model does not fit the mesh.
     """
-    axes = parse_mesh(mesh)
+    axes, given = parse_mesh(mesh), parse_links(links)
+    names = [name for name, _ in axes.axes]
+    if not set(names) <= set(AXES):
+        raise ConfigError(
+            "mesh", mesh, f"axes among {', '.join(AXES)}: no model here names another"
+        )
+    if not set(given) <= set(names):
+        raise ConfigError("link", " ".join(links), f"axes of the mesh {axes}")
     counts = rows_of(axes, tokens)
     bucket = Bucket(tokens=counts[0], rows=counts[1], dtype=getattr(torch, dtype))
-    costs = Costs(parse_links(links)).on(axes)
+    costs = Costs(given).on(axes)
     config = models.find_config(model)
     batch = batch_of(axes)
     return report(

@@ -17,6 +17,8 @@ from attrs import frozen
 from tokenspeed.errors import CheckpointError
 
 __all__ = [
+    "EXPERTS_MAX",
+    "LAYERS_MAX",
     "LlamaConfig",
     "ModelConfig",
     "RopeScaling",
@@ -27,12 +29,16 @@ __all__ = [
     "known_architecture",
     "out_of_range",
     "read_json",
+    "switch",
 ]
 
 _IN_GGUF = ("llama", "qwen2")
 """`general.architecture`; Mistral's files say "llama", and nothing of a window."""
 
 _QWEN = ("qwen2", "qwen3", "qwen3_moe")
+LAYERS_MAX, EXPERTS_MAX, CONTEXT_MAX = 1024, 4096, 1 << 24
+"""Whatever a file claims: each takes memory before a tensor is looked at."""
+_SCALES = (1e-6, 1e10)
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -169,9 +175,9 @@ class LlamaConfig(ModelConfig):
             kv_heads=raw.get("num_key_value_heads", heads),
             head_dim=_head_dim(raw.get("head_dim"), heads, hidden),
             ffn=raw.get("intermediate_size"),
-            qkv_bias=kind == "qwen2" or bool(raw.get("attention_bias", False)),
-            o_bias=kind != "qwen2" and bool(raw.get("attention_bias", False)),
-            mlp_bias=bool(raw.get("mlp_bias", False)),
+            qkv_bias=switch(path, raw, "attention_bias") or kind == "qwen2",
+            o_bias=switch(path, raw, "attention_bias") and kind != "qwen2",
+            mlp_bias=switch(path, raw, "mlp_bias"),
             qk_norm=kind in ("qwen3", "qwen3_moe"),
             windows=_windows(path, kind, raw),
         )
@@ -189,7 +195,7 @@ class LlamaConfig(ModelConfig):
         scaling = get("rope.scaling.type", "none")
         if scaling not in ("none", "linear"):
             raise CheckpointError(path, f"rope scaling {scaling!r}; supported: none, linear")
-        factor = get("rope.scaling.factor", 1.0)
+        factor = _scale(path, "factor", get("rope.scaling.factor", 1.0))
         vocab_size = get("vocab_size", len(meta.get("tokenizer.ggml.tokens", ())))
         return cls.checked(
             path,
@@ -231,7 +237,7 @@ def common(path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
         "norm_eps": raw.get("rms_norm_eps", 1e-6),
         "rope_theta": rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
         "rope_scaling": _rope_scaling(path, rope or _object(path, raw, "rope_scaling"), context),
-        "tied": bool(raw.get("tie_word_embeddings", False)),
+        "tied": switch(path, raw, "tie_word_embeddings"),
         "fp8_block": _fp8_block(path, raw.get("quantization_config")),
     }
 
@@ -263,21 +269,34 @@ def _fp8_block(path: Path, raw: Any) -> tuple[int, int] | None:
     return (block[0], block[1])
 
 
-def out_of_range(values: Mapping[str, Any], *integers: str, low: int = 1) -> list[str]:
+def switch(path: Path, raw: Mapping[str, Any], name: str, default: bool = False) -> bool:
+    """True or false of a `config.json`; null is the default. Raises CheckpointError."""
+    said = raw.get(name)
+    if said is not None and not isinstance(said, bool):
+        raise CheckpointError(path, f"{name} is {said!r}, expected true or false")
+    return default if said is None else said
+
+
+def out_of_range(
+    values: Mapping[str, Any], *integers: str, low: int = 1, high: int = 2**31
+) -> list[str]:
     """What is wrong with these integers."""
     return [
-        f"{name} is {values[name]!r}, expected an integer from {low} to 2^31"
+        f"{name} is {values[name]!r}, expected an integer from {low} to {high:,}"
         for name in integers
-        if not is_integer(values[name]) or not low <= values[name] <= 2**31
+        if not is_integer(values[name]) or not low <= values[name] <= high
     ]
 
 
 def common_out_of_range(values: Mapping[str, Any]) -> list[str]:
     """What is wrong with the numbers that every family has."""
-    return out_of_range(values, "vocab_size", "layers", "hidden", "context_max") + [
-        f"{name} is {values[name]!r}, expected a positive number"
-        for name in ("norm_eps", "rope_theta")
-        if not is_number(values[name]) or values[name] <= 0
+    wrong = out_of_range(values, "vocab_size", "hidden")
+    wrong += out_of_range(values, "layers", high=LAYERS_MAX)
+    wrong += out_of_range(values, "context_max", high=CONTEXT_MAX)
+    return wrong + [
+        f"{name} is {values[name]!r}, expected a number above {low}"
+        for name, low in (("norm_eps", 0), ("rope_theta", 1))
+        if not is_number(values[name]) or not low < values[name] <= 1e300
     ]
 
 
@@ -329,8 +348,13 @@ def _windows(path: Path, kind: str, raw: Mapping[str, Any]) -> tuple[int | None,
 
 
 def _rope_scaling(path: Path, raw: Mapping[str, Any], context: Any) -> RopeScaling | None:
-    kind = raw.get("rope_type", raw.get("type", "default"))
-    if kind == "default":
+    kind = raw.get("rope_type", raw.get("type"))
+    if kind is None and raw.get("factor") is not None:
+        raise CheckpointError(
+            path,
+            f"rope scaling {raw!r} has a factor and no rope_type; expected linear, llama3, yarn",
+        )
+    if kind in (None, "default"):
         return None
     if kind not in ("linear", "llama3", "yarn"):
         raise CheckpointError(
@@ -344,14 +368,25 @@ def _rope_scaling(path: Path, raw: Mapping[str, Any], context: Any) -> RopeScali
         "original_context": raw.get("original_max_position_embeddings", context if yarn else 8192),
     }
     optional = ("mscale", "mscale_all_dim", "attention_factor") if yarn else ()
-    said = {name: raw[name] for name in optional if raw.get(name)}
+    said = {name: raw[name] for name in optional if raw.get(name) not in (None, 0)}
     for name, value in (values | said).items():
-        if not is_number(value) or value <= 0:
-            raise CheckpointError(
-                path, f"rope scaling: {name} is {value!r}, expected a positive number"
-            )
+        _scale(path, name, value)
+    low, high = values["low"], values["high"]
+    if kind != "linear" and (low > high if yarn else low >= high):  # Kimi K2 has 1 and 1
+        names = "beta_slow to beta_fast" if yarn else "low_freq_factor to high_freq_factor"
+        raise CheckpointError(path, f"rope scaling blends from {low} to {high}, as {names}")
     more: dict[str, Any] = _yarn(values["factor"], said) if yarn else {}
     return RopeScaling(kind=kind, **values, **more)
+
+
+def _scale(path: Path, name: str, value: Any) -> Any:
+    """The number, if it is one that a scale can be. Raises CheckpointError."""
+    low, high = _SCALES
+    if not is_number(value) or not low <= value <= high:
+        raise CheckpointError(
+            path, f"rope scaling: {name} is {value!r}, expected a number from {low:g} to {high:g}"
+        )
+    return value
 
 
 def _yarn(factor: float, said: Mapping[str, float]) -> dict[str, float]:

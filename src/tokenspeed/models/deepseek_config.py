@@ -14,6 +14,7 @@ from attrs import frozen
 from tokenspeed.errors import CheckpointError
 from tokenspeed.kernels import Routing
 from tokenspeed.models.config import (
+    EXPERTS_MAX,
     ModelConfig,
     common,
     common_out_of_range,
@@ -22,6 +23,7 @@ from tokenspeed.models.config import (
     known_architecture,
     out_of_range,
     read_json,
+    switch,
 )
 
 __all__ = ["DeepseekConfig"]
@@ -88,7 +90,7 @@ class DeepseekConfig(ModelConfig):
         if isinstance(raw.get("text_config"), dict):  # a model that also sees: its text half
             raw, prefix = {"model_type": "kimi_k2"} | raw["text_config"], "language_model."
             known_architecture(path, raw["model_type"], ("deepseek_v3", "kimi_k2"))
-        if raw.get("mlp_bias"):
+        if switch(path, raw, "mlp_bias"):
             raise CheckpointError(path, "mlp_bias is set; no MLP of this family adds a bias")
         values = common(path, raw) | {
             "heads": raw.get("num_attention_heads"),
@@ -101,13 +103,14 @@ class DeepseekConfig(ModelConfig):
             "dense_layers": _dense_layers(path, raw),
             "experts": raw.get("n_routed_experts"),
             "expert_ffn": raw.get("moe_intermediate_size"),
-            "shared_experts": raw.get("n_shared_experts") or 0,
+            "shared_experts": 0 if (n := raw.get("n_shared_experts")) is None else n,
             "mtp_layers": raw.get("num_nextn_predict_layers", 0),
         }
         wrong = common_out_of_range(values)
         wrong += out_of_range(
-            values, "heads", "latent", "nope", "rope", "value", "ffn", "experts", "expert_ffn"
+            values, "heads", "latent", "nope", "rope", "value", "ffn", "expert_ffn"
         )
+        wrong += out_of_range(values, "experts", high=EXPERTS_MAX)
         wrong += out_of_range(values, *(("q_rank",) if values["q_rank"] is not None else ()))
         wrong += out_of_range(values, "dense_layers", "shared_experts", "mtp_layers", low=0)
         if not wrong and values["rope"] % 2:
@@ -119,8 +122,8 @@ class DeepseekConfig(ModelConfig):
             **values,
             routing=routing,
             routing_bias=routing.scoring == "sigmoid",
-            interleaved=bool(raw.get("rope_interleave", True)),
-            attention_bias=bool(raw.get("attention_bias", False)),
+            interleaved=switch(path, raw, "rope_interleave", default=True),
+            attention_bias=switch(path, raw, "attention_bias"),
             prefix=prefix,
         )
 
@@ -165,7 +168,7 @@ def _routing(path: Path, raw: Mapping[str, Any]) -> Routing:
     return Routing(
         **values,
         scoring=scoring,
-        normalised=bool(raw.get("norm_topk_prob", not second)),
+        normalised=switch(path, raw, "norm_topk_prob", default=not second),
         scale=float(scale),
     )
 

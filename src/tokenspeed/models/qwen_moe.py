@@ -16,7 +16,14 @@ from tokenspeed.errors import CheckpointError
 from tokenspeed.kernels import Routing
 from tokenspeed.models import llama
 from tokenspeed.models.blocks import Cached, add_norm, embed, head, norm
-from tokenspeed.models.config import LlamaConfig, ModelConfig, out_of_range, read_json
+from tokenspeed.models.config import (
+    EXPERTS_MAX,
+    LlamaConfig,
+    ModelConfig,
+    out_of_range,
+    read_json,
+    switch,
+)
 from tokenspeed.models.moe import moe, moe_parameters
 
 __all__ = ["QwenMoeConfig", "cached", "forward", "parameters", "unused"]
@@ -59,7 +66,8 @@ class QwenMoeConfig(ModelConfig):
             "expert_ffn": raw.get("moe_intermediate_size"),
             "chosen": raw.get("num_experts_per_tok"),
         }
-        wrong = out_of_range(values, *values)
+        wrong = out_of_range(values, "expert_ffn", "chosen")
+        wrong += out_of_range(values, "experts", high=EXPERTS_MAX)
         if not wrong and values["chosen"] > values["experts"]:
             wrong.append(f"{values['chosen']} of {values['experts']} experts are to be chosen")
         if wrong:
@@ -72,7 +80,7 @@ class QwenMoeConfig(ModelConfig):
             routing=Routing(
                 scoring="softmax",
                 chosen=values["chosen"],
-                normalised=bool(raw.get("norm_topk_prob", False)),
+                normalised=switch(path, raw, "norm_topk_prob"),
             ),
         )
 

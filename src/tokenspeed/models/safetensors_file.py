@@ -10,6 +10,7 @@ import json
 import math
 import os
 import struct
+from operator import index
 from pathlib import Path
 from typing import final
 
@@ -101,10 +102,10 @@ def _header(path: Path) -> dict[str, Entry]:
     try:
         header = json.loads(raw)
         header.pop("__metadata__", None)
-        entries = [
-            (name, str(e["dtype"]), tuple(map(int, e["shape"])), *map(int, e["data_offsets"]))
-            for name, e in header.items()
-        ]
+        entries = []
+        for name, e in header.items():
+            start, end = map(index, e["data_offsets"])
+            entries.append((name, str(e["dtype"]), tuple(map(index, e["shape"])), start, end))
         entries.sort(key=lambda entry: entry[3:])
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(path, f"the header is damaged: {error!r}") from error

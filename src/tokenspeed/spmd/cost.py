@@ -107,12 +107,15 @@ class Costs:
         """What joins the ranks along an axis: the network, if some of them are on another host."""
         if axis in self.links:
             return self.links[axis]
-        hosts = {
-            {rank // self.host_ranks for rank in mesh.at(first).peers(axis)}
-            != {first // self.host_ranks}
-            for first in range(mesh.ranks)
-        }
-        return NETWORK if True in hosts else NVLINK
+        size, stride = mesh.size(axis), mesh.stride(axis)
+        starts = (
+            first
+            for block in range(0, mesh.ranks, stride * size)
+            for first in range(block, block + stride)
+        )
+        away = stride * (size - 1)
+        beyond = any(at // self.host_ranks != (at + away) // self.host_ranks for at in starts)
+        return NETWORK if beyond else NVLINK
 
     def on(self, mesh: Mesh) -> Costs:
         """The same with a link for every axis of a mesh, so that none is looked for again."""

@@ -15,6 +15,8 @@ from tokenspeed.errors import ConfigError
 
 __all__ = ["Mesh"]
 
+RANKS_MAX = 1 << 16
+
 
 @final
 @frozen
@@ -36,6 +38,8 @@ class Mesh:
         for name, size in self.axes:
             if size < 1:
                 raise ConfigError(f"mesh.{name}", size, "at least 1 rank along the axis")
+        if self.ranks > RANKS_MAX:
+            raise ConfigError("mesh", str(self), f"at most {RANKS_MAX:,} ranks: axes multiply")
         if not 0 <= self.rank < self.ranks:
             raise ConfigError("rank", self.rank, f"0 to {self.ranks - 1} on the mesh {self}")
 
@@ -69,13 +73,14 @@ class Mesh:
 
     def peers(self, axis: str) -> tuple[int, ...]:
         """The ranks that differ from this one along `axis` alone, this one included, in order."""
-        stride = 1
-        for name, size in reversed(self.axes):
-            if name == axis:
-                first = self.rank - self.coordinate(axis) * stride
-                return tuple(first + i * stride for i in range(size))
-            stride *= size
-        return (self.rank,)
+        first = self.rank - self.coordinate(axis) * self.stride(axis)
+        return tuple(first + i * self.stride(axis) for i in range(self.size(axis)))
+
+    def stride(self, axis: str) -> int:
+        """By how much the numbers of two ranks differ that are neighbours along an axis."""
+        names = [name for name, _ in self.axes]
+        inner = self.axes[names.index(axis) + 1 :] if axis in names else ()
+        return math.prod(size for _, size in inner)
 
     def at(self, rank: int) -> Mesh:
         """The same mesh seen by another rank."""

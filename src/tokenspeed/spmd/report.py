@@ -22,8 +22,12 @@ from tokenspeed.spmd.cost import Link
 from tokenspeed.spmd.mesh import Mesh
 from tokenspeed.spmd.placement import Layout, Shard
 from tokenspeed.spmd.stages import AXIS
+from tokenspeed.spmd.trace import COUNT_MAX
 
-__all__ = ["Layer", "Report", "batch_of", "parse_links", "parse_mesh", "report", "rows_of"]
+__all__ = ["AXES", "Layer", "Report", "batch_of", "parse_links", "parse_mesh", "report", "rows_of"]
+
+AXES = ("dp", "ep", "tp", "pp")
+"""Those that models name; a mesh may have others for models that name them."""
 
 BATCH_AXES = ("dp", "ep")
 """Along these, ranks have rows of their own: data-parallel attention."""
@@ -205,9 +209,12 @@ def rows_of(mesh: Mesh, tokens: int | None) -> tuple[int, int]:
     parts = batch_of(mesh).parts(mesh)
     if tokens is None:
         tokens = _TOKENS * parts
-    if tokens < 1 or tokens % parts:
+    if not 1 <= tokens <= COUNT_MAX or tokens % parts:
         raise ConfigError(
-            "tokens", tokens, f"a multiple of {parts}: so many ranks have rows of their own"
+            "tokens",
+            tokens,
+            f"{parts:,} to {COUNT_MAX:,}"
+            + (f", a multiple of {parts}: so many ranks have rows of their own" * (parts > 1)),
         )
     return tokens, min(tokens, max(_ROWS_MAX // parts, 1) * parts)
 

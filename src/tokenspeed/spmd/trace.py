@@ -20,7 +20,7 @@ from tokenspeed.spmd.moves import Kind
 from tokenspeed.spmd.params import Constant, Parameter, Path, Tree, leaves, path_name
 from tokenspeed.spmd.placement import REPLICATED, Boundary, Layout, as_batch
 
-__all__ = ["Bucket", "Call", "Ref", "Trace", "Value", "trace_model"]
+__all__ = ["COUNT_MAX", "Bucket", "Call", "Ref", "Trace", "Value", "trace_model"]
 
 
 COUNT_MAX = 1 << 31
