@@ -177,7 +177,7 @@ def test_lesser_instruction_sets_keep_the_laws(isa: str) -> None:
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
     assert " passed" in done.stdout
-    asks = "import ctypes; from tokenspeed.kernels.cpu.native import _library; name = _library()"
+    asks = "import ctypes; from tokenspeed.kernels.cpu.library import _library; name = _library()"
     asks += ".ts_cpu_isa; name.restype = ctypes.c_char_p; print(name().decode())"
     chosen = subprocess.run(
         [sys.executable, "-c", asks], env=env, capture_output=True, text=True, check=True

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "kernels.hpp"
@@ -48,6 +50,10 @@ Rounded room(std::int64_t tokens, std::int64_t cols) {
   return {numbers.data(), scales.data(), scales.data() + groups};
 }
 
+std::int64_t size_of(int dtype) {
+  return dtype == 0 ? 4 : 2;
+}
+
 // What is not worth a second thread, some microseconds: elements, and products.
 constexpr std::int64_t kSmall = 16384;
 constexpr std::int64_t kSmallProduct = 1 << 17;
@@ -55,6 +61,55 @@ constexpr std::int64_t kSmallProduct = 1 << 17;
 std::int64_t piece_of(std::int64_t items, std::int64_t item, std::int64_t small, int threads) {
   return std::max({std::int64_t{1}, small / item, items / (8 * std::int64_t{threads})});
 }
+
+// Shares a loop over rows of `width` elements.
+template <class Function>
+void over_rows(std::int64_t rows, std::int64_t width, std::int64_t small, int threads,
+               Function&& work) {
+  share(rows, piece_of(rows, width, small, threads), threads, work);
+}
+
+// An argument from the word that it was written down as.
+template <class T>
+T from_word(std::int64_t word) {
+  if constexpr (std::is_pointer_v<T>) {
+    return reinterpret_cast<T>(static_cast<std::uintptr_t>(word));
+  } else if constexpr (std::is_same_v<T, float>) {
+    const auto bits = static_cast<std::uint32_t>(word);
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+  } else {
+    return static_cast<T>(word);
+  }
+}
+
+template <class... Arguments, std::size_t... At>
+void call(void (*function)(Arguments...), const std::int64_t* words, std::index_sequence<At...>) {
+  static_assert(sizeof...(Arguments) < TS_CPU_CALL_WORDS);
+  function(from_word<Arguments>(words[At])...);
+}
+
+template <class... Arguments>
+void call(void (*function)(Arguments...), const std::int64_t* words) {
+  call(function, words, std::index_sequence_for<Arguments...>{});
+}
+
+struct Replayable {
+  const char* name;
+  void (*run)(const std::int64_t* words);
+};
+
+#define REPLAYABLE(name)                                                 \
+  Replayable {                                                           \
+    #name, [](const std::int64_t* words) { call(ts_cpu_##name, words); } \
+  }
+const Replayable kReplayable[] = {
+    REPLAYABLE(linear),   REPLAYABLE(rms_norm),  REPLAYABLE(silu_mul),
+    REPLAYABLE(rope),     REPLAYABLE(argmax),    REPLAYABLE(finite),
+    REPLAYABLE(kv_write), REPLAYABLE(attention), REPLAYABLE(take),
+};
+#undef REPLAYABLE
 
 }  // namespace
 }  // namespace tokenspeed::cpu
@@ -83,34 +138,47 @@ void ts_cpu_linear(int dtype, const void* x, int64_t x_stride, int64_t tokens, i
 
 void ts_cpu_rms_norm(int dtype, const void* x, const void* residual, const void* weight,
                      int64_t tokens, int64_t dim, float eps, void* out, void* total, int threads) {
-  auto work = [&](int64_t begin, int64_t end) {
+  over_rows(tokens, dim, kSmall, threads, [&](int64_t begin, int64_t end) {
     kernels().rms_norm(x, residual, weight, dim, eps, out, total, dtype, begin, end);
-  };
-  share(tokens, piece_of(tokens, dim, kSmall, threads), threads, work);
+  });
 }
 
 void ts_cpu_silu_mul(int dtype, const void* x, int64_t tokens, int64_t width, void* out,
                      int threads) {
-  auto work = [&](int64_t begin, int64_t end) {
+  over_rows(tokens, width, kSmall, threads, [&](int64_t begin, int64_t end) {
     kernels().silu_mul(x, width, out, dtype, begin, end);
-  };
-  share(tokens, piece_of(tokens, width, kSmall, threads), threads, work);
+  });
 }
 
 void ts_cpu_argmax(int dtype, const void* x, int64_t rows, int64_t width, int64_t* out,
                    int threads) {
-  auto work = [&](int64_t begin, int64_t end) {
+  over_rows(rows, width, kSmallProduct, threads, [&](int64_t begin, int64_t end) {
     kernels().argmax(x, width, out, dtype, begin, end);
-  };
-  share(rows, piece_of(rows, width, kSmallProduct, threads), threads, work);
+  });
 }
 
 void ts_cpu_finite(int dtype, const void* x, int64_t rows, int64_t width, uint8_t* out,
                    int threads) {
-  auto work = [&](int64_t begin, int64_t end) {
+  over_rows(rows, width, kSmallProduct, threads, [&](int64_t begin, int64_t end) {
     kernels().finite(x, width, out, dtype, begin, end);
-  };
-  share(rows, piece_of(rows, width, kSmallProduct, threads), threads, work);
+  });
+}
+
+void ts_cpu_take(int dtype, const void* x, int64_t rows, int64_t width, const int64_t* ids,
+                 int64_t count, void* out, int64_t* strange) {
+  const int64_t bytes = width * size_of(dtype);
+  int64_t found = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    char* to = static_cast<char*>(out) + i * bytes;
+    if (ids[i] >= 0 && ids[i] < rows) {
+      std::memcpy(to, static_cast<const char*>(x) + ids[i] * bytes,
+                  static_cast<std::size_t>(bytes));
+    } else {
+      std::memset(to, 0xff, static_cast<std::size_t>(bytes));
+      ++found;
+    }
+  }
+  if (strange != nullptr) *strange = found;
 }
 
 void ts_cpu_rope(int dtype, const void* x, int64_t token_stride, int64_t head_stride,
@@ -122,7 +190,7 @@ void ts_cpu_rope(int dtype, const void* x, int64_t token_stride, int64_t head_st
 
 void ts_cpu_kv_write(int dtype, const void* x, int64_t token_stride, int64_t tokens, int64_t width,
                      const int64_t* locations, void* pages) {
-  const int64_t size = dtype == 0 ? 4 : 2;
+  const int64_t size = size_of(dtype);
   for (int64_t t = 0; t < tokens; ++t) {
     std::memcpy(static_cast<char*>(pages) + locations[t] * width * size,
                 static_cast<const char*>(x) + t * token_stride * size,
@@ -140,4 +208,19 @@ void ts_cpu_attention(int dtype, const void* q, const void* k_pages, const void*
                        kv_heads,   dim,     window,       queries_max, out};
   auto work = [&](int64_t begin, int64_t end) { kernels().attention(call, dtype, begin, end); };
   share(query_start[rows] * kv_heads, 1, threads, work);
+}
+
+int ts_cpu_number(const char* name) {
+  int number = 0;
+  for (const Replayable& one : kReplayable) {
+    if (std::strcmp(one.name, name) == 0) return number;
+    ++number;
+  }
+  return -1;
+}
+
+void ts_cpu_replay(const int64_t* calls, int64_t count) {
+  for (int64_t at = 0; at < count; ++at, calls += TS_CPU_CALL_WORDS) {
+    kReplayable[calls[0]].run(calls + 1);
+  }
 }

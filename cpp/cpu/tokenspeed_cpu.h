@@ -29,7 +29,8 @@ TS_CPU_API void ts_cpu_linear(int dtype, const void* x, int64_t x_stride, int64_
                               int64_t cols, const uint8_t* packed, int64_t rows, int bits,
                               const void* bias, void* out, int threads);
 
-/* total = x + residual (x alone where residual is null); out = total / rms(total) * weight. */
+/* total = x + residual (x alone where residual is null); out = total / rms(total) * weight. total
+ * may be null: nobody wants it. */
 TS_CPU_API void ts_cpu_rms_norm(int dtype, const void* x, const void* residual, const void* weight,
                                 int64_t tokens, int64_t dim, float eps, void* out, void* total,
                                 int threads);
@@ -64,6 +65,18 @@ TS_CPU_API void ts_cpu_attention(int dtype, const void* q, const void* k_pages, 
                                  int64_t table_stride, int64_t page_size, int64_t heads,
                                  int64_t kv_heads, int64_t dim, int64_t window, int64_t queries_max,
                                  void* out, int threads);
+
+/* out[i] = x[ids[i]], rows of `width` elements of x[rows, width]. For an id that is no row there
+ * are NaNs, and where `strange` is not null it is told how many there were. */
+TS_CPU_API void ts_cpu_take(int dtype, const void* x, int64_t rows, int64_t width,
+                            const int64_t* ids, int64_t count, void* out, int64_t* strange);
+
+/* Calls that are written down to be made again, in their order: TS_CPU_CALL_WORDS words each, the
+ * number of the function, then its arguments: integers and pointers as they are, a float by its
+ * bits. A function's number is that of its name without ts_cpu_; -1: it cannot be written down. */
+#define TS_CPU_CALL_WORDS 18
+TS_CPU_API int ts_cpu_number(const char* name);
+TS_CPU_API void ts_cpu_replay(const int64_t* calls, int64_t count);
 
 #ifdef __cplusplus
 }

@@ -11,6 +11,7 @@ from typing import cast
 from torch import Tensor
 
 from tokenspeed.kernels.contract import AttentionPlan, Backend, Draws, MlaPlan, Problem, Routing
+from tokenspeed.kernels.cpu.recording import Recording, Workspace, record
 from tokenspeed.kernels.latent import latent_attention
 from tokenspeed.kernels.mla import mla_decode, mla_decode_plan, mla_prefill
 from tokenspeed.kernels.packing import GROUP, PackedWeight, pack
@@ -25,8 +26,10 @@ __all__ = [
     "MlaPlan",
     "PackedWeight",
     "Problem",
+    "Recording",
     "Registry",
     "Routing",
+    "Workspace",
     "add_rms_norm",
     "argmax",
     "draw",
@@ -42,6 +45,7 @@ __all__ = [
     "moe_route",
     "pack",
     "paged_attention",
+    "record",
     "registry",
     "rms_norm",
     "rope",
@@ -50,7 +54,7 @@ __all__ = [
 
 
 def embedding(ids: Tensor, weight: Tensor) -> Tensor:
-    """ids[T] -> weight[ids], [T, D]."""
+    """ids[T] -> weight[ids], [T, D]; also of rows that are no weight."""
     return cast(Tensor, registry.of("embedding", weight)(ids, weight))
 
 

@@ -115,7 +115,8 @@ def _scored(params: Params, x: Tensor, residual: Tensor, rows: Tensor, eps: floa
 )
 def head(params: Params, x: Tensor, residual: Tensor, rows: Tensor, eps: float) -> Tensor:
     """Logits [rows, vocab] of the given token rows; the other rows are never multiplied."""
-    x, _ = kernels.add_rms_norm(x[rows], residual[rows], params["norm"], eps)
+    x, residual = kernels.embedding(rows, x), kernels.embedding(rows, residual)
+    x, _ = kernels.add_rms_norm(x, residual, params["norm"], eps)
     return kernels.linear(x, params["weight"])
 
 

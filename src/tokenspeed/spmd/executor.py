@@ -26,6 +26,7 @@ from tokenspeed.spmd.compile import Program
 from tokenspeed.spmd.host import Ended, HostKV
 from tokenspeed.spmd.kv import KV, KVSpec
 from tokenspeed.spmd.params import Tree
+from tokenspeed.spmd.replay import DecodeSteps
 from tokenspeed.spmd.sampling import Logprobs, SamplerState, sample
 
 __all__ = ["CompiledModel", "Executor", "Pending"]
@@ -119,12 +120,12 @@ class Executor:
         # What launches kernels by the current device is called from several threads.
         on_gpu = device.type == "cuda"
         self._on_device = torch.cuda.device(device) if on_gpu else contextlib.nullcontext()
-        self._step = model.step.step
-        self._params = model.params
+        pages_max = math.ceil(context_max / page_size)
+        self._step = DecodeSteps(model.step.step, model.params, pages_max, device)
         self._kv = model.kv.allocate(pages, page_size)
         self._pages = self._kv.pages
         self._host = HostKV(self._pages, host_pages) if host_pages else None
-        self._slots = Slots(slots, math.ceil(context_max / page_size), page_size, model.kv)
+        self._slots = Slots(slots, pages_max, page_size, model.kv)
         self._sampler = SamplerState(slots, model.config.vocab_size, device, eos_ids)
         self._worker = (
             ThreadPoolExecutor(1, thread_name_prefix="tokenspeed-step") if overlap else None
@@ -184,7 +185,7 @@ class Executor:
             raise StepError(f"step {plan.step}: {type(error).__name__}: {error}") from error
 
     def _compute(self, plan: StepPlan) -> StepResult:
-        logits, self._kv = self._step(self._params, self._slots.batch(plan), self._kv)
+        logits, self._kv = self._step(self._slots.batch(plan), self._kv)
         rows = np.flatnonzero(plan.sampled)
         run_start = plan.run_start
         token_ids = np.full(run_start[-1], -1, np.int32)

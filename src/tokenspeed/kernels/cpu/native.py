@@ -7,16 +7,13 @@ matrix products and stay with torch.
 
 from __future__ import annotations
 
-import ctypes
-import importlib.util
-from functools import cache
-
+import numpy as np
 import torch
 from torch import Tensor
 
-from tokenspeed.errors import KernelError
 from tokenspeed.kernels.contract import AttentionPlan, Backend, Problem
 from tokenspeed.kernels.cpu import attention as composed
+from tokenspeed.kernels.cpu.library import call, library_path
 from tokenspeed.kernels.packing import PackedWeight
 
 __all__ = ["BACKEND"]
@@ -26,47 +23,20 @@ _DIM_MAX = 256
 _QUERIES_MAX = 8
 """Of a row: with more, torch's fused attention over gathered pages is the faster one."""
 
-_POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-_SIGNATURES = {
-    "linear": [
-        *(_INT, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER, _SIZE, _INT, _POINTER, _POINTER, _INT)
-    ],
-    "rms_norm": [
-        *(_INT, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, ctypes.c_float, _POINTER, _POINTER),
-        _INT,
-    ],
-    "silu_mul": [_INT, _POINTER, _SIZE, _SIZE, _POINTER, _INT],
-    "rope": [
-        *(_INT, _POINTER, _SIZE, _SIZE, _SIZE, _SIZE, _SIZE, _POINTER, _POINTER, _POINTER),
-        _INT,
-    ],
-    "argmax": [_INT, _POINTER, _SIZE, _SIZE, _POINTER, _INT],
-    "finite": [_INT, _POINTER, _SIZE, _SIZE, _POINTER, _INT],
-    "kv_write": [_INT, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER, _POINTER],
-    "attention": [
-        *(_INT, _POINTER, _POINTER, _POINTER, _SIZE, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE),
-        *(_SIZE, _SIZE, _SIZE, _SIZE, _SIZE, _POINTER, _INT),
-    ],
-}  # fmt: skip
 
-
-@cache
-def _path() -> str | None:
-    """Where the library lies, or None."""
-    spec = importlib.util.find_spec("tokenspeed._cpu")
-    return None if spec is None else spec.origin
-
-
-@cache
-def _library() -> ctypes.CDLL:
-    path = _path()
-    if path is None:
-        raise KernelError("the library _cpu is not installed: build the package again")
-    library = ctypes.CDLL(path)
-    for name, arguments in _SIGNATURES.items():
-        function = getattr(library, f"ts_cpu_{name}")
-        function.argtypes, function.restype = arguments, None
-    return library
+def embedding(ids: Tensor, weight: Tensor) -> Tensor:
+    """See contract.py."""
+    weight, ids = weight.contiguous(), ids.contiguous()
+    rows, width = weight.shape
+    out = torch.empty((ids.shape[0], width), dtype=weight.dtype)
+    strange = torch.empty(1, dtype=torch.int64)
+    call(
+        "take", _DTYPES[weight.dtype], weight.data_ptr(), rows, width, ids.data_ptr(),
+        ids.shape[0], out.data_ptr(), strange.data_ptr(),
+    )  # fmt: skip
+    if found := int(strange.numpy()[0]):
+        raise IndexError(f"embedding: {found} ids are none of the {rows} rows")
+    return out
 
 
 def linear_packed(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
@@ -76,8 +46,8 @@ def linear_packed(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tenso
     if bias is not None:
         bias = bias.to(x.dtype)
     out = torch.empty((x.shape[0], weight.rows), dtype=x.dtype)
-    _library().ts_cpu_linear(
-        _DTYPES[x.dtype], x.data_ptr(), x.stride(0), x.shape[0], weight.columns,
+    call(
+        "linear", _DTYPES[x.dtype], x.data_ptr(), x.stride(0), x.shape[0], weight.columns,
         weight.data.data_ptr(), weight.rows, weight.bits,
         None if bias is None else bias.data_ptr(), out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -86,24 +56,35 @@ def linear_packed(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tenso
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See contract.py."""
-    return _norm(x.contiguous(), None, weight, eps)[0]
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    _norm(x, None, weight, eps, out, None)
+    return out
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """See contract.py."""
-    return _norm(x.contiguous(), residual.contiguous(), weight, eps)
-
-
-def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    weight = weight.to(x.dtype)
+    x = x.contiguous()
     out, total = torch.empty_like(x), torch.empty_like(x)
-    dim = x.shape[-1]
-    _library().ts_cpu_rms_norm(
-        _DTYPES[x.dtype], x.data_ptr(), None if residual is None else residual.data_ptr(),
-        weight.data_ptr(), x.numel() // dim, dim, eps, out.data_ptr(), total.data_ptr(),
-        torch.get_num_threads(),
-    )  # fmt: skip
+    _norm(x, residual.contiguous(), weight, eps, out, total)
     return out, total
+
+
+def _norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    out: Tensor,
+    total: Tensor | None,
+) -> None:
+    weight = weight.to(x.dtype)
+    dim = x.shape[-1]
+    call(
+        "rms_norm", _DTYPES[x.dtype], x.data_ptr(),
+        None if residual is None else residual.data_ptr(), weight.data_ptr(), x.numel() // dim, dim,
+        eps, out.data_ptr(), None if total is None else total.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
 
 
 def silu_mul(x: Tensor) -> Tensor:
@@ -111,9 +92,10 @@ def silu_mul(x: Tensor) -> Tensor:
     x = x.contiguous()
     tokens, width = x.shape[0], x.shape[1] // 2
     out = torch.empty((tokens, width), dtype=x.dtype)
-    _library().ts_cpu_silu_mul(
-        _DTYPES[x.dtype], x.data_ptr(), tokens, width, out.data_ptr(), torch.get_num_threads()
-    )
+    call(
+        "silu_mul", _DTYPES[x.dtype], x.data_ptr(), tokens, width, out.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
     return out
 
 
@@ -131,8 +113,7 @@ def _of_rows(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
     x = x.contiguous()
     rows, width = x.shape
     out = torch.empty(rows, dtype=dtype)
-    run = getattr(_library(), f"ts_cpu_{name}")
-    run(_DTYPES[x.dtype], x.data_ptr(), rows, width, out.data_ptr(), torch.get_num_threads())
+    call(name, _DTYPES[x.dtype], x.data_ptr(), rows, width, out.data_ptr(), torch.get_num_threads())
     return out
 
 
@@ -151,8 +132,8 @@ def _turned(x: Tensor, positions: Tensor, cos_sin: Tensor, interleaved: bool) ->
         x = x.contiguous()
     tokens, heads, dim = x.shape
     out = torch.empty((tokens, heads, dim), dtype=x.dtype)
-    _library().ts_cpu_rope(
-        _DTYPES[x.dtype], x.data_ptr(), x.stride(0), x.stride(1), tokens, heads, dim,
+    call(
+        "rope", _DTYPES[x.dtype], x.data_ptr(), x.stride(0), x.stride(1), tokens, heads, dim,
         positions.data_ptr(), cos_sin.data_ptr(), out.data_ptr(), interleaved,
     )  # fmt: skip
     return out
@@ -171,9 +152,9 @@ def _write(pages: Tensor, x: Tensor, locations: Tensor) -> None:
     tokens, heads, dim = x.shape
     if x.stride()[1:] != (dim, 1):
         x = x.contiguous()
-    _library().ts_cpu_kv_write(
-        _DTYPES[x.dtype], x.data_ptr(), x.stride(0), tokens, heads * dim, locations.data_ptr(),
-        pages.data_ptr(),
+    call(
+        "kv_write", _DTYPES[x.dtype], x.data_ptr(), x.stride(0), tokens, heads * dim,
+        locations.data_ptr(), pages.data_ptr(),
     )  # fmt: skip
 
 
@@ -189,15 +170,21 @@ def paged_attention(
     table = plan.page_table
     if table.stride(1) != 1:
         table = table.contiguous()
-    _library().ts_cpu_attention(
-        _DTYPES[q.dtype], q.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), table.shape[0],
-        plan.query_start.data_ptr(), plan.context_lens.data_ptr(), table.data_ptr(),
+    call(
+        "attention", _DTYPES[q.dtype], q.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(),
+        table.shape[0], plan.query_start.data_ptr(), plan.context_lens.data_ptr(), table.data_ptr(),
         table.stride(0), plan.page_size, heads, k_pages.shape[2], dim, window or 0, _QUERIES_MAX,
         out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-    for row in plan.once(composed.long_rows, window, _QUERIES_MAX):
-        composed.attend_row(q, k_pages, v_pages, row, out)
+    if plan.once(_longest) > _QUERIES_MAX:
+        for row in plan.once(composed.long_rows, window, _QUERIES_MAX):
+            composed.attend_row(q, k_pages, v_pages, row, out)
     return out
+
+
+def _longest(plan: AttentionPlan) -> int:
+    """Queries of the longest row."""
+    return int(np.diff(plan.query_start.numpy()).max(initial=0))
 
 
 def _supports(problem: Problem) -> str | None:
@@ -205,7 +192,7 @@ def _supports(problem: Problem) -> str | None:
         return f"runs on the CPU, not on {problem.device}"
     if problem.dtype not in ("float32", "bfloat16"):
         return f"computes in float32 or bfloat16, not {problem.dtype}"
-    if _path() is None:
+    if library_path() is None:
         return "is not built"
     return None
 
@@ -214,6 +201,7 @@ BACKEND = Backend(
     name="native",
     priority=20,
     functions={
+        "embedding": embedding,
         "linear_packed": linear_packed,
         "rms_norm": rms_norm,
         "add_rms_norm": add_rms_norm,
