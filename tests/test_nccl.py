@@ -103,7 +103,7 @@ def test_gpus_equal_one_gpu(
 
 def _in_a_graph(
     folder: Path, mesh: Mesh, links: str, communicator: Communicator, device: str
-) -> tuple[Any, Any, list[str]]:
+) -> tuple[Any, Any, list[tuple[str, bool]]]:
     """A step without a graph and one as the replay of another step's: other tokens, and one more
     of each row cached."""
     batch_lies = batch_of(mesh) if links == "own" else batch_of(Mesh.single())
@@ -115,6 +115,7 @@ def _in_a_graph(
         communicator=communicator,
         tokens=8,
         batch=batch_lies,
+        costs=LINKS["usual, slow modules"],
     )
     with torch.inference_mode():
         first, kv = decode(model, rows, 40)
@@ -130,7 +131,8 @@ def _in_a_graph(
         _fill(fixed, later)
         logits.fill_(float("nan"))
         graph.replay()
-        return logits.cpu().numpy(), wanted.cpu().numpy(), [c.op for c in model.step.collectives]
+        found = [(one.op, one.started is not None) for one in model.step.collectives]
+        return logits.cpu().numpy(), wanted.cpu().numpy(), found
 
 
 def _tensors(batch: Batch) -> list[torch.Tensor]:
@@ -186,3 +188,4 @@ def test_a_decode_step_with_its_collectives_is_a_cuda_graph(
         assert np.isfinite(wanted).all()
         np.testing.assert_allclose(replayed, wanted, atol=1e-5, rtol=1e-5)
         assert bool(ops) == (model == "deepseek_v3" or "tp" in axes)
+        assert any(early for _, early in ops) == (model == "deepseek_v3" and "ep" in axes)

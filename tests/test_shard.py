@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from tokenspeed import models
 from tokenspeed.bench import shard
 from tokenspeed.cli import cli
 from tokenspeed.errors import CheckpointError, ConfigError, PlacementError
+from tokenspeed.spmd import Bucket, Costs
+from tokenspeed.spmd.overlap import Clock
+from tokenspeed.spmd.report import batch_of, parse_mesh
 
 BF16 = 2
 BIG = ["deepseek-v3", "kimi-k2"]
@@ -92,6 +96,77 @@ def test_few_tokens_are_brought_to_the_experts_and_many_are_sent() -> None:
     assert back["bytes"] == math.ceil(visits * row)
     # Beside the row go its experts' numbers and weights, and before all a count for each rank.
     assert abs(there["bytes"] - (visits * (row + chosen * (8 + 4)) + 8 * 8)) < 3
+
+
+def test_shared_experts_run_while_the_others_travel() -> None:
+    """Where the sums of the routed experts are begun to travel back, the shared ones have not run,
+    and where they are awaited they have: their weights take longer to read than that."""
+    config, rows = models.find_config("deepseek-v3"), 128
+    assert isinstance(config, models.DeepseekConfig)
+    weights = config.shared_experts * 3 * config.hidden * config.expert_ffn * BF16
+    arguments = ("deepseek-v3", "--mesh", "ep=4", "--tokens", str(rows))
+    found = printed(*arguments)
+    there, back = found["layers"][30]["collectives"]
+    assert (there["op"], back["op"], there["hidden_s"]) == ("all_gather", "reduce_scatter", 0)
+    assert back["hidden_s"] == back["cost_s"] < weights / 3.35e12
+    table = CliRunner().invoke(cli, ["shard", *arguments]).stdout
+    assert "1 reduce_scatter over ep, 1.835 MB, overlapped" in table
+    mesh = parse_mesh("ep=4")
+    programs = [
+        models.compile_config(
+            config,
+            mesh,
+            bucket=Bucket(tokens=rows, rows=rows, dtype=torch.bfloat16),
+            batch=batch_of(mesh),
+            costs=costs,
+        )
+        for costs in (Costs(), Costs(begin_s=1.0))
+    ]
+    beside, behind = programs
+    experts = len(found["layers"]) - config.dense_layers
+    assert behind.hidden_s == 0
+    assert beside.hidden_s == pytest.approx(experts * back["cost_s"])
+    assert beside.cost_s == pytest.approx(behind.cost_s - beside.hidden_s)
+    early = [one for one in beside.collectives if one.started is not None]
+    assert len(early) == experts
+    for one in early:
+        assert one.started is not None
+        between = [call.path.split(":") for call in beside.calls[one.started : one.at + 1]]
+        layer = f"layers.{one.layer}"
+        assert between == [
+            [f"{layer}.experts", "experts"],
+            [f"{layer}.shared", "mlp"],
+            [f"{layer}", "add"],
+        ]
+    lines = [
+        line for line in beside.source.splitlines() if "layers'][30]" in line or "wait" in line
+    ]
+    at = next(n for n, line in enumerate(lines) if "'experts'" in line and "[30]" in line)
+    assert ["'shared'" in lines[at + 1], " = wait(" in lines[at + 2]] == [True, True]
+    assert "for " not in beside.source
+
+
+def test_few_rows_hide_part_and_a_dear_beginning_hides_nothing() -> None:
+    """What is hidden is the shorter of the two."""
+    slow = printed("deepseek-v3", "--mesh", "ep=4", "--tokens", "128", "--link", "ep=100,100")
+    config = models.find_config("deepseek-v3")
+    assert isinstance(config, models.DeepseekConfig)
+    back = slow["layers"][30]["collectives"][1]
+    weights = config.shared_experts * 3 * config.hidden * config.expert_ffn * BF16
+    touched = 2 * 128 // 4 * config.hidden * BF16
+    assert back["hidden_s"] == pytest.approx((weights + touched) / 3.35e12)
+    assert back["hidden_s"] < back["cost_s"]
+
+
+def test_collectives_queue_behind_each_other() -> None:
+    """Begun at 0 for 5 s; a module of 2; another one for 3, awaited at once; the first, awaited."""
+    clock = Clock()
+    clock.begin("first", 5)
+    clock.work(2)
+    assert clock.pause(3) == 3 - 6  # it waits for the first, and then takes its time
+    assert clock.now_s == 8
+    assert clock.wait("first", 5) == 5
+    assert clock.now_s == 8 == 5 + 2 + 3 - (5 - 3)
 
 
 def test_memory_is_counted() -> None:

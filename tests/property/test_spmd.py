@@ -207,7 +207,14 @@ def run(
     program=blocks,
     mesh=st.sampled_from(MESHES),
     lies=st.sampled_from(BATCHES),
-    costs=st.none() | st.builds(lambda a, b, c: Costs.of(dp=a, ep=b, tp=c), links, links, links),
+    costs=st.none()
+    | st.builds(
+        lambda a, b, c, memory: Costs({"dp": a, "ep": b, "tp": c}, memory, begin_s=0.0),
+        links,
+        links,
+        links,
+        st.sampled_from([1e4, 1e12]),  # beside slow modules collectives are begun early
+    ),
     tokens_known=st.booleans(),
     seed=st.integers(0, 99),
 )

@@ -10,21 +10,51 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from queue import Queue
-from typing import Any, Protocol, TypeVar, cast, final
+from typing import Any, Generic, Protocol, Self, TypeVar, cast, final
 
 import torch
 import torch.distributed as dist
-from attrs import define, field
+from attrs import define, field, frozen
 from torch import Tensor
 
 from tokenspeed.errors import PlacementError
 from tokenspeed.spmd.mesh import Mesh
 
-__all__ = ["Communicator", "ProcessGroups", "ThreadGroups", "local_slice"]
+__all__ = ["Communicator", "ProcessGroups", "Started", "ThreadGroups", "local_slice"]
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@final
+@frozen(eq=False)
+class Started(Generic[T]):
+    """A collective under way. What it was given may not be written to until it has been awaited."""
+
+    _works: tuple[dist.Work, ...]
+    _finish: Callable[[], T]
+
+    @classmethod
+    def of(cls, work: dist.Work | None, finish: Callable[[], T]) -> Self:
+        """One of torch's, or none where it is over."""
+        return cls(() if work is None else (work,), finish)
+
+    def wait(self) -> T:
+        """Its result. On a GPU the stream waits for it, not the CPU."""
+        for work in self._works:
+            work.wait()
+        return self._finish()
 
 
 class Communicator(Protocol):
     """What a compiled program needs of the mesh. All ranks of an axis call alike, in one order."""
+
+    def start(self, op: str, *args: Any, **how: Any) -> Started[Any]:
+        """Begin `all_reduce`, `all_gather`, `reduce_scatter`, `all_to_all` or `exchange`.
+
+        Called as these are. Others may be begun and awaited before it is awaited.
+        """
+        ...
 
     def all_reduce(self, x: Tensor, *, axis: str) -> Tensor:
         """Sum over the axis; every rank gets it."""
@@ -116,36 +146,74 @@ class ProcessGroups:
             if dist.get_backend(group) == "nccl":
                 group.abort()
 
+    def start(self, op: str, *args: Any, **how: Any) -> Started[Any]:
+        """See Communicator. NCCL has a stream of its own for it, gloo threads."""
+        begun: Started[Any] = getattr(self, f"_{op}")(*args, later=True, **how)
+        return begun
+
     def all_reduce(self, x: Tensor, *, axis: str) -> Tensor:
         """See Communicator."""
-        total = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=self._groups[axis])
-        return total
+        return self._all_reduce(x, axis=axis).wait()
 
     def all_gather(self, x: Tensor, *, axis: str, dim: int) -> Tensor:
         """See Communicator."""
-        mine = x.contiguous()
-        size = self._mesh.size(axis)
-        parts = mine.new_empty((size * mine.shape[0], *mine.shape[1:]))
-        _all_gather(parts, mine, group=self._groups[axis])
-        return parts if dim == 0 else torch.cat(parts.chunk(size), dim)
+        return self._all_gather(x, axis=axis, dim=dim).wait()
 
     def reduce_scatter(self, x: Tensor, *, axis: str, dim: int) -> Tensor:
         """See Communicator."""
-        size, at = self._mesh.size(axis), self._mesh.coordinate(axis)
-        if dist.get_backend(self._groups[axis]) == "gloo":  # it has no reduce_scatter of its own
-            return local_slice(self.all_reduce(x, axis=axis), dim=dim, size=size, at=at)
-        parts = x.contiguous() if dim == 0 else torch.cat(_slices(x, dim, size))
-        mine = torch.empty_like(local_slice(parts, dim=0, size=size, at=at))
-        _reduce_scatter(mine, parts, group=self._groups[axis])
-        return mine
+        return self._reduce_scatter(x, axis=axis, dim=dim).wait()
 
     def all_to_all(self, x: Tensor, *, axis: str, dim: int, from_dim: int) -> Tensor:
         """See Communicator."""
+        return self._all_to_all(x, axis=axis, dim=dim, from_dim=from_dim).wait()
+
+    def exchange(
+        self, parts: Sequence[Tensor], came: Sequence[int], *, axis: str
+    ) -> tuple[Tensor, ...]:
+        """See Communicator."""
+        return self._exchange(parts, came, axis=axis).wait()
+
+    def _all_reduce(self, x: Tensor, *, axis: str, later: bool = False) -> Started[Tensor]:
+        total = x.clone(memory_format=torch.contiguous_format)
+        work = dist.all_reduce(total, group=self._groups[axis], async_op=later)
+        return Started.of(work, lambda: total)
+
+    def _all_gather(
+        self, x: Tensor, *, axis: str, dim: int, later: bool = False
+    ) -> Started[Tensor]:
+        mine, size = x.contiguous(), self._mesh.size(axis)
+        parts = mine.new_empty((size * mine.shape[0], *mine.shape[1:]))
+        work = _all_gather(parts, mine, group=self._groups[axis], async_op=later)
+        return Started.of(work, lambda: parts if dim == 0 else torch.cat(parts.chunk(size), dim))
+
+    def _reduce_scatter(
+        self, x: Tensor, *, axis: str, dim: int, later: bool = False
+    ) -> Started[Tensor]:
+        size, at, group = self._mesh.size(axis), self._mesh.coordinate(axis), self._groups[axis]
+        if dist.get_backend(group) == "gloo":  # it has no reduce_scatter of its own
+            whole = self._all_reduce(x, axis=axis, later=later)
+            return Started.of(None, lambda: local_slice(whole.wait(), dim=dim, size=size, at=at))
+        parts = x.contiguous() if dim == 0 else torch.cat(_slices(x, dim, size))
+        mine = torch.empty_like(local_slice(parts, dim=0, size=size, at=at))
+        work = _reduce_scatter(mine, parts, group=group, async_op=later)
+        return Started.of(work, lambda: mine)
+
+    def _all_to_all(
+        self, x: Tensor, *, axis: str, dim: int, from_dim: int, later: bool = False
+    ) -> Started[Tensor]:
         sent = torch.stack(_slices(x, dim, self._mesh.size(axis)))
         got = torch.empty_like(sent)
-        dist.all_to_all_single(got, sent, group=self._groups[axis])
-        return torch.cat(got.unbind(0), from_dim)
+        work = dist.all_to_all_single(got, sent, group=self._groups[axis], async_op=later)
+        return Started.of(work, lambda: torch.cat(got.unbind(0), from_dim))
+
+    def _exchange(
+        self, parts: Sequence[Tensor], came: Sequence[int], *, axis: str, later: bool = False
+    ) -> Started[tuple[Tensor, ...]]:
+        group, sizes = self._groups[axis], list(came)
+        got = parts[0].new_empty((sum(sizes), *parts[0].shape[1:]))
+        sent, counts = torch.cat(list(parts)), [len(part) for part in parts]
+        work = dist.all_to_all_single(got, sent, sizes, counts, group=group, async_op=later)
+        return Started.of(work, lambda: tuple(torch.split(got, sizes)))
 
     def send(self, x: Tensor, *, axis: str) -> None:
         """See Communicator."""
@@ -173,16 +241,6 @@ class ProcessGroups:
         dist.all_to_all_single(came, sent, group=group)
         return cast(list[int], came.tolist())
 
-    def exchange(
-        self, parts: Sequence[Tensor], came: Sequence[int], *, axis: str
-    ) -> tuple[Tensor, ...]:
-        """See Communicator."""
-        group, sizes = self._groups[axis], list(came)
-        got = parts[0].new_empty((sum(sizes), *parts[0].shape[1:]))
-        sent = torch.cat(list(parts))
-        dist.all_to_all_single(got, sent, sizes, [len(part) for part in parts], group=group)
-        return tuple(torch.split(got, sizes))
-
 
 def _slices(x: Tensor, dim: int, size: int) -> list[Tensor]:
     return [local_slice(x, dim=dim, size=size, at=at).contiguous() for at in range(size)]
@@ -191,9 +249,6 @@ def _slices(x: Tensor, dim: int, size: int) -> list[Tensor]:
 # torch 2.13 has new names for these two.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 @define(eq=False)
@@ -238,6 +293,11 @@ class ThreadGroups:
     def mesh(self) -> Mesh:
         """The mesh as this rank sees it."""
         return self._mesh
+
+    def start(self, op: str, *args: Any, **how: Any) -> Started[Any]:
+        """See Communicator. Here it is over by then."""
+        result = getattr(self, op)(*args, **how)
+        return Started.of(None, lambda: result)
 
     def all_reduce(self, x: Tensor, *, axis: str) -> Tensor:
         """See Communicator. Summed in rank order, so all ranks get the same bits."""

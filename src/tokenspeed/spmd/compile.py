@@ -20,13 +20,14 @@ from attrs import define, field, frozen
 from torch import Tensor
 
 from tokenspeed.errors import PlacementError
-from tokenspeed.spmd.collectives import Communicator, local_slice
+from tokenspeed.spmd.collectives import Communicator, Started, local_slice
 from tokenspeed.spmd.cost import Costs
-from tokenspeed.spmd.dispatch import combine, count_own, dispatch
+from tokenspeed.spmd.dispatch import combine, count_own, dispatch, start_combine
 from tokenspeed.spmd.forms import Form, Sent
 from tokenspeed.spmd.mesh import Mesh
 from tokenspeed.spmd.module import Module
 from tokenspeed.spmd.moves import Move
+from tokenspeed.spmd.overlap import Clock, Schedule, schedule
 from tokenspeed.spmd.params import (
     Parameter,
     Path,
@@ -66,6 +67,8 @@ class Collective:
             all_gather, what is sent or broadcast, and all that a rank sends in all_to_all, its own
             share included.
         cost_s: by the model.
+        started: number of the call behind which it is begun, where that is before `at`; else None.
+        hidden_s: of cost_s, what lies beside modules; below 0: it waits behind another one.
     """
 
     op: str
@@ -78,6 +81,8 @@ class Collective:
     layer: int | None
     bytes: int
     cost_s: float
+    started: int | None = None
+    hidden_s: float = 0.0
 
 
 @final
@@ -100,7 +105,8 @@ class Program:
         result: how the result lies.
         peak_bytes: of what lies between modules at once, at most; what modules need inside is not
             known here.
-        cost_s: of all collectives and of what modules read and write, by the model.
+        cost_s: of all collectives and of what modules read and write, by the model, less what
+            this rank hides.
     """
 
     mesh: Mesh
@@ -118,6 +124,11 @@ class Program:
     peak_bytes: int
     cost_s: float
 
+    @property
+    def hidden_s(self) -> float:
+        """What collectives take beside modules, and so cost nothing."""
+        return sum(one.hidden_s for one in self.collectives)
+
     def holds(self, path: Path) -> bool:
         """Whether this rank has a part of a parameter: not if only other stages want it."""
         return path in self.held_params or path not in self.param_layouts
@@ -132,16 +143,16 @@ class Program:
         waiting = list(self.collectives)
         for at, (call, form) in enumerate(zip(self.calls, self.forms, strict=True)):
             while waiting and waiting[0].at == at:
-                lines.append(_collective_line(waiting.pop(0)))
+                lines.append(self._line(waiting.pop(0)))
             takes = ", ".join(f"{name} {lies}" for name, lies in form.inputs.items())
             gives = ", ".join(map(str, form.outputs))
             lines.append(f"  {call.path}  ({takes}) -> {gives}")
-        lines += [_collective_line(one) for one in waiting]
+        lines += [self._line(one) for one in waiting]
         return "\n".join(lines)
 
-
-def _collective_line(one: Collective) -> str:
-    return f"    {one.op} over {one.axis}  {one.given} -> {one.wanted}"
+    def _line(self, one: Collective) -> str:
+        line = f"    {one.op} over {one.axis}  {one.given} -> {one.wanted}"
+        return line if one.started is None else f"{line}, since {self.calls[one.started].path}"
 
 
 def compile_model(
@@ -186,12 +197,14 @@ def compile_model(
     plan = solve(
         trace, result, as_batch(), mesh=mesh, batch=batch, costs=(costs or Costs()).on(mesh)
     )
-    linker = _Linker(mesh, communicator, plan, batch.within(mesh))
+    here = mesh.coordinate(AXIS)
+    held_params = frozenset(p for call in trace.calls if call.stage == here for p in call.params)
+    param_bytes = _param_bytes(trace, params, held_params, mesh)
+    early = schedule(trace, plan, result, mesh, plan.costs, param_bytes)
+    linker = _Linker(mesh, communicator, plan, early, batch.within(mesh))
     for at, (call, form) in enumerate(zip(trace.calls, plan.forms, strict=True)):
         linker.link(at, call, form)
     linker.finish(trace.calls, result)
-    here = mesh.coordinate(AXIS)
-    held_params = frozenset(p for call in trace.calls if call.stage == here for p in call.params)
     return Program(
         mesh=mesh,
         bucket=trace.bucket,
@@ -203,10 +216,10 @@ def compile_model(
         param_layouts=trace.param_layouts,
         held_params=held_params,
         held_layers=held,
-        param_bytes=_param_bytes(trace, params, held_params, mesh),
+        param_bytes=param_bytes,
         result=plan.result,
         peak_bytes=linker.peak_bytes(),
-        cost_s=plan.cost_s,
+        cost_s=plan.cost_s - sum(one.hidden_s for one in linker.collectives),
     )
 
 
@@ -230,6 +243,7 @@ class _Linker:
     mesh: Mesh
     communicator: Communicator | None
     plan: Solution
+    early: Schedule
     batch: Layout
     lines: list[str] = field(factory=lambda: ["kv = kv.donate()"])
     names: dict[str, Any] = field(factory=dict)
@@ -240,6 +254,9 @@ class _Linker:
     last_use: dict[str, int] = field(factory=dict)
     made_in: dict[int, int | None] = field(factory=dict)
     sizes: dict[str, tuple[int, float]] = field(factory=dict)
+    clock: Clock = field(factory=Clock)
+    moving: dict[tuple[int, Layout], tuple[str, int]] = field(factory=dict)
+    returning: dict[int, tuple[int, Call, Form, Sent]] = field(factory=dict)
 
     @property
     def source(self) -> str:
@@ -265,6 +282,8 @@ class _Linker:
             self._hop(at, call, form)
         elif call.stage == self.mesh.coordinate(AXIS):
             self._call(at, call, form)
+            for value, move in self.early.moves.get(at, ()):
+                self._begin_move(at, value, move)
 
     def _call(self, at: int, call: Call, form: Form) -> None:
         moved = {
@@ -286,11 +305,42 @@ class _Linker:
         for value, lies in zip(call.outputs, form.outputs, strict=True):
             self.sizes[value.name] = len(self.lines), value.kind.local_bytes(lies, self.mesh)
         self._write(targets, self._function(call.module), arguments, tuple(moved.values()))
+        self.clock.work(self.early.work_s[at])
         if form.sent is not None and away is not None:
-            name = f"combine_{form.sent.axis}"
-            self.names[name] = self._sending(combine, axis=form.sent.axis)
-            self._write(targets, name, [away, *targets], (away, *targets), unpack=True)
-            self._note_sent(at, call, form, form.sent, 1)
+            begun = at in self.early.combines
+            name = f"{'start_' if begun else ''}combine_{form.sent.axis}"
+            self.names[name] = self._sending(
+                start_combine if begun else combine, axis=form.sent.axis
+            )
+            if begun:
+                self._write([f"p{at}"], name, [away, *targets], (away, *targets))
+                self.clock.begin(f"p{at}", form.sent.cost_s[1])
+                sent = at, call, form, form.sent
+                self.returning |= {value.number: sent for value in call.outputs}
+            else:
+                self._write(targets, name, [away, *targets], (away, *targets), unpack=True)
+                self._note_sent(at, call, form, form.sent, 1)
+
+    def _begin_move(self, at: int, value: Value, move: Move) -> None:
+        """Write the beginning of a collective behind the call that made its value."""
+        name = f"b{len(self.moving)}"
+        self.sizes[name] = len(self.lines), value.kind.local_bytes(move.wanted, self.mesh)
+        self._write([name], self._operation(move, begun=True), [value.name], (value.name,))
+        self.clock.begin(name, move.cost_s)
+        self.moving[value.number, move.wanted] = name, at
+
+    def _await_summands(self, value: Value, at: int) -> None:
+        """Write that what has travelled back is awaited, once, for the call that wants it first."""
+        if value.number not in self.returning:
+            return
+        made, call, form, sent = self.returning[value.number]
+        for one in call.outputs:
+            del self.returning[one.number]
+        self.names["wait"] = Started.wait
+        begun = f"p{made}"
+        self._write([one.name for one in call.outputs], "wait", [begun], (begun,), unpack=True)
+        hidden_s = self.clock.wait(begun, sent.cost_s[1])
+        self._note_sent(at, call, form, sent, 1, (made, hidden_s))
 
     def _hop(self, at: int, call: Call, form: Form) -> None:
         """Write this rank's side of a send, if it has one."""
@@ -389,6 +439,7 @@ class _Linker:
 
     def _convert(self, value: Value, wanted: Layout, consumer: str, at: int) -> str:
         """The name of a value in a layout, after the moves that are still to be made."""
+        self._await_summands(value, at)
         if wanted == self.plan.given[value.number]:
             return value.name
         key = value.number, wanted
@@ -397,7 +448,14 @@ class _Linker:
             name = self._convert(value, move.given, consumer, at)
             self.converted[key] = target = f"c{len(self.converted)}"
             self.sizes[target] = len(self.lines), value.kind.local_bytes(wanted, self.mesh)
-            self._write([target], self._operation(move), [name], (name,))
+            begun, started = self.moving.get(key, (None, None))
+            if begun is None:
+                self._write([target], self._operation(move), [name], (name,))
+                hidden_s = self.clock.pause(move.cost_s)
+            else:
+                self.names["wait"] = Started.wait
+                self._write([target], "wait", [begun], (begun, name))
+                hidden_s = self.clock.wait(begun, move.cost_s)
             self.collectives.append(
                 Collective(
                     op=move.op,
@@ -410,13 +468,15 @@ class _Linker:
                     layer=self.made_in.get(value.number),
                     bytes=move.bytes,
                     cost_s=move.cost_s,
+                    started=started,
+                    hidden_s=hidden_s,
                 )
             )
         return self.converted[key]
 
-    def _operation(self, move: Move) -> str:
-        """The name of the function that carries out a move."""
-        parts = (move.op, move.axis, move.from_dim, move.dim)
+    def _operation(self, move: Move, *, begun: bool = False) -> str:
+        """The name of the function that carries out a move, or begins to."""
+        parts = ("start" if begun else None, move.op, move.axis, move.from_dim, move.dim)
         name = "_".join(str(part) for part in parts if part is not None)
         where = {"dim": move.dim, "from_dim": move.from_dim}
         known: dict[str, Any] = {key: value for key, value in where.items() if value is not None}
@@ -424,13 +484,17 @@ class _Linker:
             size, at = self.mesh.size(move.axis), self.mesh.coordinate(move.axis)
             self.names[name] = partial(local_slice, size=size, at=at, **known)
         else:
-            self.names[name] = self._communicated(move.op, move.axis, **known)
+            self.names[name] = self._communicated(move.op, move.axis, begun=begun, **known)
         return name
 
-    def _communicated(self, op: str, axis: str = AXIS, **more: Any) -> Callable[..., Any]:
+    def _communicated(
+        self, op: str, axis: str = AXIS, *, begun: bool = False, **more: Any
+    ) -> Callable[..., Any]:
         """A method of the communicator along an axis."""
         if self.communicator is None:
             return partial(_refuse_to_run, op, axis)
+        if begun:
+            return partial(self.communicator.start, op, axis=axis, **more)
         return partial(getattr(self.communicator, op), axis=axis, **more)
 
     def _sending(self, function: Callable[..., Any], axis: str, **more: Any) -> Callable[..., Any]:
@@ -458,17 +522,38 @@ class _Linker:
         return there, away
 
     def _note(
-        self, op: str, axis: str, at: int, call: Call, size: int, cost_s: float, lies: Layout
+        self,
+        op: str,
+        axis: str,
+        at: int,
+        call: Call,
+        size: int,
+        cost_s: float,
+        lies: Layout,
+        *,
+        begun: tuple[int, float] | None = None,
     ) -> None:
-        """Record a collective that is no move."""
+        """Record a collective that is no move; of one begun early, behind which call, and what of
+        it was hidden."""
+        started, hidden_s = begun or (None, self.clock.pause(cost_s))
+        where = (call.path, at, call.layer)
         self.collectives.append(
-            Collective(op, axis, None, lies, lies, call.path, at, call.layer, size, cost_s)
+            Collective(op, axis, None, lies, lies, *where, size, cost_s, started, hidden_s)
         )
 
-    def _note_sent(self, at: int, call: Call, form: Form, sent: Sent, way: int) -> None:
+    def _note_sent(
+        self,
+        at: int,
+        call: Call,
+        form: Form,
+        sent: Sent,
+        way: int,
+        begun: tuple[int, float] | None = None,
+    ) -> None:
         """Record that tokens go to their ranks (0), or come back (1)."""
         size, cost_s = sent.bytes[way], sent.cost_s[way]
-        self._note("all_to_all", sent.axis, at, call, size, cost_s, form.outputs[0])
+        lies = form.outputs[0]
+        self._note("all_to_all", sent.axis, at, call, size, cost_s, lies, begun=begun)
 
     def _own_rows(self, call: Call, argument: str, name: str) -> str:
         """The name of row numbers as this rank counts them."""

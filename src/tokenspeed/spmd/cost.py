@@ -74,8 +74,10 @@ class Link:
         )
 
 
-NVLINK = Link(latency_s=3e-6, bytes_per_s=450e9, launch_s=5e-6)
-"""Fourth generation, one direction of 18 links (NVIDIA H100 data sheet, 2023)."""
+NVLINK = Link(latency_s=3e-6, bytes_per_s=260e9, launch_s=5e-6)
+"""Fourth generation, 18 links, as measured between two GPUs: see README.md. How the time of what is
+small divides into launch and message two ranks cannot tell; three fifths are taken for the launch.
+"""
 
 NETWORK = Link(latency_s=10e-6, bytes_per_s=50e9, launch_s=5e-6)
 """400 Gb/s a rank."""
@@ -91,11 +93,15 @@ class Costs:
     Attributes:
         links: by axis; an axis that is not named has NVLINK or NETWORK.
         memory_bytes_per_s: of a rank's own memory.
+        flops_per_s: of products of matrices.
+        begin_s: what it costs to begin a collective and await it later rather than at once.
         host_ranks: ranks with NVLink between them, numbered one after the other.
     """
 
     links: Mapping[str, Link] = field(factory=dict)
     memory_bytes_per_s: float = 3.35e12
+    flops_per_s: float = 7e14
+    begin_s: float = 2e-6
     host_ranks: int = _HOST_RANKS
 
     @classmethod

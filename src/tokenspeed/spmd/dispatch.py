@@ -7,15 +7,16 @@ known on the CPU only after that, so a program with this in it cannot be capture
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import final
 
 import torch
 from attrs import frozen
 from torch import Tensor
 
-from tokenspeed.spmd.collectives import Communicator
+from tokenspeed.spmd.collectives import Communicator, Started
 
-__all__ = ["Away", "combine", "count_own", "dispatch"]
+__all__ = ["Away", "combine", "count_own", "dispatch", "start_combine"]
 
 
 @final
@@ -68,10 +69,26 @@ def combine(
     away: Away, *tensors: Tensor, communicator: Communicator, axis: str
 ) -> tuple[Tensor, ...]:
     """Send results back to the ranks that their tokens came from, and add them up there."""
-    totals = []
-    for tensor in tensors:
-        went = [len(some) for some in away.tokens]
-        back = communicator.exchange(torch.split(tensor, away.came), went, axis=axis)
-        total = tensor.new_zeros((away.count, *tensor.shape[1:]))
-        totals.append(total.index_add_(0, torch.cat(away.tokens), torch.cat(back)))
-    return tuple(totals)
+    went = [len(some) for some in away.tokens]
+    return tuple(
+        _added(away, communicator.exchange(torch.split(tensor, away.came), went, axis=axis))
+        for tensor in tensors
+    )
+
+
+def start_combine(
+    away: Away, *tensors: Tensor, communicator: Communicator, axis: str
+) -> Started[tuple[Tensor, ...]]:
+    """`combine`, begun."""
+    went = [len(some) for some in away.tokens]
+    back = [
+        communicator.start("exchange", torch.split(tensor, away.came), went, axis=axis)
+        for tensor in tensors
+    ]
+    return Started.of(None, lambda: tuple(_added(away, one.wait()) for one in back))
+
+
+def _added(away: Away, back: Sequence[Tensor]) -> Tensor:
+    """What came back, [tokens, ...] from each rank, added to the token that it belongs to."""
+    total = back[0].new_zeros((away.count, *back[0].shape[1:]))
+    return total.index_add_(0, torch.cat(away.tokens), torch.cat(list(back)))

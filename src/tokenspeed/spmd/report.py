@@ -59,7 +59,14 @@ class Layer:
     def as_json(self) -> dict[str, Any]:
         """For programs."""
         sent = [
-            {"op": c.op, "axis": c.axis, "bytes": c.bytes, "cost_s": c.cost_s} for c in self.sent
+            {
+                "op": c.op,
+                "axis": c.axis,
+                "bytes": c.bytes,
+                "cost_s": c.cost_s,
+                "hidden_s": c.hidden_s,
+            }
+            for c in self.sent
         ]
         return {
             "layer": self.index,
@@ -143,9 +150,10 @@ class Report:
 
 
 def _lines(layer: Layer) -> list[str]:
-    counts = Counter((c.op, c.axis, c.bytes) for c in layer.sent)
+    counts = Counter((c.op, c.axis, c.bytes, c.started is not None) for c in layer.sent)
     return [
-        f"{count} {op} over {axis}, {_size(size)}" for (op, axis, size), count in counts.items()
+        f"{count} {op} over {axis}, {_size(size)}{', overlapped' if beside else ''}"
+        for (op, axis, size, beside), count in counts.items()
     ]
 
 
@@ -251,7 +259,7 @@ def report(
         parameter_bytes=max(sum(program.param_bytes.values()) for program in programs),
         activation_bytes=max(program.peak_bytes for program in programs),
         kv_token_bytes=kv_bytes * max(len(program.held_layers) for program in programs),
-        cost_s=programs[0].cost_s,
+        cost_s=programs[0].cost_s - sum(program.hidden_s for program in programs[1:]),
         compile_s=compile_s,
     )
 
@@ -279,4 +287,5 @@ def _layer(programs: list[Program], index: int | None) -> Layer:
     ]
     plan = zip(programs[0].calls, programs[0].forms, strict=True)  # of all stages
     touched = sum(form.touched_s for call, form in plan if call.layer == index)
-    return Layer(index, collectives, sum(sizes), touched + sum(c.cost_s for c in collectives))
+    spent = sum(c.cost_s - c.hidden_s for c in collectives)
+    return Layer(index, collectives, sum(sizes), touched + spent)
