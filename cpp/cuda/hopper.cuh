@@ -60,6 +60,11 @@ __device__ inline unsigned load_acquire(const unsigned* at) {
   return value;
 }
 
+// To L2, whatever is there by then.
+__device__ inline void prefetch(const void* from) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+}
+
 // 16 bytes to shared memory, there after wait_for_copies of this thread.
 __device__ inline void copy_16(void* to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address(to)), "l"(from)
@@ -104,18 +109,18 @@ __device__ inline void prefetch_map(const CUtensorMap* map) {
 
 // What lies outside the tensor arrives as zeros, and counts as bytes.
 __device__ inline void load_box(void* to, const CUtensorMap* map, uint64_t* barrier,
-                                uint64_t policy, int x, int y, int z) {
+                                uint64_t policy, int y, int columns, int z) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-      "[%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(address(to)),
-      "l"(map), "r"(x), "r"(y), "r"(z), "r"(address(barrier)), "l"(policy)
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(address(to)),
+      "l"(map), "r"(0), "r"(y), "r"(columns), "r"(z), "r"(address(barrier)), "l"(policy)
       : "memory");
 }
 
-// Boxes of 64 columns x 64 rows of bfloat16, each row's eight 16 bytes swizzled by the row's
-// number.
+// Of a tensor of rows of 64 columns, as [z, columns, rows, 64]: boxes of `count` times `rows` rows,
+// each row's eight 16 bytes swizzled by the row's number. Strides count values.
 inline int make_map(CUtensorMap* map, const void* base, const int64_t (&sizes)[3],
-                    const int64_t (&strides)[2]) {
+                    const int64_t (&strides)[3], int rows, int count) {
   static PFN_cuTensorMapEncodeTiled_v12000 encode = [] {
     void* found = nullptr;
     cudaDriverEntryPointQueryResult result;
@@ -124,12 +129,14 @@ inline int make_map(CUtensorMap* map, const void* base, const int64_t (&sizes)[3
     return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(found);
   }();
   if (encode == nullptr) return int(cudaErrorSymbolNotFound);
-  cuuint64_t extents[3], bytes[2];
-  for (int i = 0; i < 3; ++i) extents[i] = cuuint64_t(sizes[i]);
-  for (int i = 0; i < 2; ++i) bytes[i] = cuuint64_t(strides[i]) * 2;
-  const cuuint32_t box[3] = {64, 64, 1}, steps[3] = {1, 1, 1};
+  cuuint64_t extents[4] = {64}, bytes[3];
+  for (int i = 0; i < 3; ++i) {
+    extents[i + 1] = cuuint64_t(sizes[i]);
+    bytes[i] = cuuint64_t(strides[i]) * 2;
+  }
+  const cuuint32_t box[4] = {64, cuuint32_t(rows), cuuint32_t(count), 1}, steps[4] = {1, 1, 1, 1};
   const CUresult result =
-      encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<void*>(base), extents, bytes, box,
+      encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, const_cast<void*>(base), extents, bytes, box,
              steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? 0 : int(cudaErrorInvalidValue);
@@ -200,11 +207,12 @@ __device__ inline float exp2_fast(float x) {
   return y;
 }
 
-// d[64, 64] = a[64, 16] b[64, 16]^T (+ d).
+// d[64, 64] = a[64, 16] b[64, 16]^T (+ d); eight rows of a lie `Apart` bytes from the next.
+template <int Apart>
 __device__ inline void wgmma_64x64(float (&d)[32], uint32_t a, uint32_t b, int add) {
   asm volatile(
       "{\n.reg .pred add;\n.reg .b64 a, b;\nsetp.ne.b32 add, %34, 0;\n"
-      "mov.b64 a, {%32, %35};\nmov.b64 b, {%33, %35};\n"
+      "mov.b64 a, {%32, %36};\nmov.b64 b, {%33, %35};\n"
       "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
       "%0, %1, %2, %3, %4, %5, %6, %7, "
       "%8, %9, %10, %11, %12, %13, %14, %15, "
@@ -216,7 +224,7 @@ __device__ inline void wgmma_64x64(float (&d)[32], uint32_t a, uint32_t b, int a
         "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),
         "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),
         "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-      : "r"(a), "r"(b), "r"(add), "n"(kOperand));
+      : "r"(a), "r"(b), "r"(add), "n"(kOperand), "n"((kOperand & ~0xffffu) | bytes_on(Apart)));
 }
 
 // Four matrices of 8 x 8 of bfloat16, of rows whose 16 bytes each lane points to.

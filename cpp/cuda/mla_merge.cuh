@@ -258,8 +258,9 @@ __device__ void each_noted(const Call& call, const Notes& notes, const Take& tak
   }
 }
 
-__device__ void merge(const Call& call, Merging& shared, const Notes& notes) {
-  sync_group(1, kConsumers);
+__device__ void merge(const Call& call, Merging& shared, const Notes& notes, uint64_t* noted) {
+  arrive(noted);
+  wait(noted, 0);
   if (notes.count == 0) return;
   const bool speaks = threadIdx.x == 128;
   if (speaks) {
