@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <mutex>
 #include <thread>
 
@@ -14,6 +15,14 @@ namespace {
 
 constexpr int kSpins = 1000;  // of a pause each: some tens of microseconds
 constexpr int kWorkersMax = 255;
+
+// A worker whom the system puts aside in the middle of a piece keeps the caller waiting for a slice
+// of time, longer than most calls take. Where that happens the processors are wanted elsewhere too:
+// the next calls are made alone, more of them each time.
+using Clock = std::chrono::steady_clock;
+constexpr auto kStall = std::chrono::microseconds(100);  // and four pieces of the caller's own
+constexpr int kAloneMin = 32, kAloneMax = 1024;
+constexpr int kGood = 256;  // calls in a row without a stall that halve the number
 
 void relax() {
 #if defined(__x86_64__)
@@ -36,25 +45,45 @@ class Pool {
     next_.store(0, std::memory_order_relaxed);
     generation_.fetch_add(1, std::memory_order_seq_cst);
     if (asleep_.load(std::memory_order_seq_cst) > 0) generation_.notify_all();
-    take();
+    const auto begin = Clock::now();
+    const auto pieces = take();
+    const auto done = Clock::now();
     generation_.fetch_add(1, std::memory_order_seq_cst);
     // Whoever is inside may have been put aside by the system: then he needs the processor.
-    for (int spins = 0; inside_.load(std::memory_order_seq_cst) != 0; ++spins) {
+    int spins = 0;
+    for (; inside_.load(std::memory_order_seq_cst) != 0; ++spins) {
       spins < kSpins ? relax() : std::this_thread::yield();
     }
+    const bool late = spins > 0 && Clock::now() - done > kStall + 4 * (done - begin) / (pieces + 1);
+    note(late);
   }
+
+  // Whether this call had better be made alone.
+  bool alone() { return alone_ > 0 && alone_-- > 0; }
 
   std::mutex busy;
 
  private:
+  void note(bool late) {
+    if (late) {
+      alone_ = next_alone_;
+      next_alone_ = std::min(2 * next_alone_, kAloneMax);
+      good_ = 0;
+    } else if (++good_ == kGood) {
+      next_alone_ = std::max(next_alone_ / 2, kAloneMin);
+      good_ = 0;
+    }
+  }
+
   void grow(int workers) {
     for (; workers_ < workers; ++workers_) std::thread([this] { serve(); }).detach();
   }
 
-  void take() {
-    for (;;) {
+  // Pieces that this thread has done.
+  int take() {
+    for (int pieces = 0;; ++pieces) {
       const auto begin = next_.fetch_add(piece_, std::memory_order_relaxed);
-      if (begin >= items_) return;
+      if (begin >= items_) return pieces;
       work_(of_, begin, std::min(begin + piece_, items_));
     }
   }
@@ -95,6 +124,9 @@ class Pool {
   std::int64_t piece_ = 1;
   int helpers_ = 0;
   int workers_ = 0;
+  int alone_ = 0;  // this and what follows: of whoever holds `busy`
+  int next_alone_ = kAloneMin;
+  int good_ = 0;
 };
 
 // Never destroyed: its threads outlive static destruction.
@@ -108,7 +140,7 @@ Pool& pool() {
 void share(Work work, void* of, std::int64_t items, std::int64_t piece, int threads) {
   if (items <= 0) return;
   if (threads > 1 && items > piece) {
-    if (std::unique_lock only(pool().busy, std::try_to_lock); only) {
+    if (std::unique_lock only(pool().busy, std::try_to_lock); only && !pool().alone()) {
       pool().run(work, of, items, piece, threads);
       return;
     }
