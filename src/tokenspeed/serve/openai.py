@@ -217,7 +217,8 @@ class _EventStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_in_time(message: Message) -> None:
-            await asyncio.wait_for(send(message), self._write_timeout_s)
+            async with asyncio.timeout(self._write_timeout_s):  # wait_for would start a task
+                await send(message)
 
         try:
             await super().__call__(scope, receive, send_in_time)

@@ -178,7 +178,7 @@ class Slots:
 
     def remember(self, slots: Tensor, token_ids: Tensor) -> None:
         """Keep the sampled tokens int64[sampled] of these slots for FROM_DEVICE."""
-        self._last_token[slots] = token_ids
+        self._last_token.index_copy_(0, slots, token_ids)
 
     def _to_device(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(self._device)
