@@ -178,6 +178,64 @@ def test_every_truncation_is_refused(file: Path, tmp_path: Path) -> None:
             models.open_checkpoint(bad)
 
 
+def write_odd(path: Path, source: Path, key: str, value: Any) -> Path:
+    """The tiny checkpoint's configuration as GGUF, with one entry more or another."""
+    config = models.read_config(source / "config.json")
+    writer = gguf.GGUFWriter(path, "llama")
+    entries: dict[str, Any] = {
+        "llama.block_count": config.layers,
+        "llama.context_length": config.context_max,
+        "llama.embedding_length": config.hidden,
+        "llama.feed_forward_length": config.ffn,
+        "llama.attention.head_count": config.heads,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+        "llama.rope.scaling.type": "linear",
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.tokens": ["a", "b"],
+        key: value,
+    }
+    kinds = {int: gguf.GGUFValueType.UINT32, float: gguf.GGUFValueType.FLOAT64}
+    kinds |= {str: gguf.GGUFValueType.STRING, list: gguf.GGUFValueType.ARRAY}
+    for name, entry in entries.items():
+        writer.add_key_value(name, entry, kinds[type(entry)])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("tokenizer.ggml.tokens", 7, "vocab_size is None, expected an integer"),
+        ("tokenizer.ggml.tokens", [1, 2], "tokenizer.ggml.tokens is no list of str alone"),
+        ("tokenizer.ggml.merges", "a b", "tokenizer.ggml.merges is 'a b', expected list"),
+        ("tokenizer.ggml.token_type", 1.5, "tokenizer.ggml.token_type is '1.5', expected list"),
+        ("tokenizer.ggml.eos_token_id", [1, 2], "tokenizer.ggml.eos_token_id is .*, expected int"),
+        (
+            "tokenizer.ggml.bos_token_id",
+            "<s>",
+            "bos_token_id is .<s>., expected int",
+        ),
+        ("tokenizer.chat_template", 3, "tokenizer.chat_template is '3', expected str"),
+        ("llama.rope.scaling.factor", 0.0, "factor is 0.0, expected a number from 1e-06"),
+        ("llama.rope.scaling.factor", "4", "factor is '4'"),
+        ("llama.embedding_length", 1 << 31, "hidden is 2147483648, expected an integer from 1 to"),
+    ],
+)
+def test_odd_metadata_of_a_gguf_is_refused(
+    key: str, value: Any, reason: str, folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=reason):
+        models.open_checkpoint(write_odd(tmp_path / "odd.gguf", folder, key, value))
+
+
+def test_metadata_that_is_not_odd_is_read(folder: Path, tmp_path: Path) -> None:
+    ends = write_odd(tmp_path / "even.gguf", folder, "tokenizer.ggml.eos_token_id", 1)
+    assert models.open_checkpoint(ends).tokenizer.eos_ids == (1,)
+
+
 @needs_smollm2
 def test_the_default_model_opens() -> None:
     checkpoint = models.open_checkpoint(models.resolve_model(DEFAULT_MODEL))

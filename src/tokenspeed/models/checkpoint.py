@@ -162,16 +162,33 @@ def _gguf_tokenizer(path: Path, meta: Mapping[str, Any]) -> TokenizerSource:
     kind = meta.get("tokenizer.ggml.model")
     if kind != "gpt2":
         raise CheckpointError(path, f"tokenizer {kind!r}; supported in GGUF: gpt2 (byte-level BPE)")
-    eos = meta.get("tokenizer.ggml.eos_token_id")
-    ends = [eos, meta.get("tokenizer.ggml.eot_token_id")]
+
+    def get(name: str, kind: type, default: Any) -> Any:
+        said: Any = meta.get(f"tokenizer.{name}")
+        if said is None:
+            return default
+        fits = type(said) is kind
+        if not fits or (kind is int and said < 0):
+            raise CheckpointError(
+                path, f"tokenizer.{name} is {str(said)[:40]!r}, expected {kind.__name__}"
+            )
+        return said
+
+    def several(name: str, kind: type) -> tuple[Any, ...]:
+        said = get(name, list, [])
+        if not all(type(one) is kind for one in said):
+            raise CheckpointError(path, f"tokenizer.{name} is no list of {kind.__name__} alone")
+        return tuple(said)
+
+    ends = [get(f"ggml.{name}_token_id", int, None) for name in ("eos", "eot")]
     return TokenizerSource(
-        vocab=tuple(meta.get("tokenizer.ggml.tokens", ())),
-        merges=tuple(meta.get("tokenizer.ggml.merges", ())),
-        kinds=tuple(meta.get("tokenizer.ggml.token_type", ())),
-        pre=meta.get("tokenizer.ggml.pre", ""),
-        bos_id=meta.get("tokenizer.ggml.bos_token_id"),
+        vocab=several("ggml.tokens", str),
+        merges=several("ggml.merges", str),
+        kinds=several("ggml.token_type", int),
+        pre=get("ggml.pre", str, ""),
+        bos_id=get("ggml.bos_token_id", int, None),
         eos_ids=tuple(dict.fromkeys(end for end in ends if end is not None)),
-        chat_template=meta.get("tokenizer.chat_template"),
+        chat_template=get("chat_template", str, None),
     )
 
 

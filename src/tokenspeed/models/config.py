@@ -196,7 +196,8 @@ class LlamaConfig(ModelConfig):
         if scaling not in ("none", "linear"):
             raise CheckpointError(path, f"rope scaling {scaling!r}; supported: none, linear")
         factor = _scale(path, "factor", get("rope.scaling.factor", 1.0))
-        vocab_size = get("vocab_size", len(meta.get("tokenizer.ggml.tokens", ())))
+        tokens = meta.get("tokenizer.ggml.tokens")
+        vocab_size = get("vocab_size", len(tokens) if isinstance(tokens, list) else None)
         return cls.checked(
             path,
             architecture=kind,
@@ -278,7 +279,7 @@ def switch(path: Path, raw: Mapping[str, Any], name: str, default: bool = False)
 
 
 def out_of_range(
-    values: Mapping[str, Any], *integers: str, low: int = 1, high: int = 2**31
+    values: Mapping[str, Any], *integers: str, low: int = 1, high: int = 1 << 24
 ) -> list[str]:
     """What is wrong with these integers."""
     return [

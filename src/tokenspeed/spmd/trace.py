@@ -7,6 +7,7 @@ number. Shapes are those of the bucket that is compiled, as tensors on the meta 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, final
 
@@ -23,6 +24,7 @@ from tokenspeed.spmd.placement import REPLICATED, Boundary, Layout, as_batch
 __all__ = ["COUNT_MAX", "Bucket", "Call", "Ref", "Trace", "Value", "trace_model"]
 
 
+ELEMENTS_MAX = 1 << 59
 COUNT_MAX = 1 << 31
 """Tokens of a step; more have no number of 32 bits."""
 
@@ -115,6 +117,11 @@ class Trace:
         """A parameter's whole shape as a meta tensor."""
         key = leaf.shape, leaf.dtype or self.bucket.dtype
         if key not in self._metas:
+            if math.prod(leaf.shape) >= ELEMENTS_MAX:
+                raise PlacementError(
+                    f"{leaf.sources[0].name} {list(leaf.shape)} has more elements than memory has "
+                    "addresses; correct the configuration"
+                )
             self._metas[key] = torch.empty(key[0], dtype=key[1], device="meta")
         return self._metas[key]
 
