@@ -188,6 +188,15 @@ def test_memory_is_counted() -> None:
     assert all(not entry["collectives"] for entry in alone["layers"])
 
 
+def test_what_lies_between_modules_is_counted() -> None:
+    """Of one token most when its logits are made: with them, what they are made of. Of many tokens,
+    whose logits are few, most in a norm: two values go in, two come out, and no other is alive."""
+    row, logits = 576 * BF16, 49152 * BF16
+    one, many = (shard.measure("smollm2", "", n, "bfloat16") for n in (1, 65536))
+    assert one.activation_bytes == logits + 2 * row
+    assert many.activation_bytes == 4 * 65536 * row
+
+
 def test_experts_are_dealt_out() -> None:
     config = models.find_config("deepseek-v3")
     assert isinstance(config, models.DeepseekConfig)

@@ -34,6 +34,7 @@ from tokenspeed.spmd import (
     module,
     tokens,
 )
+from tokenspeed.spmd.moves import Kind, Moves
 
 TOKENS, WIDTH = 8, 4
 
@@ -250,3 +251,25 @@ def test_no_plan_is_dearer_than_the_best_there_is_at_length(
     data: st.DataObject, mesh: Mesh
 ) -> None:
     compare(data, mesh)
+
+
+LAID = st.tuples(*(st.sampled_from([Replicate(), Shard(0), Shard(1)]) for _ in "xy"))
+
+
+@given(
+    given=st.tuples(*(st.sampled_from([Replicate(), Shard(0), Shard(1), Partial()]) for _ in "xy")),
+    wanted=st.sets(LAID, min_size=3, max_size=3),
+    prices=st.tuples(links, links),
+)
+@settings(max_examples=25)
+def test_no_tree_to_three_consumers_is_dearer_than_the_best_there_is(
+    given: Any, wanted: set[Any], prices: tuple[Link, Link]
+) -> None:
+    """Which two of three consumers share a move is not told by their order."""
+    mesh, costs = Mesh.of(dp=2, tp=2), Costs(dict(zip(("dp", "tp"), prices, strict=True)))
+    start, *ends = (layout(dp=x, tp=y) for x, y in (given, *wanted))
+    best = cheapest_tree(start, frozenset(ends), mesh, costs)
+    cost, moves = Moves(Kind((TOKENS, WIDTH), 4, False), mesh, costs).tree(start, frozenset(ends))
+    assert cost == pytest.approx(best, rel=1e-9)
+    assert math.isinf(cost) or sum(one.cost_s for one in moves) == pytest.approx(best, rel=1e-9)
+    assert math.isinf(cost) or {*ends} <= {start, *(one.wanted for one in moves)}

@@ -89,7 +89,10 @@ class Model:
 
     def allocate(self, *, slots: int, pages: int, page_size: int) -> StepKV:
         """Empty KV to call this with: pages of `page_size` tokens, shared by so many slots."""
-        return StepKV.allocate(self.kv, slots=slots, pages=pages, page_size=page_size)
+        vocab = self.config.vocab_size
+        return StepKV.allocate(
+            self.kv, slots=slots, pages=pages, page_size=page_size, vocab_size=vocab
+        )
 
     def __call__(self, params: Tree, kv: StepKV, plan: StepPlan) -> tuple[StepKV, Tensor]:
         """Run a plan. `kv` is donated: see `StepKV.run`."""
@@ -177,6 +180,10 @@ def build(
     """
     if dtype not in _DTYPES:
         raise ConfigError("dtype", dtype, f"one of {', '.join(_DTYPES)}")
+    if quantize not in ("none", "auto", *_BITS):
+        raise ConfigError("quantize", quantize, f"one of none, auto, {', '.join(_BITS)}")
+    if not isinstance(mesh, Mesh):
+        raise ConfigError("mesh", mesh, "a Mesh: Mesh.single(), Mesh.of(tp=2)")
     if isinstance(checkpoint, str):
         checkpoint = open_model(checkpoint)
     config = checkpoint.config
@@ -185,13 +192,26 @@ def build(
     bucket = Bucket(tokens=tokens, rows=tokens or 1, dtype=_DTYPES[dtype], fields=fields or {})
     program = compile_config(config, mesh, communicator, family=family, bucket=bucket, **compiled)
     _check_tensors(checkpoint, tree, family)
-    kind: dict[str, Any] = {"dtype": _DTYPES[dtype], "device": torch.device(device)}
+    kind: dict[str, Any] = {"dtype": _DTYPES[dtype], "device": _device(device)}
     packing = _packing(checkpoint, quantize, **kind)
+    _must_be_here(kind["device"])
     params = _load(checkpoint, tree, program, kind, packing, progress or _silent)
     held = program.held_layers
     parts = _cached(config, mesh, family)
     kv = KVSpec(layers=family.layers(config), parts=parts, held=held, **kind)
     return Model(config=config, step=program, params=params, kv=kv)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError("device", name, "a torch device, such as cpu or cuda") from error
+
+
+def _must_be_here(device: torch.device) -> None:
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device", str(device), "cpu: torch finds no GPU on this machine")
 
 
 def default_pages(model: Model, config: EngineConfig) -> int:
