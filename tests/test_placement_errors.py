@@ -4,6 +4,7 @@ that what it writes is straight-line code."""
 from __future__ import annotations
 
 import ast
+from concurrent.futures import ThreadPoolExecutor
 from queue import Empty
 from typing import Any
 
@@ -346,3 +347,49 @@ def test_a_module_may_have_any_name_and_any_number(name: str) -> None:
     ones = {"w": torch.ones(8, 4)}
     logits, _ = program({"layers": [ones], "last": ones}, Step(), Step())
     assert torch.equal(logits, torch.full((8, 4), float("-inf")))
+
+
+def test_rows_are_counted_for_each_table_alone() -> None:
+    """Two tables of 8 and of 4 rows, both from row 0 on, looked up by the same numbers."""
+
+    def body(params: Any, ids: Tensor) -> Tensor:
+        own = torch.where((ids >= 0)[:, None], params["w"][ids.clamp(min=0)], 0.0)
+        return own.sum(1)
+
+    look_up = more(body, inputs={"ids": tokens(tp=Replicate())}, outputs=tokens(tp=Partial()),
+                   params={"w": CUT}, indices={"ids": "w"},
+                   meta=lambda params, ids: torch.empty(8, device="meta"))  # fmt: skip
+
+    @module(inputs={"a": tokens(), "b": tokens()}, outputs=tokens())
+    def add(params: Any, a: Tensor, b: Tensor) -> Tensor:
+        return a + b
+
+    def model(params: Any, batch: Any, kv: Any) -> Any:
+        both = (look_up(params[name], batch.x) for name in ("wide", "narrow"))
+        return add(params["none"], *both), kv
+
+    ids = torch.tensor([0, 1, 2, 3, 3, 2, 1, 0])
+    tables = {"wide": torch.arange(8.0)[:, None], "narrow": 100 * torch.arange(4.0)[:, None]}
+    tree = {name: {"w": Parameter((Source(name, tuple(t.shape)),))} for name, t in tables.items()}
+    bucket = Bucket(tokens=8, fields={"x": ids.to("meta")})
+
+    def work(communicator: ThreadGroups) -> Tensor:
+        mesh = communicator.mesh
+        program = compile_model(
+            model, tree | {"none": {}}, 0, mesh=mesh, communicator=communicator, bucket=bucket
+        )
+        at = mesh.coordinate("tp")
+        own = {name: {"w": table.chunk(2)[at]} for name, table in tables.items()}
+        logits, _ = program(own | {"none": {}}, Given(ids), Step())
+        return logits
+
+    with ThreadPoolExecutor(2) as threads:
+        for logits in threads.map(work, ThreadGroups.of(Mesh.of(tp=2))):
+            assert torch.equal(logits, 101.0 * ids)
+
+
+class Given:
+    """A batch of one field."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x

@@ -89,7 +89,7 @@ class Linker:
     functions: dict[int, str] = field(factory=dict)
     collectives: list[Collective] = field(factory=list)
     converted: dict[tuple[int, Layout], str] = field(factory=dict)
-    own: dict[tuple[str, int], str] = field(factory=dict)
+    own: dict[tuple[str, int, int], str] = field(factory=dict)
     last_use: dict[str, int] = field(factory=dict)
     made_in: dict[int, int | None] = field(factory=dict)
     sizes: dict[str, tuple[int, float]] = field(factory=dict)
@@ -407,12 +407,12 @@ class Linker:
                 f"{call.path}: {argument} counts rows of {key}, which is joined of "
                 f"{len(leaf.sources)} tensors; sharded rows can be counted in one alone"
             )
-        if (name, first) not in self.own:
-            self.own[name, first] = target = f"i{len(self.own)}"
+        if (name, first, rows) not in self.own:
+            self.own[name, first, rows] = target = f"i{len(self.own)}"
             function = f"count_own_{first}_{rows}"
             self.names[function] = partial(count_own, first=first, rows=rows)
             self._write([target], function, [name], (name,))
-        return self.own[name, first]
+        return self.own[name, first, rows]
 
 
 def _literal(constant: Any) -> str:
