@@ -112,6 +112,7 @@ def test_gguf_equals_the_directory_it_came_from(
 
 def test_gguf_tokenizer_and_template(file: Path) -> None:
     source = models.open_checkpoint(file).tokenizer
+    assert models.find_config(file) == models.open_checkpoint(file).config
     assert (source.vocab[5], source.merges, source.pre) == ("t5", ("t 1",), "smollm")
     assert (source.eos_ids, source.chat_template) == ((2,), "{{ messages }}")
 

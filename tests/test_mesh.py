@@ -204,9 +204,13 @@ def test_what_a_mesh_cannot_do_is_refused_by_name(chosen: dict[str, object], wor
 
 
 def test_a_model_that_the_mesh_cannot_cut_leaves_no_process(folder: Path) -> None:
-    """Two heads of keys for three ranks: said before a rank is started."""
+    """Two heads of keys for three ranks, no experts to deal out: said before a rank is started."""
     with pytest.raises(PlacementError, match="3"):
         Engine.from_pretrained(folder, dtype="float32", mesh="tp=3", **SIZES)
+    with pytest.raises(
+        ConfigError, match="got 'ep=2'; expected axes along which llama is cut: pp, tp"
+    ):
+        Engine.from_pretrained(folder, dtype="float32", mesh="ep=2", **SIZES)
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     assert not [pid for pid in children if not gone(int(pid), within_s=0.1)]
 

@@ -13,9 +13,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from models_here import needs_smollm2
 from tokenspeed import models
 from tokenspeed.bench import shard
 from tokenspeed.cli import cli
+from tokenspeed.config import DEFAULT_MODEL
 from tokenspeed.errors import CheckpointError, ConfigError, PlacementError
 from tokenspeed.spmd import Bucket, Costs
 from tokenspeed.spmd.overlap import Clock
@@ -233,6 +235,14 @@ def test_a_configuration_file_will_do(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "config.json"):
         found = printed(str(path), "--mesh", "tp=3")
         assert found["layers"] == printed("smollm2", "--mesh", "tp=3")["layers"]
+
+
+@needs_smollm2
+def test_the_shape_that_is_shipped_is_that_of_the_packaged_gguf() -> None:
+    assert (
+        printed(DEFAULT_MODEL, "--mesh", "tp=3")["layers"]
+        == (printed("smollm2", "--mesh", "tp=3")["layers"])
+    )
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 
 import tiny
 from tokenspeed import models
-from tokenspeed.errors import ConfigError, ContractError
+from tokenspeed.errors import CheckpointError, ConfigError, ContractError
 from tokenspeed.plan import StepPlan
 from tokenspeed.spmd import Mesh
 
@@ -68,6 +68,14 @@ def test_a_written_plan_is_checked_and_the_kv_kept(
 def test_there_is_something_to_allocate(small: models.Model, name: str, size: Any) -> None:
     with pytest.raises(ConfigError, match=f"{name}: got {size}; expected an integer from 1"):
         small.allocate(**{"slots": 2, "pages": 4, "page_size": 4, name: size})
+
+
+def test_weights_beyond_the_memory_are_refused_before_it_is_taken() -> None:
+    huge = models.open_model("deepseek-v3", "dummy")
+    with pytest.raises(CheckpointError, match=r"take 2,684 GB, cpu has .* GB; share the model"):
+        models.build(huge, Mesh.single())
+    with pytest.raises(CheckpointError, match=r"take 1,342 GB"):
+        models.build(huge, Mesh.single(), dtype="bfloat16")
 
 
 @pytest.mark.parametrize(

@@ -270,8 +270,8 @@ def shard(
 ) -> None:
     """What each layer of MODEL sends on a mesh, what that costs, and what a rank holds.
 
-    MODEL is a folder with a config.json, such a file, or the name of a shape that is shipped; no
-    weights are read.
+    MODEL is a folder with a config.json, such a file, a GGUF file, the default model, or the name
+    of a shape that is shipped; no weights are read.
     """
     found = _room("tokenspeed.bench.shard").measure(model, mesh, tokens, dtype, links)
     if as_json:

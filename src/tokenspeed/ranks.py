@@ -366,7 +366,7 @@ def build_on_mesh(
     if config.threads is not None or mesh.ranks > 1:
         _set_threads(config, mesh)
     if mesh.ranks > 1:
-        models.compile_config(checkpoint.config, mesh)  # what does not fit starts no rank
+        _must_cut(checkpoint.config, mesh, config.mesh)  # what does not fit starts no rank
     leader = Leader(config, str(checkpoint.path)) if mesh.ranks > 1 else None
     try:
         model = models.build(
@@ -383,6 +383,15 @@ def build_on_mesh(
             leader.close()
         raise
     return model, leader
+
+
+def _must_cut(config: models.ModelConfig, mesh: Mesh, given: str) -> None:
+    """Raise PlacementError, or ConfigError for an axis whose ranks would all do the same."""
+    program = models.compile_config(config, mesh)
+    cut = {axis for lies in program.param_layouts.values() for axis, _ in lies.axes} | {"pp"}
+    if any(size > 1 and axis not in cut for axis, size in mesh.axes):
+        axes = ", ".join(sorted(cut))
+        raise ConfigError("mesh", given, f"axes along which {config.architecture} is cut: {axes}")
 
 
 def make_executor(

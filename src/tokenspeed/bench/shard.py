@@ -24,7 +24,8 @@ def measure(
     """Compile a configuration for a mesh and a step, and say what it does.
 
     Args:
-        model: a folder with a config.json, such a file, or the name of a shape that is shipped.
+        model: a folder with a config.json, such a file, a GGUF file, the default model, or the name
+            of a shape that is shipped.
         mesh: as `tp=4,ep=4`; along dp and ep ranks have rows of their own.
         tokens: of the step, of all ranks together; None: 32 for each rank that has its own rows.
         dtype: of parameters, activations and KV.

@@ -175,7 +175,8 @@ def build(
         compiled: batch and costs, as of `compile_model`.
 
     Raises:
-        CheckpointError: tensors are missing, unknown or misshapen; before memory is taken.
+        CheckpointError: tensors are missing, unknown or misshapen, or the weights do not fit into
+            the memory that there is; before memory is taken.
         PlacementError: the model does not fit the mesh.
     """
     if dtype not in _DTYPES:
@@ -195,6 +196,7 @@ def build(
     kind: dict[str, Any] = {"dtype": _DTYPES[dtype], "device": _device(device)}
     packing = _packing(checkpoint, quantize, **kind)
     _must_be_here(kind["device"])
+    _must_fit(checkpoint, tree, program, packing, kind)
     params = _load(checkpoint, tree, program, kind, packing, progress or _silent)
     held = program.held_layers
     parts = _cached(config, mesh, family)
@@ -212,6 +214,30 @@ def _device(name: str) -> torch.device:
 def _must_be_here(device: torch.device) -> None:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device", str(device), "cpu: torch finds no GPU on this machine")
+
+
+def _must_fit(
+    checkpoint: Checkpoint,
+    tree: Tree,
+    program: Program,
+    packing: Callable[[Parameter], int | None],
+    kind: Mapping[str, Any],
+) -> None:
+    """Raise CheckpointError where no memory of the device's size could hold this rank's weights."""
+    device, needed = kind["device"], 0.0
+    for path, leaf in _parameters(tree):
+        size, bits = program.param_bytes.get(path, 0), packing(leaf)
+        needed += size if bits is None else size * bits / 8 / kind["dtype"].itemsize
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if device.type == "cuda":
+        total = torch.cuda.mem_get_info(device)[1]
+    if needed > total:
+        raise CheckpointError(
+            checkpoint.path,
+            f"a rank's weights take {needed / 1e9:,.0f} GB, {device} has {total / 1e9:,.0f} GB; "
+            "share the model on a mesh of more ranks (`tokenspeed shard` says what each holds), or "
+            "choose a narrower dtype or quantize",
+        )
 
 
 def default_pages(model: Model, config: EngineConfig) -> int:

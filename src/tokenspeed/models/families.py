@@ -11,11 +11,14 @@ from typing import Any, final
 
 from attrs import frozen
 
+from tokenspeed.config import DEFAULT_MODEL
 from tokenspeed.errors import CheckpointError, ConfigError
 from tokenspeed.models import deepseek, llama, qwen_moe
 from tokenspeed.models.blocks import Cached
 from tokenspeed.models.config import LlamaConfig, ModelConfig, known_architecture, read_json
 from tokenspeed.models.deepseek_config import DeepseekConfig
+from tokenspeed.models.gguf_file import GGUFFile, is_gguf
+from tokenspeed.models.hub import resolve_model
 from tokenspeed.models.qwen_moe import QwenMoeConfig
 from tokenspeed.spmd.params import Tree
 
@@ -79,15 +82,22 @@ def read_config(path: Path) -> ModelConfig:
 
 
 def find_config(name: str | Path) -> ModelConfig:
-    """A checkpoint's folder, a `config.json`, or the name of one of SHAPES; reads no weights.
+    """A checkpoint's folder, its `config.json`, a GGUF file, the default model, or the name of one
+    of SHAPES; reads no weights.
 
     Raises:
         CheckpointError: it is none of these, or its configuration is refused.
     """
-    path, shapes = Path(name), {file.stem: file for file in SHAPES.glob("*.json")}
+    path = resolve_model(name) if str(name) == DEFAULT_MODEL else Path(name)
+    shapes = {file.stem: file for file in SHAPES.glob("*.json")}
     for candidate in (path / "config.json", path, shapes.get(str(name), path)):
         if candidate.is_file():
-            return read_config(candidate)
+            return _of_gguf(candidate) if is_gguf(candidate) else read_config(candidate)
     raise CheckpointError(
         name, f"no folder with a config.json, no such file, and none of {', '.join(sorted(shapes))}"
     )
+
+
+def _of_gguf(path: Path) -> ModelConfig:
+    file = GGUFFile(path)
+    return LlamaConfig.from_gguf(path, file.meta, file.tensors)

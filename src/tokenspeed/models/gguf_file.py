@@ -23,15 +23,25 @@ from torch import Tensor
 
 from tokenspeed.errors import CheckpointError
 
-__all__ = ["GGUFFile", "GGUFTensor"]
+__all__ = ["GGUFFile", "GGUFTensor", "is_gguf"]
 
 _SCALARS = {
     0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i",
     6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d",
 }  # fmt: skip
+_MAGIC = b"GGUF"
 _STRING, _ARRAY = 8, 9
 _DIMS_MAX = 4
 _ALIGNMENT = 32
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file begins as one does. Raises CheckpointError."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_MAGIC)) == _MAGIC
+    except OSError as error:
+        raise CheckpointError(path, f"cannot be read: {error}") from error
 
 
 @final
@@ -67,7 +77,7 @@ class GGUFFile:
         except (OSError, ValueError) as error:
             raise CheckpointError(path, f"cannot be read: {error}") from error
         cursor = _Cursor(path, self._data)
-        if cursor.take(4) != b"GGUF":
+        if cursor.take(4) != _MAGIC:
             raise CheckpointError(path, "is no GGUF file: it does not begin with the letters GGUF")
         version = cursor.number("<I")
         if version not in (2, 3):
