@@ -126,7 +126,8 @@ class Report:
     def table(self) -> Group:
         """For people; layers in a row that do the same share a line."""
         head = (
-            f"{self.model} on {self.mesh}: {self.mesh.ranks} ranks, {self.tokens:,} tokens a step\n"
+            f"{self.model} on {self.mesh}: {_several(self.mesh.ranks, 'rank')}, "
+            f"{_several(self.tokens, 'token')} a step\n"
             f"on a rank: {_size(self.parameter_bytes)} of parameters, {self.kv_token_bytes:,} B of "
             f"KV a token, {_size(self.activation_bytes)} between modules\n"
             f"{self.cost_s * 1e6:,.0f} µs a step by the cost model, without what modules compute\n"
@@ -147,6 +148,10 @@ class Report:
                 _size(one.parameter_bytes),
             )
         return Group(head, table)
+
+
+def _several(count: int, what: str) -> str:
+    return f"{count:,} {what}" + "s" * (count != 1)
 
 
 def _lines(layer: Layer) -> list[str]:
