@@ -27,3 +27,16 @@ def reference() -> list[dict[str, Any]]:
     text = (DATA / "smollm2" / "reference_fp32.json").read_text(encoding="utf-8")
     records: list[dict[str, Any]] = json.loads(text)["records"]
     return records
+
+
+needs_deepseek_tiny = pytest.mark.skipif(
+    not (DATA / "deepseek_tiny").is_dir(), reason="shared/data/deepseek_tiny is not here"
+)
+
+
+def with_tokenizer(folder: Path, target: Path) -> Path:
+    """A checkpoint that has no tokenizer, with one of no tokens."""
+    for file in folder.iterdir():
+        (target / file.name).symlink_to(file)
+    (target / "tokenizer.json").write_text("{}")
+    return target

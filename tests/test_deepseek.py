@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tiny
-from models_here import DATA
+from models_here import DATA, needs_deepseek_tiny, with_tokenizer
 from stepping import Stepper
 from test_models import fed, logits
 from test_spmd import logits_of, on_threads
@@ -201,25 +201,13 @@ def test_experts_are_dealt_out_and_latents_are_not(tmp_path: Path) -> None:
     assert part.kv == whole.kv
 
 
-needs_tiny = pytest.mark.skipif(
-    not (DATA / "deepseek_tiny").is_dir(), reason="shared/data/deepseek_tiny is not here"
-)
-
-
 def stepper(folder: Path, slots: int) -> Stepper:
     model = models.build(models.open_checkpoint(folder), Mesh.single())
     executor = Executor(model, slots=slots, pages=slots * 20, page_size=16, context_max=320)
     return Stepper(executor, 20, 16)
 
 
-def with_tokenizer(folder: Path, target: Path) -> Path:
-    for file in folder.iterdir():
-        (target / file.name).symlink_to(file)
-    (target / "tokenizer.json").write_text("{}")
-    return target
-
-
-@needs_tiny
+@needs_deepseek_tiny
 @pytest.mark.parametrize("name", ["deepseek_tiny", "deepseek_v2_tiny"])
 def test_reference_logits_and_greedy_ids(name: str, tmp_path: Path) -> None:
     folder = with_tokenizer(DATA / name, tmp_path)

@@ -65,7 +65,7 @@ def _engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--page-size", type=int, help="tokens in a KV page"),
         click.option("--pages", type=int, help="KV pages  [default: by memory]"),
         click.option("--slots", type=int, help="requests that run at once"),
-        click.option("--waiting-max", type=int, help="requests that may wait; then 429"),
+        click.option("--waiting-max", type=int, help="may wait; then 429"),
         click.option("--prefill-chunk", type=int, help="input tokens of one step"),
         click.option("--context-max", type=int, help="tokens of a request  [default: the model's]"),
         click.option("--overlap", type=int, help="steps launched ahead, 0 or 1"),
@@ -75,7 +75,8 @@ def _engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--draft-tokens", type=int, help="guesses of a request in a step  [default: 4]"
         ),
-        click.option("--prefix-cache/--no-prefix-cache", help="share KV of equal prefixes"),
+        click.option("--cuda-graphs/--no-cuda-graphs", help="replay GPU steps"),
+        click.option("--prefix-cache/--no-prefix-cache", help="share prefix KV"),
         click.option("--itl-budget-ms", type=float, help="most time between two tokens of a user"),
         click.option("--tps-floor", type=float, help="the same as tokens/s that a user keeps"),
         click.option("--session-pages-max", type=int, help="kept for sessions  [default: half]"),

@@ -96,6 +96,7 @@ class Engine:
             overlap=config.overlap,
             eos_ids=tokenizer.eos_ids,
             host_pages=host_pages,
+            graphs=config.cuda_graphs,
         )
         self._loop.start(self._executor)
 

@@ -119,13 +119,20 @@ class Slots:
         pages_max: pages of the longest request.
         page_size: tokens in a page.
         kv: what the model caches, and on which device.
+        spare: a page that no request has: there is one slot more then, the last, with it alone.
     """
 
-    def __init__(self, slots: int, pages_max: int, page_size: int, kv: KVSpec) -> None:
+    def __init__(
+        self, slots: int, pages_max: int, page_size: int, kv: KVSpec, spare: int | None = None
+    ) -> None:
         self._page_size = page_size
         self._device = kv.device
         self._groups = kv.groups
+        self.spare = slots
+        slots += spare is not None
         self._pages = np.zeros((slots, pages_max * len(kv.groups.windows)), np.int32)
+        if spare is not None:
+            self._pages[self.spare] = spare
         self._last_token = torch.zeros(slots, dtype=torch.int64, device=kv.device)
 
     def patch(self, plan: StepPlan) -> None:
@@ -133,8 +140,13 @@ class Slots:
         slot, index, page = plan.page_delta.T
         self._pages[slot, index] = page
 
-    def batch(self, plan: StepPlan) -> Batch:
-        """The plan's tokens, each with its position and its place in the KV."""
+    def batch(self, plan: StepPlan, *, whole: bool = False) -> Batch:
+        """The plan's tokens, each with its position and its place in the KV.
+
+        Args:
+            plan: to be computed.
+            whole: page tables have room for the longest request there can be, not in this step.
+        """
         starts, contexts = plan.query_start, plan.context_lens
         lengths = np.diff(starts)
         rows = np.repeat(np.arange(plan.rows), lengths)
@@ -148,12 +160,12 @@ class Slots:
             token_ids=token_ids,
             positions=self._to_device(positions),
             sampled_rows=self._to_device(_wanted(plan)),
-            groups=self._paged(plan, slots, positions),
+            groups=self._paged(plan, slots, positions, whole=whole),
             places=self._groups.places,
         )
 
     def _paged(
-        self, plan: StepPlan, slots: NDArray[Any], positions: NDArray[Any]
+        self, plan: StepPlan, slots: NDArray[Any], positions: NDArray[Any], *, whole: bool
     ) -> tuple[Paged, ...]:
         """By group; in the table of a slot the groups take turns."""
         page, offset = np.divmod(positions, self._page_size)
@@ -168,7 +180,7 @@ class Slots:
             plan_of_group = AttentionPlan(
                 query_start=starts,
                 context_lens=contexts,
-                page_table=self._to_device(table[plan.slots, :widest]),
+                page_table=self._to_device(table[plan.slots, : None if whole else widest]),
                 page_size=self._page_size,
                 counts=counts,
             )

@@ -1,0 +1,138 @@
+"""Steps that are replayed say what steps that are computed say; what a graph is made of is a law.
+
+Where there is no GPU a recording is a function that is called again: what is put where it reads its
+inputs, and what is padded, is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import tiny
+from models_here import DATA, needs_deepseek_tiny, with_tokenizer
+from stepping import Feed, Stepper
+from tokenspeed import models
+from tokenspeed.plan import StepPlan
+from tokenspeed.spmd import Executor, Mesh, graphs
+
+ON_GPU = torch.cuda.is_available()
+PAGE, SLOT_PAGES, SLOTS = 8, 6, 7
+
+
+def again(run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+    """What `record` gives, by calling."""
+    result = run().clone()
+
+    def replay() -> None:
+        result.copy_(run())
+
+    return result, replay
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Every recording leaves how many rows it has."""
+    rows: list[int] = []
+    real = graphs.record if ON_GPU else again
+
+    def record(run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+        made = real(run)
+        rows.append(len(made[0]))
+        return made
+
+    monkeypatch.setattr(graphs, "record", record)
+    monkeypatch.setattr("tokenspeed.spmd.executor.capturable", lambda _program, _device: True)
+    return rows
+
+
+def stepper(model: models.Model, **kind: Any) -> Stepper:
+    sizes = {"slots": SLOTS, "pages": SLOTS * SLOT_PAGES, "page_size": PAGE}
+    executor = Executor(model, context_max=SLOT_PAGES * PAGE, **sizes, **kind)
+    return Stepper(executor, SLOT_PAGES, PAGE)
+
+
+def build(folder: Path) -> models.Model:
+    device = "cuda" if ON_GPU else "cpu"
+    return models.build(models.open_checkpoint(folder), Mesh.single(), device=device)
+
+
+def generated(steps: Stepper) -> list[list[int]]:
+    """Rows that come one after the other, so that every number of rows decodes together."""
+    for slot in range(SLOTS):
+        steps.join(slot, [(slot * 7 + i * 3) % 90 + 1 for i in range(slot + 1)])
+        steps.generate([slot], 1)
+        for _ in range(4):
+            steps.run(*(Feed(own, from_device=own != slot) for own in range(slot + 1)))
+    return [steps.output(slot) for slot in range(SLOTS)]
+
+
+@pytest.mark.parametrize("overlap", [0, 1])
+def test_replayed_steps_are_computed_steps(
+    tmp_path: Path, recorded: list[int], overlap: int
+) -> None:
+    model = build(tiny.write(tmp_path))
+    wanted = generated(stepper(model))
+    assert not recorded, "nobody asked"
+    assert generated(stepper(model, graphs=True, overlap=overlap)) == wanted
+    assert recorded == [1, 2, 4, 8]
+
+
+@needs_deepseek_tiny
+def test_latent_attention_and_experts_are_replayed(tmp_path: Path, recorded: list[int]) -> None:
+    model = build(with_tokenizer(DATA / "deepseek_tiny", tmp_path))
+    assert generated(stepper(model, graphs=True)) == generated(stepper(model))
+    assert recorded == [1, 2, 4, 8]
+
+
+def test_what_cannot_be_captured_is_computed(
+    tmp_path: Path, recorded: list[int], monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    def refuse(_run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+        raise RuntimeError("somebody waits for the device")
+
+    model = build(tiny.write(tmp_path))
+    wanted = generated(stepper(model))
+    monkeypatch.setattr(graphs, "record", refuse)
+    assert generated(stepper(model, graphs=True)) == wanted
+    told = [record for record in caplog.records if "could not be captured" in record.message]
+    assert len(told) == 1, "once, not a step"
+
+
+@given(st.integers(1, 5000), st.integers(1, 128))
+def test_a_bucket_pads_by_less_than_a_page(rows: int, page_size: int) -> None:
+    found = graphs.bucket(rows, page_size)
+    assert rows <= found < rows + page_size
+    assert graphs.bucket(found, page_size) == found
+
+
+@given(st.integers(1, 40), st.integers(1, 16), st.data())
+def test_a_padded_plan_decodes_and_its_rows_have_places_of_their_own(
+    rows: int, more: int, data: st.DataObject
+) -> None:
+    ints = lambda values: np.array(values, np.int32)  # noqa: E731
+    plan = StepPlan(
+        step=3,
+        slots=ints(data.draw(st.permutations(range(rows)))),
+        query_start=np.arange(rows + 1, dtype=np.int32),
+        token_ids=ints(data.draw(st.lists(st.integers(-1, 9), min_size=rows, max_size=rows))),
+        context_lens=ints(range(rows)),
+        sampled=np.ones(rows, np.bool_),
+        page_delta=np.zeros((0, 3), np.int32),
+    )
+    wide = graphs.padded(plan, rows + more, spare=99)
+    assert graphs.decodes(plan)
+    assert graphs.decodes(wide)
+    for name in ("slots", "token_ids", "context_lens"):
+        assert np.array_equal(getattr(wide, name)[:rows], getattr(plan, name))
+        assert getattr(wide, name).dtype == np.int32
+    assert set(wide.slots[rows:].tolist()) == {99}
+    assert wide.context_lens[rows:].tolist() == list(range(more)), "positions, which are distinct"
