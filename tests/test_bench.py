@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 import tiny
-from tokenspeed.bench import mesh, quality
+from tokenspeed.bench import mesh, ops, quality
 from tokenspeed.bench.conversations import BLOCK, generate, live_blocks, read
 from tokenspeed.bench.http import HttpSide, served
 from tokenspeed.bench.jobs import Job, timed
@@ -225,6 +225,35 @@ def test_kernels_are_measured_on_a_gpu_or_not_at_all(words: list[str], named: st
     done = CliRunner().invoke(cli, ["bench", "kernels", *words])
     assert isinstance(done.exception, ConfigError)
     assert named in str(done.exception)
+
+
+@pytest.mark.parametrize(("cell", "named"), [("decode_b3", "decode_b3"), ("rope_t64", "a CUDA")])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would be measured here")
+def test_ops_are_measured_on_a_gpu_or_not_at_all(cell: str, named: str) -> None:
+    done = CliRunner().invoke(cli, ["bench", "ops", "--cell", cell])
+    assert isinstance(done.exception, ConfigError)
+    assert named in str(done.exception)
+
+
+def test_what_is_wrong_is_said_beside_its_time() -> None:
+    times = {
+        "good": ops.Timing(us=20.0, error=1e-3),
+        "bad": ops.Timing(us=1.0, error=0.5),
+        "torch": ops.Timing(us=30.0, error=None),
+    }
+    cell = ops.Measured(op="rope", floor_us=10.0, times=times)
+    report = ops.OpsReport(
+        machine="m", copy_gb_s=4000.0, matmul_tflop_s=700.0, cells={"rope_t64": cell}
+    )
+    table = report.table()
+    shown = {str(column.header): next(iter(column.cells)) for column in table.columns}
+    assert shown == {
+        "cell": "rope_t64",
+        "floor": "10.0",
+        "bad": "1.0 (0.1x) WRONG 5.0e-01",
+        "good": "20.0 (2.0x)",
+        "torch": "30.0 (3.0x)",
+    }
 
 
 def test_a_cell_counts_its_pages_and_a_shared_one_counts_them_once() -> None:

@@ -452,6 +452,18 @@ def bench_kernels(
         click.echo(json.dumps(found.as_json(), indent=2))
 
 
+@bench.command("ops")
+@click.option("--cell", "cells", multiple=True, help="decode_b8_8K ...  [default: all]")
+@click.option("--json", "as_json", is_flag=True, help="JSON on stdout; the table is on stderr")
+def bench_ops(cells: tuple[str, ...], as_json: bool) -> None:
+    """The other ops of a step on this GPU, beside torch and what memory and products allow."""
+    with _progress() as report:
+        found = _room("tokenspeed.bench.ops").measure(cells, report)
+    _screen.print(found.table())
+    if as_json:
+        click.echo(json.dumps(found.as_json(), indent=2))
+
+
 def main() -> None:
     """Entry point: errors of ours are one line and exit status 2, never a traceback."""
     try:

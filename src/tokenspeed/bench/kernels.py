@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from statistics import median
 from typing import Any, final
 
 import torch
@@ -19,6 +18,7 @@ from attrs import asdict, frozen
 from rich.table import Table
 from torch import Tensor
 
+from tokenspeed.bench.gpu import COLD_BYTES, copy_gb_s, matmul_tflop_s, timed_us
 from tokenspeed.bench.machine import machine
 from tokenspeed.errors import ConfigError
 from tokenspeed.kernels import MlaPlan, mla_decode, mla_decode_plan, registry
@@ -32,13 +32,6 @@ Tell = Callable[[str, int, int], None]
 
 PAGE, WIDTH, LATENT = 64, 576, 512
 SCALE = 192**-0.5
-COLD_BYTES = 300_000_000
-"""Of keys in rotation: several times the L2 of any GPU so far."""
-
-REPLAYS = 9
-GRAPH_US = 2000
-"""About what a graph takes; it holds 2 to 64 calls."""
-
 ERROR_MAX = 2e-3
 
 
@@ -171,7 +164,7 @@ def measure(names: Sequence[str], backends: Sequence[str], tell: Tell) -> Report
             raise ConfigError("backend", name, f"one of {', '.join(registry.names)}")
     if not torch.cuda.is_available():
         raise ConfigError("device", "cpu", "a CUDA device: this measures GPU kernels")
-    copied, before = _copy_gb_s(), _matmul_tflop_s()
+    copied, before = copy_gb_s(), matmul_tflop_s()
     pool = _pool(max(_sets(CELLS[name]) * CELLS[name].key_bytes for name in wanted))
     found: dict[str, Measured] = {}
     for done, name in enumerate(wanted):
@@ -182,7 +175,7 @@ def measure(names: Sequence[str], backends: Sequence[str], tell: Tell) -> Report
         machine=machine(),
         copy_gb_s=copied,
         matmul_tflop_s=before,
-        matmul_after_tflop_s=_matmul_tflop_s(),
+        matmul_after_tflop_s=matmul_tflop_s(),
         cells=found,
     )
 
@@ -229,14 +222,14 @@ def _measured(cell: Cell, pool: Tensor, backends: Sequence[str]) -> Measured:
     problem = mla_problem(calls[0][0], calls[0][2])
     floor = None
     if unsupported(problem) is None:
-        floor = _timed([partial(load_only, *call) for call in calls])
+        floor = timed_us([partial(load_only, *call) for call in calls])
     found: dict[str, Timing] = {}
     for name in backends:
         if registry.refusal(problem, name) is not None:
             continue
         with registry.using(mla_decode=name):
             error = _error(cell, calls[-1])
-            us = _timed([partial(mla_decode, *call, SCALE) for call in calls])
+            us = timed_us([partial(mla_decode, *call, SCALE) for call in calls])
         found[name] = Timing(us=us, error=error)
     return Measured(load_us=floor, key_bytes=cell.key_bytes, backends=found)
 
@@ -266,43 +259,3 @@ def _error(cell: Cell, call: Call) -> float:
         # NaN compares with nothing.
         worst = error if not error <= worst else worst
     return worst
-
-
-def _timed(calls: Sequence[Callable[[], object]]) -> float:
-    """Microseconds a call, cold: the median of replays of a graph that goes through all calls."""
-    stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-        once = _event_us(lambda: [call() for call in calls]) / len(calls)
-        rounds = max(1, round(min(64.0, max(2.0, GRAPH_US / once)) / len(calls)))
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for call in list(calls) * rounds:
-                call()
-        graph.replay()
-        times = [_event_us(graph.replay) for _ in range(REPLAYS)]
-    return median(times) / (len(calls) * rounds)
-
-
-def _event_us(run: Callable[[], object]) -> float:
-    event: Any = torch.cuda.Event
-    begin, end = event(enable_timing=True), event(enable_timing=True)
-    begin.record()
-    run()
-    end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end)) * 1000
-
-
-def _copy_gb_s() -> float:
-    source = torch.randn(1 << 29, device="cuda")
-    target = torch.empty_like(source)
-    size = 2 * source.numel() * source.element_size()
-    return size / median(_event_us(lambda: target.copy_(source)) for _ in range(REPLAYS)) / 1000
-
-
-def _matmul_tflop_s() -> float:
-    a, b = (torch.randn(8192, 8192, device="cuda").to(torch.bfloat16) for _ in range(2))
-    a @ b
-    return 2 * 8192**3 / median(_event_us(lambda: a @ b) for _ in range(REPLAYS)) / 1e6
