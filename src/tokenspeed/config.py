@@ -178,7 +178,7 @@ class EngineConfig:
                     getattr(self, name),
                     f"{none} without the prefix cache: only cached pages are kept there",
                 )
-        for name, none in (("overlap", 0), ("host_pages", 0), ("host_memory_gb", None)):
+        for name, none in (("host_pages", 0), ("host_memory_gb", None)):
             if self.mesh and getattr(self, name) != none:
                 raise ConfigError(name, getattr(self, name), f"{none} on a mesh, so far")
         if self.mesh and ":" in self.device:

@@ -108,14 +108,18 @@ class _Tally:
     def __init__(self) -> None:
         self._hash = hashlib.blake2b(digest_size=16)
 
-    def add(self, plan: StepPlan, result: StepResult) -> Digest | None:
-        """Count a step; at every `DIGEST_STEPS`th, what is to be compared."""
-        for array in (plan.slots, plan.query_start, plan.token_ids, plan.page_delta):
-            self._hash.update(array.tobytes())
+    def told(self, plan: StepPlan) -> bytes:
+        """What `add` wants of a plan, whose arrays are the caller's again when it is launched."""
+        arrays = (plan.slots, plan.query_start, plan.token_ids, plan.page_delta)
+        return hashlib.blake2b(b"".join(array.tobytes() for array in arrays)).digest()
+
+    def add(self, told: bytes, result: StepResult) -> Digest | None:
+        """Count a step that is over; at every `DIGEST_STEPS`th, what is to be compared."""
+        self._hash.update(told)
         self._hash.update(result.token_ids.tobytes())
-        if (plan.step + 1) % DIGEST_STEPS:
+        if (result.step + 1) % DIGEST_STEPS:
             return None
-        return Digest(plan.step, self._hash.digest())
+        return Digest(result.step, self._hash.digest())
 
 
 @final
@@ -321,23 +325,33 @@ class LedExecutor:
         self._own, self._leader, self._tally = own, leader, _Tally()
 
     def launch(self, plan: StepPlan) -> Pending:
-        """Run a step on every rank.
+        """Start a step on every rank. Where rank 0 runs ahead, so do the others: a plan is there.
 
         Raises:
-            RankLost: a rank is gone, or the step failed: on one rank alone, as far as rank 0 can
-                know, so that its KV is no longer that of the others.
+            RankLost: a rank is gone; or the result raises it, also where the step failed: on one
+                rank alone, as far as rank 0 can know, so that its KV is no longer the others'.
         """
         self._leader.send(plan)
-        pending = self._own.launch(plan)
-        try:
-            digest = self._tally.add(plan, pending.result())
-        except StepError as error:
-            raise self._leader.blame(error) from error
+        told, checked = self._tally.told(plan), Future[StepResult]()
+
+        def check(own: Future[StepResult]) -> None:
+            try:
+                checked.set_result(self._checked(told, own.result()))
+            except StepError as error:
+                checked.set_exception(self._leader.blame(error))
+            except Exception as error:  # whoever awaits the step is told
+                checked.set_exception(error)
+
+        self._own.launch(plan).then(check)
+        return Pending(checked)
+
+    def _checked(self, told: bytes, result: StepResult) -> StepResult:
         if self._leader.lost is not None:  # what a collective gives that was aborted is no result
             raise self._leader.lost
+        digest = self._tally.add(told, result)
         if digest is not None:
             self._leader.compare(0, digest)
-        return pending
+        return result
 
     def copy(self, plan: StepPlan) -> None:
         """See Executor; there is no host tier on a mesh, so there is nothing to copy."""
@@ -496,7 +510,7 @@ def _compute(rank: int, channel: Channel, inbox: Queue[Message], store: Store | 
     channel.send(Ready())
     while isinstance(message := inbox.get(), Plan):
         plan = message.restored()
-        digest = tally.add(plan, executor.launch(plan).result())
+        digest = tally.add(tally.told(plan), executor.launch(plan).result())
         if digest is not None:
             channel.send(digest)
     executor.close()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, final
 
@@ -88,6 +88,10 @@ class Pending:
     def done(self) -> bool:
         """Whether `result` would return at once."""
         return self._future.done()
+
+    def then(self, call: Callable[[Future[StepResult]], None]) -> None:
+        """Call this when the step is over, before the next one runs; at once if it is over."""
+        self._future.add_done_callback(call)
 
 
 @final
