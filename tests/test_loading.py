@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -143,6 +144,14 @@ def test_any_part_in_any_dtype(weights: dict[str, Tensor], data: st.DataObject) 
         patch.setattr("tokenspeed.models.checkpoint.BLOCK_BYTES", block)
         _opened[0].read_into(target, name, tuple(part))
     assert torch.equal(target, wanted.to(target.dtype))
+
+
+def test_a_name_in_a_header_comes_once(tmp_path: Path) -> None:
+    entry = '"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
+    text = f"{{{entry}, {entry}}}".encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(4))
+    with pytest.raises(CheckpointError, match=r"damaged: .*'w' comes twice"):
+        SafetensorsFile(tmp_path / "model.safetensors")
 
 
 def test_a_file_that_was_cut_off_since_it_was_opened_is_said(tmp_path: Path) -> None:

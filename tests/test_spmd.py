@@ -71,9 +71,11 @@ def test_ranks_are_numbered_row_major() -> None:
 
 
 @pytest.mark.parametrize(
-    "axes", [(("tp", 0),), (("tp", 2), ("tp", 2)), (("t p", 2),)], ids=["empty", "twice", "name"]
+    "axes",
+    [(("tp", 0),), (("tp", 2), ("tp", 2)), (("t p", 2),), (("tp", 2.5),), (("tp", "2"),)],
+    ids=["empty", "twice", "name", "fraction", "text"],
 )
-def test_bad_meshes_are_refused(axes: tuple[tuple[str, int], ...]) -> None:
+def test_bad_meshes_are_refused(axes: Any) -> None:
     with pytest.raises(ConfigError, match="mesh"):
         Mesh(axes)
 

@@ -10,9 +10,10 @@ import json
 import math
 import os
 import struct
+from collections import Counter
 from operator import index
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import torch
 from attrs import frozen
@@ -100,7 +101,7 @@ def _header(path: Path) -> dict[str, Entry]:
             raise CheckpointError(path, f"claims a header of {length} bytes in a file of {size}")
         raw = file.read(length)
     try:
-        header = json.loads(raw)
+        header = json.loads(raw, object_pairs_hook=_distinct)
         header.pop("__metadata__", None)
         entries = []
         for name, e in header.items():
@@ -130,4 +131,13 @@ def _header(path: Path) -> dict[str, Entry]:
             f"describes {at} bytes of tensors and holds {size - 8 - length}: it is truncated or "
             "damaged; fetch it again",
         )
+    return found
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, whose names Python would else let replace each other. Raises ValueError."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        raise ValueError(f"{counts.most_common(1)[0][0]!r} comes twice")
     return found

@@ -36,8 +36,8 @@ class Mesh:
         if len(set(names)) != len(names) or not all(name.isidentifier() for name in names):
             raise ConfigError("mesh", names, "distinct axis names such as dp, tp, ep, pp")
         for name, size in self.axes:
-            if size < 1:
-                raise ConfigError(f"mesh.{name}", size, "at least 1 rank along the axis")
+            if type(size) is not int or size < 1:
+                raise ConfigError(f"mesh.{name}", size, "an integer, 1 or more ranks")
         if self.ranks > RANKS_MAX:
             raise ConfigError("mesh", str(self), f"at most {RANKS_MAX:,} ranks: axes multiply")
         if not 0 <= self.rank < self.ranks:
