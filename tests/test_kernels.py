@@ -199,7 +199,7 @@ def test_triton_keeps_the_contract_under_its_interpreter() -> None:
         [*command, *map(str, laws)], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout[-4000:]
-    assert "17 passed" in done.stdout
+    assert "18 passed" in done.stdout
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this is no CPU-only machine")

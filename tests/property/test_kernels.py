@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 
 import pytest
@@ -69,11 +70,14 @@ def test_what_sampling_looks_at(
     row, column = data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, width - 1))
     x[row, column] = data.draw(st.sampled_from([0.0, 1e30, float("-inf"), float("inf")]))
     with registry.using(argmax=backend, finite=backend):
-        assert kernels.argmax(x).tolist() == [own.index(max(own)) for own in x.tolist()]
+        assert kernels.argmax(moved(x, backend)).tolist() == [
+            own.index(max(own)) for own in x.tolist()
+        ]
         x[row, column] = data.draw(
             st.sampled_from([0.0, 1e30, *map(float, ("nan", "inf", "-inf"))])
         )
-        assert kernels.finite(x).tolist() == [all(map(math.isfinite, own)) for own in x.tolist()]
+        wanted = [all(map(math.isfinite, own)) for own in x.tolist()]
+        assert kernels.finite(moved(x, backend)).tolist() == wanted
 
 
 @given(seeds, st.sampled_from([4, 8]), st.integers(1, 40), st.integers(1, 5))
@@ -210,6 +214,21 @@ def test_long_rows_and_short_ones_are_attended_in_parts(
         for seed, shape in enumerate(((6, 4, 8), (3 * wide, 64, 1, 8), (3 * wide, 64, 1, 8)))
     )
     agree("paged_attention", backend, q, k, v, plan, window)
+
+
+@pytest.mark.skipif("triton" not in registry.names, reason="Triton runs in another process")
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=9), st.integers(1, 40), st.integers(0, 9))
+def test_triton_tiles_have_every_query_once(counts: list[int], each: int, padding: int) -> None:
+    """Behind the last query of a row a tile has none, and tokens that no row has are in no tile."""
+    tiles = importlib.import_module("tokenspeed.kernels.triton.tiles")
+    starts = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
+    made = tiles.tiled(starts, sum(counts) + padding, each)
+    found = [
+        (row, query)
+        for row, first in zip(made.rows.tolist(), made.firsts.tolist(), strict=True)
+        for query in range(first, min(first + each, counts[row]))
+    ]
+    assert found == [(row, query) for row, count in enumerate(counts) for query in range(count)]
 
 
 def behind_is_nan(plan: AttentionPlan, window: int, hole: int) -> None:

@@ -30,19 +30,26 @@ PARTS_MAX = 64
 
 @triton.jit
 def _turn(
-    x, out, cos, sin, head, heads, half, token, x_token, x_head, HALF: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
+    x, out, cos, sin, head, heads, half, token, x_token, x_head, HEADS: tl.constexpr,
+    HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    at = tl.arange(0, HALF)
-    inside = (head < heads)[:, None] & (at < half)[None, :]
-    first = 2 * at if INTERLEAVED else at
-    second = first + 1 if INTERLEAVED else at + half
     source = x + token * x_token + head[:, None] * x_head
-    a = tl.load(source + first[None, :], mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(source + second[None, :], mask=inside, other=0.0).to(tl.float32)
     target = out + (token * heads + head[:, None]) * 2 * half
-    tl.store(target + first[None, :], a * cos[None, :] - b * sin[None, :], mask=inside)
-    tl.store(target + second[None, :], b * cos[None, :] + a * sin[None, :], mask=inside)
+    there = (head < heads)[:, None]
+    if INTERLEAVED:
+        pair = tl.arange(0, 2 * HALF)[None, :]
+        both = tl.load(source + pair, mask=there & (pair < 2 * half), other=0.0).to(tl.float32)
+        a, b = tl.split(tl.reshape(both, (HEADS, HALF, 2)))
+        turned = tl.join(a * cos[None, :] - b * sin[None, :], b * cos[None, :] + a * sin[None, :])
+        turned = tl.reshape(turned, (HEADS, 2 * HALF))
+        tl.store(target + pair, turned, mask=there & (pair < 2 * half))
+    else:
+        at = tl.arange(0, HALF)[None, :]
+        inside = there & (at < half)
+        a = tl.load(source + at, mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(source + half + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(target + at, a * cos[None, :] - b * sin[None, :], mask=inside)
+        tl.store(target + half + at, b * cos[None, :] + a * sin[None, :], mask=inside)
 
 
 @triton.jit
@@ -60,10 +67,12 @@ def _rope(
     sin = tl.load(angle + half, mask=at < half, other=0.0).to(tl.float32)
     if block < q_blocks:
         head = block * HEADS + tl.arange(0, HEADS)
-        _turn(q, q_out, cos, sin, head, heads, half, token, q_token, q_head, HALF, INTERLEAVED)
+        _turn(q, q_out, cos, sin, head, heads, half, token, q_token, q_head, HEADS, HALF,
+              INTERLEAVED)  # fmt: skip
     else:
         head = (block - q_blocks) * HEADS + tl.arange(0, HEADS)
-        _turn(k, k_out, cos, sin, head, kv_heads, half, token, k_token, k_head, HALF, INTERLEAVED)
+        _turn(k, k_out, cos, sin, head, kv_heads, half, token, k_token, k_head, HEADS, HALF,
+              INTERLEAVED)  # fmt: skip
 
 
 def rope(
@@ -125,12 +134,48 @@ def kv_write(k_pages: Tensor, v_pages: Tensor, k: Tensor, v: Tensor, locations: 
 
 
 @triton.jit
+def _keys(
+    query, k_head, v_head, own_table, from_key, stop, limit, window, k_page, k_key, v_page, v_key,
+    best, total, mixed, scale, PAGE: tl.constexpr, DIM: tl.constexpr, LANES: tl.constexpr,
+    KEYS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Some keys, folded into what came before; masked where not every query sees all of them."""
+    at = from_key + tl.arange(0, KEYS)
+    lane = tl.arange(0, LANES)
+    if MASKED:
+        there = at < stop
+        page = tl.load(own_table + at // PAGE, mask=there, other=0).to(tl.int64)
+    else:
+        page = tl.load(own_table + at // PAGE).to(tl.int64)
+    key = k_head + (page * k_page + (at % PAGE) * k_key)[:, None] + lane[None, :]
+    value = v_head + (page * v_page + (at % PAGE) * v_key)[:, None] + lane[None, :]
+    if MASKED:
+        kv_in = there[:, None] & (lane < DIM)[None, :]
+        keys = tl.load(key, mask=kv_in, other=0.0)
+        values = tl.load(value, mask=kv_in, other=0.0)
+    elif LANES > DIM:
+        keys = tl.load(key, mask=(lane < DIM)[None, :], other=0.0)
+        values = tl.load(value, mask=(lane < DIM)[None, :], other=0.0)
+    else:
+        keys = tl.load(key)
+        values = tl.load(value)
+    if WIDEN:
+        scores = tl.dot(query.to(tl.float32), tl.trans(keys.to(tl.float32))) * scale
+    else:
+        scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * scale
+    if MASKED:
+        seen = (at[None, :] < limit[:, None]) & (at[None, :] >= (limit - window)[:, None])
+        scores = tl.where(seen & there[None, :], scores, float("-inf"))
+    return fold(scores, values, best, total, mixed, PRECISION, WIDEN)
+
+
+@triton.jit
 def _attend(
     q, k_pages, v_pages, out, lse, query_start, context_lens, table, rows, firsts,
     columns, all_rows, heads, groups, each, q_token, q_head,
     k_page, k_key, k_head, v_page, v_key, v_head, window, parts, least, scale,
     PAGE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
-    KEYS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    KEYS: tl.constexpr, WINDOWED: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -160,22 +205,25 @@ def _attend(
     best = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     mixed = tl.zeros((ROWS, LANES), tl.float32)
+    own_table = table + row * columns
+    k_head = k_pages + kv_head * k_head
+    v_head = v_pages + kv_head * v_head
+    if not WINDOWED:
+        # What every query sees needs no mask.
+        whole = tl.maximum(tl.minimum(context + first + 1, stop) - begin, 0) // KEYS * KEYS
+        for from_key in tl.range(begin, begin + whole, KEYS):
+            best, total, mixed = _keys(
+                query, k_head, v_head, own_table, from_key, stop, limit, window, k_page, k_key,
+                v_page, v_key, best, total, mixed, scale, PAGE, DIM, LANES, KEYS, False,
+                PRECISION, WIDEN,
+            )  # fmt: skip
+        begin += whole
     for from_key in tl.range(begin, stop, KEYS):
-        at = from_key + tl.arange(0, KEYS)
-        there = at < stop
-        page = tl.load(table + row * columns + at // PAGE, mask=there, other=0).to(tl.int64)
-        kv_in = there[:, None] & in_dim[None, :]
-        key = page * k_page + (at % PAGE) * k_key + kv_head * k_head
-        keys = tl.load(k_pages + key[:, None] + lane[None, :], mask=kv_in, other=0.0)
-        value = page * v_page + (at % PAGE) * v_key + kv_head * v_head
-        values = tl.load(v_pages + value[:, None] + lane[None, :], mask=kv_in, other=0.0)
-        if WIDEN:
-            scores = tl.dot(query.to(tl.float32), tl.trans(keys.to(tl.float32)))
-        else:
-            scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION)
-        seen = (at[None, :] < limit[:, None]) & (at[None, :] >= (limit - window)[:, None])
-        scores = tl.where(seen & there[None, :], scores * scale, float("-inf"))
-        best, total, mixed = fold(scores, values, best, total, mixed, PRECISION, WIDEN)
+        best, total, mixed = _keys(
+            query, k_head, v_head, own_table, from_key, stop, limit, window, k_page, k_key,
+            v_page, v_key, best, total, mixed, scale, PAGE, DIM, LANES, KEYS, True,
+            PRECISION, WIDEN,
+        )  # fmt: skip
     some = total > 0
     mixed = mixed / tl.where(some, total, 1.0)[:, None]
     to = part.to(tl.int64) * all_rows + (start + token).to(tl.int64) * heads + head
@@ -207,11 +255,11 @@ def cut(plan: AttentionPlan, q: Tensor, kv_heads: int, window: int | None) -> Cu
     each = rows // groups
     lanes = max(16, triton.next_power_of_2(dim))
     keys = max(16, min(64, 8192 * 2 // (lanes * q.element_size())))
-    tiles = min(tokens, tokens // each + len(plan.context_lens)) * kv_heads
+    tiles = len(plan.context_lens) * triton.cdiv(mean, each) * kv_heads
     keys_max = plan.page_table.shape[1] * plan.page_size
     if window is not None:
         keys_max = min(keys_max, window + each)
-    parts = min(PARTS_MAX, keys_max // KEYS_MIN, 4 * cores(q) // max(1, tiles))
+    parts = min(PARTS_MAX, keys_max // KEYS_MIN, 3 * cores(q) // max(1, tiles))
     return Cut(rows, each, keys, max(1, parts), 8 if rows >= 128 else 4, 2)
 
 
@@ -247,7 +295,7 @@ def paged_attention(
         _ALL if window is None else window, how.parts, KEYS_MIN if how.parts > 1 else 1,
         dim**-0.5 * LOG2_E,
         PAGE=plan.page_size, DIM=dim, ROWS=how.rows, LANES=max(16, triton.next_power_of_2(dim)),
-        KEYS=how.keys, PRECISION=precision(q), WIDEN=INTERPRETED,
+        KEYS=how.keys, WINDOWED=window is not None, PRECISION=precision(q), WIDEN=INTERPRETED,
         num_warps=how.warps, num_stages=how.stages,
     )  # fmt: skip
     if how.parts > 1:

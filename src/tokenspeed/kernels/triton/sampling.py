@@ -1,11 +1,13 @@
 """What sampling looks at, and a token of each row; a program a row.
 
-Rule: nothing is sorted. The least score that is kept is found by halving the range of scores, as
-whole numbers in the same order, and counting what lies above; so what a row draws depends on its
-own scores alone, and nothing waits for the CPU.
+Rule: nothing is sorted. The least score that is kept is found by cutting the range of scores, as
+whole numbers in the same order, into quarters, and counting what lies above; so what a row draws
+depends on its own scores alone, and nothing waits for the CPU.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -36,16 +38,21 @@ def _argmax(x, out, width, row_stride, BLOCK: tl.constexpr):
 
 
 def _block(width: int) -> int:
-    return min(4096, int(triton.next_power_of_2(width)))
+    return min(8192, int(triton.next_power_of_2(width)))
+
+
+def _of_rows(kernel: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+    x = x if x.stride(1) == 1 else x.contiguous()
+    rows, width = x.shape
+    out = torch.empty(rows, dtype=dtype, device=x.device)
+    if rows:
+        kernel[(rows,)](x, out, width, x.stride(0), BLOCK=_block(width), num_warps=16)
+    return out
 
 
 def argmax(x: Tensor) -> Tensor:
     """See contract.py."""
-    x = x if x.stride(1) == 1 else x.contiguous()
-    out = torch.empty(len(x), dtype=torch.int64, device=x.device)
-    if len(x):
-        _argmax[(len(x),)](x, out, x.shape[1], x.stride(0), BLOCK=_block(x.shape[1]), num_warps=8)
-    return out
+    return _of_rows(_argmax, x, torch.int64)
 
 
 @triton.jit
@@ -64,68 +71,111 @@ def _finite(x, out, width, row_stride, BLOCK: tl.constexpr):
 
 def finite(x: Tensor) -> Tensor:
     """See contract.py."""
-    x = x if x.stride(1) == 1 else x.contiguous()
-    out = torch.empty(len(x), dtype=torch.bool, device=x.device)
-    if len(x):
-        _finite[(len(x),)](x, out, x.shape[1], x.stride(0), BLOCK=_block(x.shape[1]), num_warps=8)
-    return out
+    return _of_rows(_finite, x, torch.bool)
 
 
 @triton.jit
-def _ordered(value):
-    """Whole numbers in the order of float32 values; 0.0 and -0.0 are one."""
+def _ordered(value, SHIFT: tl.constexpr):
+    """Whole numbers in the order of float32 values; 0.0 and -0.0 are one. What was 16 bits wide
+    differs in its upper half alone, and is shifted."""
     bits = (value + 0.0).to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits) >> SHIFT
 
 
 @triton.jit
-def _above(source, width, least, top, temperature, BLOCK: tl.constexpr):
-    """How many scores of a row are above one, and their mass."""
-    count = 0
-    mass = tl.zeros((), tl.float64)
+def _power(order, top, temperature, SHIFT: tl.constexpr):
+    """exp((score - top) / temperature) of the score with this place in the order."""
+    wide = (order << SHIFT) | tl.where(order < 0, (1 << SHIFT) - 1, 0)
+    bits = tl.where(wide < 0, wide ^ 0x7FFFFFFF, wide).to(tl.int32)
+    return tl.exp((bits.to(tl.float32, bitcast=True) - top) / temperature)
+
+
+@triton.jit
+def _top(source, width, BLOCK: tl.constexpr):
+    """The largest score of a row."""
+    best = tl.full((BLOCK,), float("-inf"), tl.float32)
     for start in range(0, width, BLOCK):
         at = start + tl.arange(0, BLOCK)
         value = tl.load(source + at, mask=at < width, other=float("-inf")).to(tl.float32)
-        over = (_ordered(value) > least) & (at < width)
-        count += tl.sum(over.to(tl.int32), axis=0)
-        power = tl.where(over, tl.exp((value - top) / temperature), 0.0)
-        mass += tl.sum(power, axis=0).to(tl.float64)
-    return count, mass
+        best = tl.maximum(best, value)
+    return tl.max(best, axis=0)
 
 
 @triton.jit
-def _least(source, width, top, temperature, total, top_k, top_p, BLOCK: tl.constexpr):
-    """The least score that top-k and top-p keep, and how many equals of it they keep."""
-    low = tl.full((), -2139095041, tl.int64)  # of -inf
-    high = _ordered(top).to(tl.int64)
+def _above(
+    source, width, a, b, c, top, temperature, SHIFT: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """How many scores of a row are above each of three, and their masses."""
+    a_count = tl.zeros((BLOCK,), tl.int32)
+    b_count = tl.zeros((BLOCK,), tl.int32)
+    c_count = tl.zeros((BLOCK,), tl.int32)
+    a_mass = tl.zeros((BLOCK,), tl.float32)
+    b_mass = tl.zeros((BLOCK,), tl.float32)
+    c_mass = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, width, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        value = tl.load(source + at, mask=at < width, other=float("-inf")).to(tl.float32)
+        order = tl.where(at < width, _ordered(value, SHIFT), -2147483648)
+        power = tl.exp((value - top) / temperature)
+        a_count += (order > a).to(tl.int32)
+        b_count += (order > b).to(tl.int32)
+        c_count += (order > c).to(tl.int32)
+        a_mass += tl.where(order > a, power, 0.0)
+        b_mass += tl.where(order > b, power, 0.0)
+        c_mass += tl.where(order > c, power, 0.0)
+    return (
+        tl.sum(a_count, axis=0), tl.sum(b_count, axis=0), tl.sum(c_count, axis=0),
+        tl.sum(a_mass, axis=0), tl.sum(b_mass, axis=0), tl.sum(c_mass, axis=0),
+    )  # fmt: skip
+
+
+@triton.jit
+def _least(
+    source, width, top, temperature, top_k, mass_max, min_p, SHIFT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The place of the least score that passes: three places a time, a quarter apart."""
+    low = _ordered(float("-inf") + 0.0 * top, SHIFT)
+    high = _ordered(top, SHIFT)
     while low < high:
-        middle = (low + high) >> 1
-        count, mass = _above(source, width, middle.to(tl.int32), top, temperature, BLOCK)
-        holds = (count < top_k) & (mass < top_p * total)
-        high = tl.where(holds, middle, high)
-        low = tl.where(holds, low, middle + 1)
-    least = high.to(tl.int32)
-    count, mass = _above(source, width, least, top, temperature, BLOCK)
-    bits = tl.where(least < 0, least ^ 0x7FFFFFFF, least)
-    power = tl.exp((bits.to(tl.float32, bitcast=True) - top) / temperature).to(tl.float64)
-    room = (top_p * total - mass) / tl.maximum(power, 1e-300)
-    equals = tl.minimum(top_k.to(tl.int64) - count, tl.ceil(tl.minimum(room, 1e9)).to(tl.int64))
-    return least, tl.maximum(equals, 1).to(tl.int32)
+        apart = high.to(tl.int64) - low
+        a = (low + apart // 4).to(tl.int32)
+        b = (low + apart // 2).to(tl.int32)
+        c = (low + 3 * apart // 4).to(tl.int32)
+        a_count, b_count, c_count, a_mass, b_mass, c_mass = _above(
+            source, width, a, b, c, top, temperature, SHIFT, BLOCK
+        )
+        in_a = (a_count < top_k) & (a_mass < mass_max)
+        in_b = (b_count < top_k) & (b_mass < mass_max)
+        in_c = (c_count < top_k) & (c_mass < mass_max)
+        in_a = in_a & (_power(a, top, temperature, SHIFT) >= min_p)
+        in_b = in_b & (_power(b, top, temperature, SHIFT) >= min_p)
+        in_c = in_c & (_power(c, top, temperature, SHIFT) >= min_p)
+        high = tl.where(in_a, a, tl.where(in_b, b, tl.where(in_c, c, high)))
+        low = tl.where(in_a, low, tl.where(in_b, a + 1, tl.where(in_c, b + 1, c + 1)))
+    return high
 
 
 @triton.jit
-def _mass(value, at, width, least, equals, seen, top, temperature, min_p):
-    """Of some tokens what is kept of their mass, and how many equals of the least there were."""
-    order = _ordered(value)
+def _kept(
+    source, at, width, least, equals, limited, seen, top, temperature, SHIFT: tl.constexpr
+):  # fmt: skip
+    """Of some tokens what is kept of their mass, and how many equals of the least there are."""
+    value = tl.load(source + at, mask=at < width, other=float("-inf")).to(tl.float32)
+    order = tl.where(at < width, _ordered(value, SHIFT), -2147483648)
     same = ((order == least) & (at < width)).to(tl.int32)
-    number = seen + tl.cumsum(same, axis=0)
-    keep = ((order > least) | ((same == 1) & (number <= equals))) & (at < width)
-    power = tl.exp((value - top) / temperature)
-    return tl.where(keep & (power >= min_p), power, 0.0), seen + tl.sum(same, axis=0)
+    keep = order >= least
+    count = 0
+    if limited:
+        keep = keep & ((same == 0) | (seen + tl.cumsum(same, axis=0) <= equals))
+        count = tl.sum(same, axis=0)
+    return tl.where(keep, tl.exp((value - top) / temperature), 0.0), count
 
 
 @triton.jit
-def _draw(scores, how, out, width, row_stride, rows, BLOCK: tl.constexpr):
+def _draw(
+    scores, how, out, width, row_stride, rows, SHIFT: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0)
     source = scores + row.to(tl.int64) * row_stride
     u = tl.load(how + row)
@@ -133,44 +183,54 @@ def _draw(scores, how, out, width, row_stride, rows, BLOCK: tl.constexpr):
     top_k = tl.load(how + 2 * rows + row)
     top_p = tl.load(how + 3 * rows + row)
     min_p = tl.load(how + 4 * rows + row).to(tl.float32)
-    best = tl.full((BLOCK,), float("-inf"), tl.float32)
-    for start in range(0, width, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        value = tl.load(source + at, mask=at < width, other=float("-inf")).to(tl.float32)
-        best = tl.maximum(best, value)
-    top = tl.max(best, axis=0)
-    least = tl.full((), -2147483648, tl.int32)
+    top = _top(source, width, BLOCK)
+    none = tl.full((), -2147483648, tl.int32)
+    _, _, _, total, _, _ = _above(source, width, none, none, none, top, temperature, SHIFT, BLOCK)
+    least = none
     equals = 0
-    _, total = _above(source, width, least, top, temperature, BLOCK)
-    if (top_k > 0) | (top_p < 1):
+    limited = 0
+    mass = total.to(tl.float64)
+    if (top_k > 0) | (top_p < 1) | (min_p > 0):
         k = tl.where(top_k > 0, top_k, 2147483647.0)
-        p = tl.where(top_p < 1, top_p, 2.0)  # more than there is
-        least, equals = _least(source, width, top, temperature, total, k, p, BLOCK)
-    total = tl.zeros((), tl.float64)
-    seen = 0
-    for start in range(0, width, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        value = tl.load(source + at, mask=at < width, other=float("-inf")).to(tl.float32)
-        mass, seen = _mass(value, at, width, least, equals, seen, top, temperature, min_p)
-        total += tl.sum(mass, axis=0).to(tl.float64)
-    target = u * total
+        mass_max = tl.where(top_p < 1, top_p, 2.0) * mass  # twice the whole is more than there is
+        least = _least(source, width, top, temperature, k, mass_max, min_p, SHIFT, BLOCK)
+        count, with_equals, _, above, _, _ = _above(
+            source, width, least, least - 1, least - 1, top, temperature, SHIFT, BLOCK
+        )
+        power = _power(least, top, temperature, SHIFT).to(tl.float64)
+        room = tl.ceil((mass_max - above) / tl.maximum(power, 1e-300))
+        room = tl.minimum(tl.minimum(room, k - count), 2147483647.0)
+        there = with_equals - count
+        equals = tl.minimum(tl.maximum(room, 1).to(tl.int32), there)
+        limited = (equals < there).to(tl.int32)
+        mass = above.to(tl.float64) + equals * power
+    # Block by block up to the one in which the sum exceeds what was asked for; by rounding the
+    # whole may end just below it, and then it is the last one with any.
+    target = u * mass
     done = tl.zeros((), tl.float64)
-    found = 2147483647
-    last = 0
+    before = tl.zeros((), tl.float64)
     seen = 0
+    seen_before = 0
+    from_token = 0
     start = 0
-    while (start < width) & (found == 2147483647):
+    while (start < width) & (done <= target):
         at = start + tl.arange(0, BLOCK)
-        value = tl.load(source + at, mask=at < width, other=float("-inf")).to(tl.float32)
-        mass, seen = _mass(value, at, width, least, equals, seen, top, temperature, min_p)
-        sums = done + tl.cumsum(mass.to(tl.float64), axis=0)
-        some = mass > 0
-        found = tl.min(tl.where(some & (sums > target), at, 2147483647), axis=0)
-        last = tl.maximum(last, tl.max(tl.where(some, at, 0), axis=0))
-        done += tl.sum(mass, axis=0).to(tl.float64)
+        kept, count = _kept(
+            source, at, width, least, equals, limited, seen, top, temperature, SHIFT
+        )
+        some = tl.sum(kept, axis=0)
+        before = tl.where(some > 0, done, before)
+        seen_before = tl.where(some > 0, seen, seen_before)
+        from_token = tl.where(some > 0, start, from_token)
+        done += some.to(tl.float64)
+        seen += count
         start += BLOCK
-    # By rounding the sum may end just below what was asked for.
-    tl.store(out + row, tl.where(found == 2147483647, last, found).to(tl.int64))
+    at = from_token + tl.arange(0, BLOCK)
+    kept, _ = _kept(source, at, width, least, equals, limited, seen_before, top, temperature, SHIFT)
+    sums = before + tl.cumsum(kept.to(tl.float64), axis=0)
+    found = tl.min(tl.where((kept > 0) & (sums > target), at, 2147483647), axis=0)
+    last = tl.max(tl.where(kept > 0, at, 0), axis=0)
+    tl.store(out + row, tl.minimum(found, last).to(tl.int64))
 
 
 def draw(scores: Tensor, draws: Draws) -> Tensor:
@@ -179,9 +239,8 @@ def draw(scores: Tensor, draws: Draws) -> Tensor:
     rows, width = scores.shape
     out = torch.empty(rows, dtype=torch.int64, device=scores.device)
     if rows:
-        how = draws.table.contiguous()
         _draw[(rows,)](
-            scores, how, out, width, scores.stride(0), rows, BLOCK=_block(width),
-            num_warps=16,
+            scores, draws.table.contiguous(), out, width, scores.stride(0), rows,
+            SHIFT=16 if scores.dtype == torch.bfloat16 else 0, BLOCK=_block(width), num_warps=16,
         )  # fmt: skip
     return out
