@@ -349,6 +349,18 @@ def test_a_module_may_have_any_name_and_any_number(name: str) -> None:
     assert torch.equal(logits, torch.full((8, 4), float("-inf")))
 
 
+def test_a_branch_is_walked_as_what_it_is_in_python() -> None:
+    def model(params: Any, batch: Any, kv: Any) -> Any:
+        assert ("w" in params["last"], "v" in params["last"]) == (True, False)
+        assert (list(params), len(params["layers"])) == (["layers", "last"], 1)
+        value = batch.x
+        for layer in params["layers"]:
+            value = BLOCK(layer, value)
+        return BLOCK(params["layers"][-1], value), kv
+
+    assert traced(model).held_params == {("layers", 0, "w")}
+
+
 def test_rows_are_counted_for_each_table_alone() -> None:
     """Two tables of 8 and of 4 rows, both from row 0 on, looked up by the same numbers."""
 

@@ -7,6 +7,7 @@ number. Shapes are those of the bucket that is compiled, as tensors on the meta 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, final
@@ -190,6 +191,8 @@ class Ref(Traced):
 
     def __getitem__(self, key: str | int) -> Ref:
         known = self._keys("[]")
+        if isinstance(self.tree, list) and isinstance(key, int) and key < 0:
+            key += len(self.tree)  # one path for each parameter
         if key not in known:
             raise PlacementError(f"{self.source} has no {key!r}; it has {_listed(known)}")
         return Ref(self.trace, f"{self.source}[{key!r}]", self.tree[key], (*self.path, key))
@@ -201,8 +204,9 @@ class Ref(Traced):
             )
         return Ref(self.trace, f"{self.source}.{name}")
 
-    def __iter__(self) -> Iterator[Ref]:
-        return (self[key] for key in self._keys("iteration"))
+    def __iter__(self) -> Iterator[Any]:
+        keys = self._keys("iteration")
+        return iter(keys) if isinstance(self.tree, dict) else (self[key] for key in keys)
 
     def __len__(self) -> int:
         return len(self._keys("len"))
@@ -251,8 +255,12 @@ def _told(returned: Any) -> str:
     return returned.told if isinstance(returned, Traced) else type(returned).__name__
 
 
+_LISTED_MAX = 8
+
+
 def _listed(names: Collection[Any]) -> str:
-    return ", ".join(map(str, names)) or "nothing"
+    some = [str(name) for name in itertools.islice(names, _LISTED_MAX)]
+    return ", ".join([*some, "..."] if len(names) > _LISTED_MAX else some) or "nothing"
 
 
 def _record(trace: Trace, module: Module, arguments: Mapping[str, Any]) -> Any:
