@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -36,7 +39,7 @@ from tokenspeed.bench.sessions import (
 from tokenspeed.cli import cli
 from tokenspeed.config import EngineConfig
 from tokenspeed.engine import Engine
-from tokenspeed.errors import ConfigError
+from tokenspeed.errors import ConfigError, RankLost
 from tokenspeed.fsm.trace import read_trace, validate
 
 TINY = ["--rows", "2", "--rows", "1", "--contexts", "128", "--steps", "20"]
@@ -367,6 +370,21 @@ def test_a_mesh_is_measured_by_its_ranks(tmp_path: Path) -> None:
     assert all(one["eager_s"] > 0 and one["graph_s"] is None for one in told["collectives"])
     assert {one["bytes"] for one in told["collectives"]} == {1 << 10, 1 << 15, 1 << 20}
     assert told["step"]["eager_s"] > 0
+
+
+def test_a_rank_that_fails_ends_the_measurement() -> None:
+    context = multiprocessing.get_context("spawn")
+    ranks = [
+        context.Process(target=time.sleep, args=(600,), daemon=True),
+        context.Process(target=sys.exit, args=(5,), daemon=True),
+    ]
+    for process in ranks:
+        process.start()
+    with pytest.raises(RankLost, match="rank 1 ended with status 5: nothing was measured"):
+        mesh._join(ranks)
+    assert ranks[0].exitcode == -signal.SIGKILL
+    with pytest.raises(ConfigError, match="mesh: got 'tp=64'; expected at most a rank a GPU"):
+        mesh.measure(None, "tp=64", device="cuda", dtype="float32", rows=1, context=0)
 
 
 def test_rows_are_dealt_out_evenly() -> None:

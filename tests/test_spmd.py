@@ -476,6 +476,7 @@ def test_tokens_go_to_their_experts_or_experts_get_all(sent: bool) -> None:
     def work(communicator: ThreadGroups) -> Tensor:
         program = _mix(communicator.mesh, Costs.of(ep=link), communicator)
         ops = [one.op for one in program.collectives]
+        assert program.capturable != sent
         assert ops == (
             ["all_to_all"] * 2 if sent else ["all_gather", "all_gather", "reduce_scatter"]
         )

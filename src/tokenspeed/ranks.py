@@ -72,6 +72,7 @@ __all__ = [
     "Leader",
     "LedExecutor",
     "build_on_mesh",
+    "check_gpus",
     "connect",
     "device_of",
     "follow",
@@ -144,7 +145,7 @@ class Leader:
 
     def __init__(self, config: EngineConfig, checkpoint: str) -> None:
         self.mesh = parse_mesh(config.mesh)
-        _check_gpus(config, self.mesh)
+        check_gpus(config, self.mesh)
         self.device = device_of(config, int(os.environ.get("LOCAL_RANK", "0")))
         self.lost: RankLost | None = None
         self.communicator: ProcessGroups | None = None
@@ -303,6 +304,11 @@ class Leader:
         self._closing = True
         self._tell(End())
         deadline_s = time.monotonic() + END_S
+        if dist.is_initialized() and (self.lost is None or self.device == "cpu"):
+            # All ranks leave together: NCCL may wait for the others, but is not waited for.
+            leaving = threading.Thread(target=dist.destroy_process_group, daemon=True)
+            leaving.start()
+            leaving.join(END_S)
         for child in self._children.values():
             try:
                 child.wait(max(0.0, deadline_s - time.monotonic()) if self.lost is None else 0.1)
@@ -311,8 +317,6 @@ class Leader:
                 child.wait()
         for channel in self._channels.values():
             channel.close()
-        if dist.is_initialized() and (self.lost is None or self.device == "cpu"):
-            dist.destroy_process_group()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -538,11 +542,12 @@ def _status(child: subprocess.Popen[bytes]) -> str:
     return f"killed by signal {-status}" if status < 0 else f"exit status {status}"
 
 
-def _check_gpus(config: EngineConfig, mesh: Mesh) -> None:
+def check_gpus(config: EngineConfig, mesh: Mesh) -> None:
+    """Raise ConfigError where a mesh on GPUs has more ranks on this machine than it has GPUs."""
     here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", mesh.ranks)), torch.cuda.device_count()
     if config.device != "cpu" and here > gpus:
         have = f"this machine has {gpus} GPU{'' if gpus == 1 else 's'}"
-        raise ConfigError("mesh", config.mesh, f"at most a rank a GPU: {have}")
+        raise ConfigError("mesh", str(mesh), f"at most a rank a GPU: {have}")
 
 
 def device_of(config: EngineConfig, local_rank: int) -> str:

@@ -30,6 +30,7 @@ from tokenspeed.spmd import (
     tokens,
 )
 from tokenspeed.spmd.collectives import local_slice
+from tokenspeed.spmd.overlap import Clock
 from tokenspeed.spmd.params import Parameter, Source
 
 WIDTH = 8
@@ -230,3 +231,30 @@ def test_ranks_equal_one_rank(
     for communicator, result in zip(communicators, results, strict=True):
         own = own_rows(alone, communicator.mesh, lies)
         torch.testing.assert_close(result, own, atol=1e-9, rtol=1e-9)
+
+
+seconds = st.integers(0, 9).map(float)
+
+
+@given(st.lists(st.tuples(st.sampled_from(["work", "pause", "begin", "wait"]), seconds)))
+def test_a_step_takes_all_but_what_is_hidden_and_no_less_than_either_side(events: Any) -> None:
+    clock, under_way, hidden = Clock(), dict[str, float](), 0.0
+    worked = sent = 0.0
+    for number, (event, took) in enumerate(events):
+        if event == "work":
+            clock.work(took)
+            worked += took
+        elif event == "wait":
+            if under_way:
+                name = next(iter(under_way))
+                hidden += clock.wait(name, under_way.pop(name))
+        else:
+            sent += took
+            if event == "pause":
+                hidden += clock.pause(took)
+            else:
+                clock.begin(str(number), took)
+                under_way[str(number)] = took
+    hidden += sum(clock.wait(name, took) for name, took in under_way.items())
+    assert clock.now_s == worked + sent - hidden
+    assert max(worked, sent) <= clock.now_s <= worked + sent

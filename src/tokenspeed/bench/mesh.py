@@ -14,6 +14,8 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, final
 
@@ -26,9 +28,9 @@ from torch import Tensor
 
 from tokenspeed import models
 from tokenspeed.config import EngineConfig
-from tokenspeed.errors import ConfigError
+from tokenspeed.errors import ConfigError, RankLost
 from tokenspeed.plan import StepPlan
-from tokenspeed.ranks import connect, device_of
+from tokenspeed.ranks import check_gpus, connect, device_of
 from tokenspeed.spmd import KV, Communicator, Mesh, ProcessGroups
 from tokenspeed.spmd.batch import Batch, Slots
 from tokenspeed.spmd.report import batch_of, parse_mesh
@@ -113,10 +115,12 @@ def measure(
 
     Raises:
         ConfigError: a flag cannot be used.
+        RankLost: a rank ended.
         CheckpointError, PlacementError: see `models.build`.
     """
     axes = parse_mesh(mesh)
     config = EngineConfig(device=device, dtype=dtype)
+    check_gpus(config, axes)
     parts = batch_of(axes).parts(axes)
     if rows < 1 or rows % parts:
         raise ConfigError("rows", rows, f"a multiple of {parts}: so many ranks have their own")
@@ -134,11 +138,7 @@ def measure(
         ]
         for process in others:
             process.start()
-        for process in others:
-            process.join()
-        if any(process.exitcode for process in others):
-            codes = ", ".join(str(process.exitcode) for process in others)
-            raise ConfigError("mesh", mesh, f"ranks that end well; their exit statuses: {codes}")
+        _join(others)
         found = json.loads(out.read_text())
     collectives = tuple(Timed(**one) for one in found["collectives"])
     step = Timed(**found["step"]) if found["step"] else None
@@ -152,6 +152,24 @@ def measure(
         collectives=collectives,
         step=step,
     )
+
+
+def _join(ranks: Sequence[BaseProcess]) -> None:
+    """Wait for all; where one fails, its message is on stderr, and nobody waits for the others."""
+    waiting: dict[Any, tuple[int, BaseProcess]] = {
+        process.sentinel: (rank, process) for rank, process in enumerate(ranks)
+    }
+    failed = None
+    while waiting:
+        for sentinel in wait(list(waiting)):
+            rank, process = waiting.pop(sentinel)
+            process.join()
+            if process.exitcode and failed is None:
+                failed = f"rank {rank} ended with status {process.exitcode}"
+                for _, other in waiting.values():
+                    other.kill()
+    if failed is not None:
+        raise RankLost(f"{failed}: nothing was measured")
 
 
 @final
@@ -218,8 +236,8 @@ def _step(job: _Job, mesh: Mesh, communicator: Communicator, device: str) -> Tim
     def run() -> Tensor:
         return model.step(model.params, unplanned(batch), KV(pages))[0]
 
-    capturable = not any(form.sent for form in model.step.forms)
-    return Timed(what="decode", axis="", bytes=0, **_timed(run, device, 4, graph=capturable))
+    times = _timed(run, device, 4, graph=model.step.capturable)
+    return Timed(what="decode", axis="", bytes=0, **times)
 
 
 def decode(model: models.Model, rows: int, context: int) -> tuple[Batch, KV]:

@@ -78,6 +78,11 @@ class Program:
     cost_s: float
 
     @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can hold it: not where tokens are sent, which the CPU counts."""
+        return not any(form.sent for form in self.forms)
+
+    @property
     def hidden_s(self) -> float:
         """What collectives take beside modules, and so cost nothing."""
         return sum(one.hidden_s for one in self.collectives)
