@@ -210,6 +210,18 @@ def test_another_number_of_threads_is_another_recording(packed: models.Model) ->
         torch.set_num_threads(threads)
 
 
+def test_whoever_is_to_run_an_op_runs_it(packed: models.Model) -> None:
+    """A recording is of the kernels that were chosen then."""
+    steps = stepper(packed)
+    wanted = decoded(steps, [0])
+    with kernels.registry.using(rms_norm="reference"):
+        assert len(decoded(steps, [0])[0]) == 20
+        assert recorded(steps) == []
+        assert "is none of the recorded kernels" in (steps.executor._step.refused or "")
+    assert decoded(steps, [0]) == wanted
+    assert recorded(steps) == [1]
+
+
 def test_a_model_with_torch_s_products_runs_as_it_is(tmp_path: Path) -> None:
     model = models.build(models.open_checkpoint(tiny.write(tmp_path)), Mesh.single())
     steps = stepper(model)

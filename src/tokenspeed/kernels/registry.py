@@ -56,6 +56,8 @@ class Registry:
         self._backends = sorted(backends, key=lambda b: -b.priority)
         self._forced: dict[str, str] = {}
         self._chosen: dict[object, Callable[..., Any]] = {}
+        self.changes = 0
+        """How often it may have become another one who runs a problem."""
         self.failed: dict[str, str] = {}
         """Plugins that were left out, with the reason."""
         for word in filter(None, os.environ.get("TOKENSPEED_KERNELS", "").split(",")):
@@ -84,7 +86,7 @@ class Registry:
                 "backend", backend.name, f"a new name, and ops among {', '.join(OPS)}"
             )
         self._backends = sorted((*self._backends, backend), key=lambda b: -b.priority)
-        self._chosen.clear()
+        self._choose_anew()
 
     def discover(self) -> None:
         """Add the backends of installed packages; one that fails is logged and left out."""
@@ -155,12 +157,16 @@ class Registry:
             self._check("using", op, name)
         before = dict(self._forced)
         self._forced.update(backends)
-        self._chosen.clear()
+        self._choose_anew()
         try:
             yield
         finally:
             self._forced = before
-            self._chosen.clear()
+            self._choose_anew()
+
+    def _choose_anew(self) -> None:
+        self._chosen.clear()
+        self.changes += 1
 
     def _check(self, where: str, op: str, name: str) -> None:
         if op not in OPS or name not in self.names:

@@ -58,11 +58,15 @@ class DecodeSteps:
         self._pages_max = pages_max
         self._recorded: dict[int, _Recorded] = {}
         self._workspace: kernels.Workspace | None = None
+        self._on_cpu = device.type == "cpu"
+        self._changes = kernels.registry.changes
         self.refused = None if device.type == "cpu" else f"runs on {device}, not on a CPU"
         """Why no step can be recorded; of a CPU's it is known once one was tried."""
 
     def __call__(self, batch: Batch, kv: KV) -> tuple[Tensor, KV]:
         """(logits, kv) of a step; `kv` is donated. The logits may be gone with the next step."""
+        if self._on_cpu and self._changes != kernels.registry.changes:
+            self._forget()
         rows = len(batch.token_ids)
         one_each = len(batch.groups[0].attention.context_lens) == len(batch.sampled_rows) == rows
         if self.refused is not None or not one_each or not 0 < rows <= ROWS_MAX:
@@ -73,6 +77,11 @@ class DecodeSteps:
         _fill(known.batch, batch)
         known.recording.replay()
         return known.logits, kv.donate()
+
+    def _forget(self) -> None:
+        """Other kernels may run now."""
+        self._changes, self.refused = kernels.registry.changes, None
+        self._recorded.clear()
 
     def _record(self, batch: Batch, kv: KV) -> tuple[Tensor, KV]:
         if self._workspace is None:
