@@ -22,36 +22,43 @@ from models_here import DATA, needs_deepseek_tiny, with_tokenizer
 from stepping import Feed, Stepper
 from tokenspeed import models
 from tokenspeed.plan import StepPlan
-from tokenspeed.spmd import Executor, Mesh, graphs
+from tokenspeed.spmd import Executor, Mesh, replay
 
 ON_GPU = torch.cuda.is_available()
 PAGE, SLOT_PAGES, SLOTS = 8, 6, 7
 
 
-def again(run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
-    """What `record` gives, by calling."""
+class Again(replay.Graphs):
+    """Records by capturing, or, where there is no GPU, by calling. Says how many rows it has."""
+
+    def __init__(self) -> None:
+        super().__init__(PAGE)
+        self.recorded: list[int] = []
+
+    def record(self, run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None] | None]:
+        """See Recorder."""
+        result, again = super().record(run) if ON_GPU else called(run)
+        self.recorded.append(len(result))
+        return result, again
+
+
+def called(run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+    """A recording that calls."""
     result = run().clone()
 
-    def replay() -> None:
+    def again() -> None:
         result.copy_(run())
 
-    return result, replay
+    return result, again
 
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Every recording leaves how many rows it has."""
-    rows: list[int] = []
-    real = graphs.record if ON_GPU else again
-
-    def record(run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
-        made = real(run)
-        rows.append(len(made[0]))
-        return made
-
-    monkeypatch.setattr(graphs, "record", record)
-    monkeypatch.setattr("tokenspeed.spmd.executor.capturable", lambda _program, _device: True)
-    return rows
+    """Rows of every recording of executors that record, `graphs=True`."""
+    here = Again()
+    made = lambda *_, graphs: here if graphs else None  # noqa: E731
+    monkeypatch.setattr("tokenspeed.spmd.executor.recorder", made)
+    return here.recorded
 
 
 def stepper(model: models.Model, **kind: Any) -> Stepper:
@@ -94,14 +101,15 @@ def test_latent_attention_and_experts_are_replayed(tmp_path: Path, recorded: lis
 
 
 def test_what_cannot_be_captured_is_computed(
-    tmp_path: Path, recorded: list[int], monkeypatch: pytest.MonkeyPatch, caplog: Any
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     def refuse(_run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
         raise RuntimeError("somebody waits for the device")
 
     model = build(tiny.write(tmp_path))
     wanted = generated(stepper(model))
-    monkeypatch.setattr(graphs, "record", refuse)
+    monkeypatch.setattr(replay, "capture", refuse)
+    monkeypatch.setattr("tokenspeed.spmd.executor.recorder", lambda *_, **__: replay.Graphs(PAGE))
     assert generated(stepper(model, graphs=True)) == wanted
     told = [record for record in caplog.records if "could not be captured" in record.message]
     assert len(told) == 1, "once, not a step"
@@ -109,9 +117,9 @@ def test_what_cannot_be_captured_is_computed(
 
 @given(st.integers(1, 5000), st.integers(1, 128))
 def test_a_bucket_pads_by_less_than_a_page(rows: int, page_size: int) -> None:
-    found = graphs.bucket(rows, page_size)
+    found = replay.bucket(rows, page_size)
     assert rows <= found < rows + page_size
-    assert graphs.bucket(found, page_size) == found
+    assert replay.bucket(found, page_size) == found
 
 
 @given(st.integers(1, 40), st.integers(1, 16), st.data())
@@ -128,9 +136,9 @@ def test_a_padded_plan_decodes_and_its_rows_have_places_of_their_own(
         sampled=np.ones(rows, np.bool_),
         page_delta=np.zeros((0, 3), np.int32),
     )
-    wide = graphs.padded(plan, rows + more, spare=99)
-    assert graphs.decodes(plan)
-    assert graphs.decodes(wide)
+    wide = replay.padded(plan, rows + more, spare=99)
+    assert replay.decodes(plan)
+    assert replay.decodes(wide)
     for name in ("slots", "token_ids", "context_lens"):
         assert np.array_equal(getattr(wide, name)[:rows], getattr(plan, name))
         assert getattr(wide, name).dtype == np.int32

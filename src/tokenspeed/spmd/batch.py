@@ -140,13 +140,8 @@ class Slots:
         slot, index, page = plan.page_delta.T
         self._pages[slot, index] = page
 
-    def batch(self, plan: StepPlan, *, whole: bool = False) -> Batch:
-        """The plan's tokens, each with its position and its place in the KV.
-
-        Args:
-            plan: to be computed.
-            whole: page tables have room for the longest request there can be, not in this step.
-        """
+    def batch(self, plan: StepPlan) -> Batch:
+        """The plan's tokens, each with its position and its place in the KV."""
         starts, contexts = plan.query_start, plan.context_lens
         lengths = np.diff(starts)
         rows = np.repeat(np.arange(plan.rows), lengths)
@@ -160,12 +155,12 @@ class Slots:
             token_ids=token_ids,
             positions=self._to_device(positions),
             sampled_rows=self._to_device(_wanted(plan)),
-            groups=self._paged(plan, slots, positions, whole=whole),
+            groups=self._paged(plan, slots, positions),
             places=self._groups.places,
         )
 
     def _paged(
-        self, plan: StepPlan, slots: NDArray[Any], positions: NDArray[Any], *, whole: bool
+        self, plan: StepPlan, slots: NDArray[Any], positions: NDArray[Any]
     ) -> tuple[Paged, ...]:
         """By group; in the table of a slot the groups take turns."""
         page, offset = np.divmod(positions, self._page_size)
@@ -180,7 +175,7 @@ class Slots:
             plan_of_group = AttentionPlan(
                 query_start=starts,
                 context_lens=contexts,
-                page_table=self._to_device(table[plan.slots, : None if whole else widest]),
+                page_table=self._to_device(table[plan.slots, :widest]),
                 page_size=self._page_size,
                 counts=counts,
             )

@@ -23,11 +23,10 @@ from tokenspeed.errors import StepError
 from tokenspeed.plan import StepPlan, StepResult
 from tokenspeed.spmd.batch import Slots
 from tokenspeed.spmd.compile import Program
-from tokenspeed.spmd.graphs import Graphs, bucket, capturable, decodes, padded
 from tokenspeed.spmd.host import Ended, HostKV
-from tokenspeed.spmd.kv import KV, KVSpec
+from tokenspeed.spmd.kv import KVSpec
 from tokenspeed.spmd.params import Tree
-from tokenspeed.spmd.replay import DecodeSteps
+from tokenspeed.spmd.replay import DecodeSteps, recorder
 from tokenspeed.spmd.sampling import Logprobs, SamplerState, sample
 
 __all__ = ["CompiledModel", "Executor", "Pending"]
@@ -106,7 +105,7 @@ class Executor:
         overlap: steps launched beyond the one whose result is awaited. At 0 `launch` computes.
         eos_ids: the model's end tokens, kept from requests that have not reached `min_tokens`.
         host_pages: of the second home of cached pages; 0: there is none.
-        graphs: decode steps are replayed from CUDA graphs (see graphs.py), where the whole model is
+        graphs: decode steps are replayed from CUDA graphs (see replay.py), where the whole model is
             on one GPU. Takes one page more.
     """
 
@@ -124,20 +123,17 @@ class Executor:
         graphs: bool = False,
     ) -> None:
         device = model.kv.device
-        graphs = graphs and capturable(model.step, device)
         self._device = device
         # What launches kernels by the current device is called from several threads.
         on_gpu = device.type == "cuda"
         self._on_device = torch.cuda.device(device) if on_gpu else contextlib.nullcontext()
+        records = recorder(model.step, device, page_size, graphs=graphs)
+        spare = pages if records is not None and records.pads else None
+        kept = model.kv.allocate(pages + (spare is not None), page_size).pages
         pages_max = math.ceil(context_max / page_size)
-        self._step = DecodeSteps(model.step.step, model.params, pages_max, device)
-        self._kv = model.kv.allocate(pages + graphs, page_size)
-        self._pages = self._kv.pages
-        self._host = HostKV(self._pages, host_pages) if host_pages else None
-        self._page_size = page_size
-        spare = pages if graphs else None
+        self._step = DecodeSteps(model.step.step, model.params, kept, pages_max, records)
+        self._host = HostKV(kept, host_pages) if host_pages else None
         self._slots = Slots(slots, pages_max, page_size, model.kv, spare)
-        self._graphs = Graphs(model.step.step, model.params, self._pages) if graphs else None
         self._sampler = SamplerState(slots, model.config.vocab_size, device, eos_ids)
         self._worker = (
             ThreadPoolExecutor(1, thread_name_prefix="tokenspeed-step") if overlap else None
@@ -193,11 +189,10 @@ class Executor:
                     self._sampler.join(joined)
                 return self._compute(plan)
         except Exception as error:
-            self._kv = KV(self._pages)
             raise StepError(f"step {plan.step}: {type(error).__name__}: {error}") from error
 
     def _compute(self, plan: StepPlan) -> StepResult:
-        logits = self._logits(plan)
+        logits = self._step(plan, self._slots)
         rows = np.flatnonzero(plan.sampled)
         run_start = plan.run_start
         token_ids = np.full(run_start[-1], -1, np.int32)
@@ -211,15 +206,6 @@ class Executor:
             logits = torch.where(torch.from_numpy(finite).to(self._device)[:, None], logits, 0)
         logprobs = self._sample(plan, logits, rows, run_start[rows], token_ids)
         return StepResult(step=plan.step, token_ids=token_ids, logprobs=logprobs, failed=failed)
-
-    def _logits(self, plan: StepPlan) -> torch.Tensor:
-        """Of the wanted tokens; writes the KV."""
-        if self._graphs is not None and decodes(plan):
-            rows = bucket(plan.rows, self._page_size)
-            wide = padded(plan, rows, self._slots.spare)
-            return self._graphs.run(self._slots.batch(wide, whole=True))[: plan.rows]
-        logits, self._kv = self._step(self._slots.batch(plan), self._kv)
-        return logits
 
     def _sample(
         self, plan: StepPlan, logits: torch.Tensor, rows: Rows, results: Rows, token_ids: Rows

@@ -1,141 +1,292 @@
-"""Decode steps that are recorded once and made again.
+"""Decode steps that are recorded once and replayed.
 
-Rule: a step of one token a row differs from the one before in what its batch holds, in nothing
-else. So the first one of each number of rows runs on a batch that stays where it is, and is written
-down; later ones are copied into that batch, and what was written down is done again, as one call.
-A model that does anything but call recorded kernels runs as it is.
+Rule: what a step of one token a row does depends on how many rows there are, on nothing else; what
+differs is what its batch holds. So the first step of each number of rows is recorded on a batch
+that stays where it is; later ones are copied into that batch, and what was recorded is done again
+as one call: on a CPU a list of kernel calls, on a GPU a CUDA graph. A model that does what cannot
+be recorded runs as it is, and so do programs of several ranks.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import final
+from collections.abc import Callable
+from typing import Any, Protocol, final
 
+import numpy as np
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenspeed import kernels
-from tokenspeed.spmd.batch import Batch, Paged
-from tokenspeed.spmd.compile import Step
+from tokenspeed.plan import StepPlan
+from tokenspeed.spmd.batch import Batch, Paged, Slots
+from tokenspeed.spmd.compile import Program, Step
 from tokenspeed.spmd.kv import KV, LayerKV
 from tokenspeed.spmd.params import Tree
 
-__all__ = ["DecodeSteps"]
+__all__ = ["Calls", "DecodeSteps", "Graphs", "Recorder", "bucket", "decodes", "padded", "recorder"]
 
 log = logging.getLogger("tokenspeed.executor")
 
-ROWS_MAX = 16
-"""With more, the calls of a step are little beside its work."""
+Run = Callable[[], Tensor]
+Replay = Callable[[], None]
+
+CALLS_ROWS_MAX = 16
+"""With more, the calls of a step on a CPU are little beside its work."""
+BUCKET = 16
+"""From so many rows on, a bucket of a GPU's is a multiple of it."""
+
+
+class Recorder(Protocol):
+    """How steps are recorded on a device.
+
+    Attributes:
+        pads: steps are recorded with more rows than they have, for which there must be a slot, and
+            a page, that nobody has.
+    """
+
+    pads: bool
+
+    def rows(self, rows: int) -> int:
+        """To how many rows a step of so many is padded, to be recorded; 0: it is not recorded."""
+        ...
+
+    def record(self, run: Run) -> tuple[Tensor, Replay | None]:
+        """Run a step, and record it.
+
+        Returns:
+            Its result, and what fills that anew from what lies where the step read its inputs;
+            None: the step cannot be recorded, and no other one will be.
+        """
+        ...
+
+
+def recorder(
+    program: Program, device: torch.device, page_size: int, *, graphs: bool
+) -> Recorder | None:
+    """What records the steps of a program, if anything does.
+
+    Args:
+        program: to be run.
+        device: of its tensors.
+        page_size: of the KV.
+        graphs: whether a GPU's steps may be captured.
+    """
+    if program.mesh.ranks > 1:
+        return None
+    if device.type == "cpu":
+        return Calls()
+    return Graphs(page_size) if graphs and device.type == "cuda" else None
+
+
+@final
+class Calls:
+    """Steps of a CPU as lists of kernel calls; a step has the rows that it has."""
+
+    pads = False
+
+    def __init__(self) -> None:
+        self._workspace = kernels.Workspace()
+
+    def rows(self, rows: int) -> int:
+        """See Recorder."""
+        return rows if rows <= CALLS_ROWS_MAX else 0
+
+    def record(self, run: Run) -> tuple[Tensor, Replay | None]:
+        """See Recorder."""
+        result, found = kernels.record(run, self._workspace)
+        if isinstance(found, str):
+            log.debug("decode steps are not recorded: %s", found)
+            return result, None
+        return result, found.replay
+
+
+@final
+class Graphs:
+    """Steps of a GPU as CUDA graphs, one for each bucket of rows."""
+
+    pads = True
+
+    def __init__(self, page_size: int) -> None:
+        self._page_size = page_size
+
+    def rows(self, rows: int) -> int:
+        """See Recorder."""
+        return bucket(rows, self._page_size)
+
+    def record(self, run: Run) -> tuple[Tensor, Replay | None]:
+        """See Recorder. The step runs before it is captured, which compiles what it launches."""
+        result = run()
+        try:
+            captured, replay = capture(run)
+        except Exception:  # a kernel of somebody else's, say, that waits for the device
+            log.exception("a decode step could not be captured; steps run without CUDA graphs")
+            return result, None
+        replay()
+        return captured, replay
+
+
+def capture(run: Run) -> tuple[Tensor, Replay]:
+    """What a function launches, as a CUDA graph; its result is not there before the replay.
+
+    What other threads do meanwhile, on streams of their own, is not looked at.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        result = run()
+    return result, graph.replay
+
+
+def decodes(plan: StepPlan) -> bool:
+    """Whether every row of a plan feeds one token and wants the next."""
+    alike = plan.tokens == plan.rows > 0 and bool((np.diff(plan.query_start) == 1).all())
+    return alike and bool(plan.sampled.all()) and not plan.drafts.any()
+
+
+def bucket(rows: int, page_size: int) -> int:
+    """How many rows a step of so many is padded to; by less than a page of rows.
+
+    Powers of two below 16, or below a page if that is smaller, and multiples of it from there.
+    """
+    step = min(BUCKET, page_size)
+    return 1 << (rows - 1).bit_length() if rows < step else -(-rows // step) * step
+
+
+def padded(plan: StepPlan, rows: int, spare: int) -> StepPlan:
+    """A plan that decodes, with more rows behind the others, so that there are so many.
+
+    They are all of the slot `spare`, each at a position of its own in its only page.
+    """
+    more = rows - plan.rows
+    if not more:
+        return plan
+
+    def longer(values: NDArray[Any], behind: NDArray[Any]) -> NDArray[Any]:
+        return np.concatenate((values, behind)).astype(values.dtype)
+
+    return evolve(
+        plan,
+        slots=longer(plan.slots, np.full(more, spare)),
+        query_start=np.arange(rows + 1, dtype=np.int32),
+        token_ids=longer(plan.token_ids, np.zeros(more)),
+        context_lens=longer(plan.context_lens, np.arange(more)),
+        sampled=np.ones(rows, np.bool_),
+        drafts=np.zeros(rows, np.int32),
+    )
 
 
 @final
 @frozen(eq=False)
 class _Recorded:
-    """A step on a batch of its own: what it says of `logits` is there once it was replayed."""
+    """A recorded step: where it reads its inputs, its logits, and what fills these again."""
 
-    batch: Batch
+    inputs: Batch
     logits: Tensor
-    recording: kernels.Recording
-    pages: tuple[LayerKV, ...]
-    threads: int
+    replay: Replay
 
 
 @final
 class DecodeSteps:
-    """The steps of a compiled model, those of one token a row from a recording where there is one.
+    """The steps of one program, replayed where they were recorded.
 
     Args:
-        step: of the model.
-        params: its tensors, which stay where they are.
+        step: the program.
+        params: this rank's tensors, which stay where they are.
+        pages: of the KV, which stay where they are.
         pages_max: of the longest request.
-        device: of the tensors.
+        recorder: of the device, if there is one.
     """
 
-    def __init__(self, step: Step, params: Tree, pages_max: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        step: Step,
+        params: Tree,
+        pages: tuple[LayerKV, ...],
+        pages_max: int,
+        recorder: Recorder | None,
+    ) -> None:
         self._step = step
         self._params = params
+        self._pages = pages
         self._pages_max = pages_max
-        self._recorded: dict[int, _Recorded] = {}
-        self._workspace: kernels.Workspace | None = None
-        self._on_cpu = device.type == "cpu"
+        self._recorder = self._given = recorder
         self._changes = kernels.registry.changes
-        self.refused = None if device.type == "cpu" else f"runs on {device}, not on a CPU"
-        """Why no step can be recorded; of a CPU's it is known once one was tried."""
+        # By rows and threads: among how many threads work is shared out is recorded too.
+        self._recorded: dict[tuple[int, int], _Recorded] = {}
 
-    def __call__(self, batch: Batch, kv: KV) -> tuple[Tensor, KV]:
-        """(logits, kv) of a step; `kv` is donated. The logits may be gone with the next step."""
-        if self._on_cpu and self._changes != kernels.registry.changes:
+    def __call__(self, plan: StepPlan, slots: Slots) -> Tensor:
+        """The logits of a step, valid until the next one; the KV pages are written."""
+        if self._changes != kernels.registry.changes:
             self._forget()
-        rows = len(batch.token_ids)
-        one_each = len(batch.groups[0].attention.context_lens) == len(batch.sampled_rows) == rows
-        if self.refused is not None or not one_each or not 0 < rows <= ROWS_MAX:
-            return self._step(self._params, batch, kv)
-        known = self._recorded.get(rows)
-        if known is None or known.pages is not kv.pages or known.threads != _threads():
-            return self._record(batch, kv)
-        _fill(known.batch, batch)
-        known.recording.replay()
-        return known.logits, kv.donate()
+        rows = self._recorder.rows(plan.rows) if self._recorder and decodes(plan) else 0
+        if not rows:
+            return self._run(slots.batch(plan))
+        batch = slots.batch(padded(plan, rows, slots.spare))
+        known = self._recorded.get((rows, torch.get_num_threads()))
+        if known is None:
+            return self._record(batch)[: plan.rows]
+        _fill(known.inputs, batch)
+        known.replay()
+        return known.logits[: plan.rows]
 
     def _forget(self) -> None:
         """Other kernels may run now."""
-        self._changes, self.refused = kernels.registry.changes, None
+        self._changes, self._recorder = kernels.registry.changes, self._given
         self._recorded.clear()
 
-    def _record(self, batch: Batch, kv: KV) -> tuple[Tensor, KV]:
-        if self._workspace is None:
-            self._workspace = kernels.Workspace()
-        pages, own = kv.pages, _alike(batch, self._pages_max)
-        _fill(own, batch)
-        (logits, after), found = kernels.record(
-            lambda: self._step(self._params, own, kv), self._workspace
-        )
-        if isinstance(found, str):
-            log.debug("decode steps are not recorded: %s", found)
-            self.refused, self._workspace = found, None
+    def _run(self, batch: Batch) -> Tensor:
+        return self._step(self._params, batch, KV(self._pages))[0]
+
+    def _record(self, batch: Batch) -> Tensor:
+        assert self._recorder is not None
+        inputs = _lasting(batch, self._pages_max)
+        logits, replay = self._recorder.record(lambda: self._run(_underived(inputs)))
+        if replay is None:
+            self._recorder = None
         else:
-            threads = _threads()
-            self._recorded[len(own.token_ids)] = _Recorded(own, logits, found, pages, threads)
-        return logits, after
+            key = (len(batch.token_ids), torch.get_num_threads())
+            self._recorded[key] = _Recorded(inputs, logits, replay)
+        return logits
 
 
-def _threads() -> int:
-    return torch.get_num_threads()
+def _lasting(batch: Batch, pages_max: int) -> Batch:
+    """A copy for other batches of as many rows too: page tables have room for every request."""
 
-
-def _alike(batch: Batch, pages_max: int) -> Batch:
-    """Memory for batches of as many rows as this one."""
-    groups = tuple(
-        Paged(
-            torch.empty_like(group.locations),
-            kernels.AttentionPlan(
-                query_start=torch.empty_like(group.attention.query_start),
-                context_lens=torch.empty_like(group.attention.context_lens),
-                page_table=torch.zeros(
-                    (len(group.attention.page_table), pages_max), dtype=torch.int32
-                ),
-                page_size=group.attention.page_size,
-            ),
+    def group(of: Paged) -> Paged:
+        plan = of.attention
+        table = plan.page_table.new_zeros((len(plan.page_table), pages_max))
+        table[:, : plan.page_table.shape[1]] = plan.page_table
+        attention = evolve(
+            plan,
+            query_start=plan.query_start.clone(),
+            context_lens=plan.context_lens.clone(),
+            page_table=table,
         )
-        for group in batch.groups
-    )
-    return Batch(
-        token_ids=torch.empty_like(batch.token_ids),
-        positions=torch.empty_like(batch.positions),
-        sampled_rows=torch.empty_like(batch.sampled_rows),
-        groups=groups,
-        places=batch.places,
+        return Paged(of.locations.clone(), attention)
+
+    return evolve(
+        batch,
+        token_ids=batch.token_ids.clone(),
+        positions=batch.positions.clone(),
+        sampled_rows=batch.sampled_rows.clone(),
+        groups=tuple(map(group, batch.groups)),
     )
 
 
-def _fill(own: Batch, batch: Batch) -> None:
-    own.token_ids.copy_(batch.token_ids)
-    own.positions.copy_(batch.positions)
-    own.sampled_rows.copy_(batch.sampled_rows)
-    for mine, given in zip(own.groups, batch.groups, strict=True):
-        mine.locations.copy_(given.locations)
-        mine.attention.query_start.copy_(given.attention.query_start)
-        mine.attention.context_lens.copy_(given.attention.context_lens)
+def _underived(batch: Batch) -> Batch:
+    """The same, of which no layer has derived anything yet: a recording must see that done."""
+    groups = tuple(Paged(of.locations, evolve(of.attention)) for of in batch.groups)
+    return evolve(batch, groups=groups)
+
+
+def _fill(inputs: Batch, batch: Batch) -> None:
+    """Copy what differs between batches of as many rows."""
+    inputs.token_ids.copy_(batch.token_ids)
+    inputs.positions.copy_(batch.positions)
+    for own, given in zip(inputs.groups, batch.groups, strict=True):
+        own.locations.copy_(given.locations)
+        own.attention.context_lens.copy_(given.attention.context_lens)
         table = given.attention.page_table
-        mine.attention.page_table[:, : table.shape[1]].copy_(table)
+        own.attention.page_table[:, : table.shape[1]].copy_(table)
