@@ -65,8 +65,7 @@ constexpr std::uint64_t join(std::uint64_t a, std::uint64_t b) {
   return mix(a * 0x9e3779b97f4a7c15ull + b + 0x7f4a7c15ull);
 }
 
-// --- types
-// -----------------------------------------------------------------------------------------
+// --- types -------------------------------------------------------------------------------------
 
 template <int N, int Id>
 struct Atom {
@@ -216,8 +215,7 @@ template <Struct T, class F>
   }
 }
 
-// --- rank
-// ------------------------------------------------------------------------------------------
+// --- rank --------------------------------------------------------------------------------------
 
 template <>
 struct Rank<bool> {
@@ -400,8 +398,7 @@ struct Rank<T> {
   }
 };
 
-// --- small operators
-// -------------------------------------------------------------------------------
+// --- small operators ---------------------------------------------------------------------------
 
 template <class D>
 int place_of(int rank, const char* where) {
@@ -462,8 +459,7 @@ constexpr std::size_t place(Member member) {
   return found;
 }
 
-// --- a value that is computed when it is first asked for
-// -------------------------------------------
+// --- a value that is computed when it is first asked for ---------------------------------------
 
 template <class F>
 class Lazy {

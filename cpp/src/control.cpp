@@ -6,8 +6,7 @@ namespace tokenspeed {
 
 using lifecycle::Action;
 
-// --- configuration, tear-down
-// -----------------------------------------------------------------------
+// --- configuration, tear-down ------------------------------------------------------------------
 
 std::string Control::invalid(const ControlConfig& config) {
   const std::pair<const char*, std::int32_t> fields[] = {
@@ -97,8 +96,7 @@ TailId Control::give_back(Record& record, PageTable&& pages, Slot&& slot) {
   return tail;
 }
 
-// --- containers by state
-// ----------------------------------------------------------------------------
+// --- containers by state -----------------------------------------------------------------------
 
 template <lifecycle::State S>
 Control::Request<S> Control::take(RequestIndex index) noexcept {
@@ -139,8 +137,7 @@ void Control::retire(RequestIndex index) noexcept {
   spare_.push_back(index);
 }
 
-// --- the guards
-// -------------------------------------------------------------------------------------
+// --- the guards --------------------------------------------------------------------------------
 
 std::int32_t Control::wanted(RequestIndex index) const noexcept {
   const Record& record = records_[index];
@@ -243,8 +240,7 @@ void Control::trace(std::string_view action, PageId page, std::int64_t value, st
   if (recording_) trace_.push_back({action, -1, page, value, to});
 }
 
-// --- requests
-// ---------------------------------------------------------------------------------------
+// --- requests ----------------------------------------------------------------------------------
 
 std::optional<RequestIndex> Control::submit(std::int64_t number, std::span<const Token> prompt,
                                             std::int32_t length_max, std::string_view salt,
@@ -422,8 +418,7 @@ bool Control::preempt(RequestIndex index) {
   });
 }
 
-// --- steps
-// ------------------------------------------------------------------------------------------
+// --- steps -------------------------------------------------------------------------------------
 
 bool Control::acquire(RequestIndex index, PageId id) {
   return with(index, [&]<State S>() -> bool {
@@ -539,8 +534,7 @@ Outcome Control::complete(const Row& row, std::span<const Token> run, bool stop)
   return out;
 }
 
-// --- the prefix cache
-// -------------------------------------------------------------------------------
+// --- the prefix cache --------------------------------------------------------------------------
 
 // All pages before it are held, or passed, so its place in the index stays.
 bool Control::publish(RequestIndex index) {

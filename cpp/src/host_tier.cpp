@@ -24,8 +24,7 @@ HostTier::HostTier(PrefixIndex& index, PagePool& pool, HostPage pages)
   used_.assign(pages_.size(), 0);
 }
 
-// --- copies
-// -----------------------------------------------------------------------------------------
+// --- copies ------------------------------------------------------------------------------------
 
 // Present, or on its way: the page above, in the home that a copy leads to.
 bool HostTier::storable(PageId page) const noexcept {
@@ -162,8 +161,7 @@ bool HostTier::acknowledge(std::int64_t ticket, bool good) {
   return true;
 }
 
-// --- when all is to go
-// ------------------------------------------------------------------------------
+// --- when all is to go -------------------------------------------------------------------------
 
 void HostTier::forsake() {
   for (const HostPage at : moving_) {
@@ -212,8 +210,7 @@ std::vector<HostPage> HostTier::below(NodeId node) const {
   return out;
 }
 
-// --- which page may go
-// ------------------------------------------------------------------------------
+// --- which page may go -------------------------------------------------------------------------
 
 std::optional<HostPage> HostTier::oldest() {
   while (!heap_.empty()) {

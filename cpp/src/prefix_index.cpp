@@ -29,8 +29,7 @@ PrefixIndex::PrefixIndex(std::int32_t page_size, PageId pages, PageId kept_max, 
   path_.reserve(index(pages));
 }
 
-// --- roots
-// ------------------------------------------------------------------------------------------
+// --- roots -------------------------------------------------------------------------------------
 
 PrefixIndex::Cursor PrefixIndex::enter(std::string_view salt, std::size_t group) {
   Cursor root = find_root(salt, group);
@@ -65,8 +64,7 @@ void PrefixIndex::drop_root_if_unused(NodeId root) {
   spare_.push_back(root);
 }
 
-// --- looking, and holding what was found
-// ------------------------------------------------------------
+// --- looking, and holding what was found -------------------------------------------------------
 
 PrefixIndex::Found PrefixIndex::look(std::string_view salt, std::span<const Token> wanted,
                                      std::size_t most) const {
@@ -144,8 +142,7 @@ bool PrefixIndex::hold(const Found& found, PageTable& table, std::uint64_t sessi
   return revisits;
 }
 
-// --- coming and going
-// -------------------------------------------------------------------------------
+// --- coming and going --------------------------------------------------------------------------
 
 std::optional<PrefixIndex::Vacancy> PrefixIndex::vacancy(Cursor at,
                                                          std::span<const Token> content) const {
@@ -278,8 +275,7 @@ std::span<const Token> PrefixIndex::tokens(NodeId id) const noexcept {
   return {page_tokens_.get() + index(at) * index(page_size_), index(page_size_)};
 }
 
-// --- the second home
-// ---------------------------------------------------------------------------------
+// --- the second home ---------------------------------------------------------------------------
 
 NodeId PrefixIndex::node(PageId page) const noexcept {
   return page >= 0 && page < pages_ ? nodes_by_page_[index(page)] : -1;
@@ -378,8 +374,7 @@ Retention::Name PrefixIndex::keep(NodeId node, Kind as, Microseconds until) {
   return retention_.name(tail);
 }
 
-// --- nodes by parent and content
-// --------------------------------------------------------------------
+// --- nodes by parent and content ---------------------------------------------------------------
 
 // Over the parent and the tokens: it only narrows the search. Two tokens at a time, in four lanes,
 // so that a multiplication need not wait for the one before.

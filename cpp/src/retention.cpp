@@ -26,8 +26,7 @@ void Retention::advance(Microseconds now) {
   }
 }
 
-// --- pages of a tail
-// --------------------------------------------------------------------------------
+// --- pages of a tail ---------------------------------------------------------------------------
 
 TailId Retention::open(std::uint64_t session, bool revisits) {
   if (spare_.empty()) {
@@ -102,8 +101,7 @@ void Retention::must_stay(TailId id) {
   shelves_[at(id).as].erase(tails_, id);
 }
 
-// --- what a tail is
-// ---------------------------------------------------------------------------------
+// --- what a tail is ----------------------------------------------------------------------------
 
 void Retention::place(TailId id, Kind as, Microseconds keep_until) {
   Tail& tail = at(id);
@@ -169,8 +167,7 @@ bool Retention::right(PageId pages) const noexcept {
   return all == pages && kept == kept_ && kept_ <= kept_max_;
 }
 
-// --- the heap
-// ---------------------------------------------------------------------------------------
+// --- the heap ----------------------------------------------------------------------------------
 
 template <std::int32_t Retention::Tail::* Place>
 void Retention::Heap<Place>::put(std::vector<Tail>& tails, std::size_t place, TailId id) noexcept {

@@ -8,8 +8,7 @@ namespace tokenspeed {
 
 using lifecycle::State;
 
-// --- configuration
-// ----------------------------------------------------------------------------------
+// --- configuration -----------------------------------------------------------------------------
 
 namespace {
 // Those that see all come first.
@@ -114,8 +113,7 @@ void Committed::clear() noexcept {
   error.clear();
 }
 
-// --- submission
-// -------------------------------------------------------------------------------------
+// --- submission --------------------------------------------------------------------------------
 
 Refusal Scheduler::submit(std::int64_t number, std::span<const Token> prompt,
                           std::int32_t max_tokens, std::string_view salt, const Turn& turn,
@@ -153,8 +151,7 @@ Refusal Scheduler::submit(std::int64_t number, std::span<const Token> prompt,
   return {};
 }
 
-// --- planning
-// ---------------------------------------------------------------------------------------
+// --- planning ----------------------------------------------------------------------------------
 
 PlanPointer Scheduler::plan() {
   if (control_.launched().full()) return {};
@@ -316,8 +313,7 @@ bool Scheduler::preempt_last(RequestIndex for_whom, Plan& plan) {
   return true;
 }
 
-// --- admission
-// --------------------------------------------------------------------------------------
+// --- admission ---------------------------------------------------------------------------------
 
 void Scheduler::admit_waiting(Plan& plan, Allowance& left) {
   while (!left.empty() && !control_.queue().empty()) {
@@ -386,8 +382,7 @@ bool Scheduler::admit(RequestIndex index, Plan& plan) {
   return true;
 }
 
-// --- completion
-// -------------------------------------------------------------------------------------
+// --- completion --------------------------------------------------------------------------------
 
 std::string Scheduler::refuse_results(const Ticket& ticket, std::int64_t step,
                                       std::span<const Token> token_ids,
@@ -474,8 +469,7 @@ Cleared Scheduler::clear_cache() {
   return out;
 }
 
-// --- looking
-// ----------------------------------------------------------------------------------------
+// --- looking -----------------------------------------------------------------------------------
 
 Stats Scheduler::stats() const noexcept {
   Stats out = counts_;

@@ -9,8 +9,7 @@
 
 namespace tokenspeed {
 
-// --- to the host
-// ------------------------------------------------------------------------------------
+// --- to the host -------------------------------------------------------------------------------
 
 // All that is computed, and each page of it stored when the next step is planned.
 void Scheduler::publish(RequestIndex index) {
@@ -56,8 +55,7 @@ std::optional<HostPage> Scheduler::host_page_for(PageId page) {
   return oldest;
 }
 
-// --- and back
-// ---------------------------------------------------------------------------------------
+// --- and back ----------------------------------------------------------------------------------
 
 Scheduler::Fetch* Scheduler::fetch_of(std::int64_t arrival) noexcept {
   const auto found = std::ranges::find(fetches_, arrival, &Fetch::arrival);
@@ -133,8 +131,7 @@ std::optional<PageId> Scheduler::page_beside(NodeId above) {
   return control_.pool().next();
 }
 
-// --- what became of it
-// ------------------------------------------------------------------------------
+// --- what became of it -------------------------------------------------------------------------
 
 Acknowledged Scheduler::acknowledge(std::span<const std::int64_t> tickets,
                                     std::span<const std::uint8_t> good) {
