@@ -5,8 +5,9 @@
 
 namespace tokenspeed::cpu {
 
-constexpr int kGroup = 32;  // columns that share a scale
-constexpr int kLanes = 16;  // rows that lie together
+constexpr int kGroup = 32;    // columns that share a scale
+constexpr int kLanes = 16;    // rows that lie together
+constexpr int kTileRows = 4;  // rows of weights as they are that are read together
 
 // Rows as whole lanes.
 inline std::int64_t row_blocks(std::int64_t rows) {
@@ -28,6 +29,15 @@ struct Linear {
   void* out;
 };
 
+struct Product {
+  const void* x;
+  std::int64_t x_stride, tokens, cols;
+  const void* weight;
+  std::int64_t rows;
+  const void* bias;
+  void* out;
+};
+
 struct Attention {
   const void *q, *k_pages, *v_pages;
   const std::int32_t *query_start, *context_lens, *page_table;
@@ -41,6 +51,8 @@ struct Kernels {
   void (*round_to_8)(const void* x, std::int64_t stride, std::int64_t cols, std::int64_t begin,
                      std::int64_t end, const Rounded& out, int dtype);
   void (*linear)(const Linear& call, int bits, int dtype, std::int64_t begin, std::int64_t end);
+  // Of rows [begin, end).
+  void (*product)(const Product& call, int dtype, std::int64_t begin, std::int64_t end);
   void (*rms_norm)(const void* x, const void* residual, const void* weight, std::int64_t dim,
                    float eps, void* out, void* total, int dtype, std::int64_t begin,
                    std::int64_t end);

@@ -59,7 +59,8 @@ constexpr std::int64_t kSmall = 16384;
 constexpr std::int64_t kSmallProduct = 1 << 17;
 
 std::int64_t piece_of(std::int64_t items, std::int64_t item, std::int64_t small, int threads) {
-  return std::max({std::int64_t{1}, small / item, items / (8 * std::int64_t{threads})});
+  const std::int64_t enough = small / std::max(std::int64_t{1}, item);
+  return std::max({std::int64_t{1}, enough, items / (8 * std::int64_t{threads})});
 }
 
 // Shares a loop over rows of `width` elements.
@@ -105,9 +106,9 @@ struct Replayable {
     #name, [](const std::int64_t* words) { call(ts_cpu_##name, words); } \
   }
 const Replayable kReplayable[] = {
-    REPLAYABLE(linear),   REPLAYABLE(rms_norm),  REPLAYABLE(silu_mul),
-    REPLAYABLE(rope),     REPLAYABLE(argmax),    REPLAYABLE(finite),
-    REPLAYABLE(kv_write), REPLAYABLE(attention), REPLAYABLE(take),
+    REPLAYABLE(linear), REPLAYABLE(rms_norm), REPLAYABLE(silu_mul), REPLAYABLE(rope),
+    REPLAYABLE(argmax), REPLAYABLE(finite),   REPLAYABLE(kv_write), REPLAYABLE(attention),
+    REPLAYABLE(take),   REPLAYABLE(product),
 };
 #undef REPLAYABLE
 
@@ -133,6 +134,17 @@ void ts_cpu_linear(int dtype, const void* x, int64_t x_stride, int64_t tokens, i
   auto multiply = [&](int64_t begin, int64_t end) { run.linear(call, bits, dtype, begin, end); };
   const auto blocks = row_blocks(rows);
   share(blocks, piece_of(blocks, kLanes * cols * tokens, kSmallProduct, threads), threads,
+        multiply);
+}
+
+void ts_cpu_product(int dtype, const void* x, int64_t x_stride, int64_t tokens, int64_t cols,
+                    const void* weight, int64_t rows, const void* bias, void* out, int threads) {
+  const Product call{x, x_stride, tokens, cols, weight, rows, bias, out};
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  auto multiply = [&](int64_t begin, int64_t end) {
+    kernels().product(call, dtype, begin * kTileRows, std::min(end * kTileRows, rows));
+  };
+  share(tiles, piece_of(tiles, kTileRows * cols * tokens, kSmallProduct, threads), threads,
         multiply);
 }
 

@@ -29,6 +29,12 @@ TS_CPU_API void ts_cpu_linear(int dtype, const void* x, int64_t x_stride, int64_
                               int64_t cols, const uint8_t* packed, int64_t rows, int bits,
                               const void* bias, void* out, int threads);
 
+/* out[tokens, rows] = x[tokens, cols] weight[rows, cols]^T + bias, all of one dtype, for few
+ * tokens; sums in float32. Tokens of x lie x_stride elements apart, bias may be null. */
+TS_CPU_API void ts_cpu_product(int dtype, const void* x, int64_t x_stride, int64_t tokens,
+                               int64_t cols, const void* weight, int64_t rows, const void* bias,
+                               void* out, int threads);
+
 /* total = x + residual (x alone where residual is null); out = total / rms(total) * weight. total
  * may be null: nobody wants it. */
 TS_CPU_API void ts_cpu_rms_norm(int dtype, const void* x, const void* residual, const void* weight,

@@ -97,7 +97,7 @@ def test_packing_rounds_to_the_nearest_and_a_second_time_changes_nothing(
 
 @pytest.mark.parametrize("backend", backends("linear_packed"))
 @given(
-    dtypes, seeds, st.sampled_from([4, 8]), st.integers(1, 19), st.integers(1, 40), st.booleans()
+    dtypes, seeds, st.sampled_from([4, 8]), st.integers(0, 19), st.integers(1, 40), st.booleans()
 )
 def test_linear_packed(
     backend: str, dtype: torch.dtype, seed: int, bits: int, tokens: int, rows: int, biased: bool
@@ -112,6 +112,22 @@ def test_linear_packed(
         whole = kernels.linear(x.to(dtype), weight, bias)
         alone = kernels.linear(x[-1:].to(dtype), weight, bias)
     assert torch.equal(whole[-1:], alone)
+
+
+@pytest.mark.skipif("native" not in backends("linear_packed"), reason="_cpu is not built")
+@given(dtypes, seeds, st.integers(0, 19), st.integers(1, 11), st.integers(1, 100), st.booleans())
+def test_native_products(
+    dtype: torch.dtype, seed: int, tokens: int, rows: int, columns: int, biased: bool
+) -> None:
+    """Of few tokens, a token alone is as among others."""
+    x = tensor(seed, tokens, columns, dtype=dtype)
+    matrix = tensor(seed + 1, rows, columns, dtype=dtype) / columns**0.5
+    bias = tensor(seed + 2, rows, dtype=dtype) if biased else None
+    agree("linear", "native", x, matrix, bias)
+    with registry.using(linear="native"):
+        few = kernels.linear(x[:4], matrix, bias)
+        alone = kernels.linear(x[:1], matrix, bias)
+    assert torch.equal(few[:1], alone)
 
 
 @given(dtypes, seeds, st.sampled_from([4, 8]))

@@ -58,7 +58,7 @@ class Recorder(Protocol):
 
         Returns:
             Its result, and what fills that anew from what lies where the step read its inputs;
-            None: the step cannot be recorded, and no other one will be.
+            None: steps of so many rows cannot be recorded.
         """
         ...
 
@@ -111,10 +111,11 @@ class Graphs:
 
     def __init__(self, page_size: int) -> None:
         self._page_size = page_size
+        self._failed = False
 
     def rows(self, rows: int) -> int:
         """See Recorder."""
-        return bucket(rows, self._page_size)
+        return 0 if self._failed else bucket(rows, self._page_size)
 
     def record(self, run: Run) -> tuple[Tensor, Replay | None]:
         """See Recorder. The step runs before it is captured, which compiles what it launches."""
@@ -123,6 +124,7 @@ class Graphs:
             captured, replay = capture(run)
         except Exception:  # a kernel of somebody else's, say, that waits for the device
             log.exception("a decode step could not be captured; steps run without CUDA graphs")
+            self._failed = True
             return result, None
         replay()
         return captured, replay
@@ -211,10 +213,11 @@ class DecodeSteps:
         self._params = params
         self._pages = pages
         self._pages_max = pages_max
-        self._recorder = self._given = recorder
+        self._recorder = recorder
         self._changes = kernels.registry.changes
-        # By rows and threads: among how many threads work is shared out is recorded too.
-        self._recorded: dict[tuple[int, int], _Recorded] = {}
+        # By rows and threads: among how many threads work is shared out is recorded too. None: of
+        # so many rows there is no recording.
+        self._recorded: dict[tuple[int, int], _Recorded | None] = {}
 
     def __call__(self, plan: StepPlan, slots: Slots) -> Tensor:
         """The logits of a step, valid until the next one; the KV pages are written."""
@@ -223,31 +226,30 @@ class DecodeSteps:
         rows = self._recorder.rows(plan.rows) if self._recorder and decodes(plan) else 0
         if not rows:
             return self._run(slots.batch(plan))
+        key = rows, torch.get_num_threads()
+        if key in self._recorded and self._recorded[key] is None:
+            return self._run(slots.batch(plan))
         batch = slots.batch(padded(plan, rows, slots.spare))
-        known = self._recorded.get((rows, torch.get_num_threads()))
+        known = self._recorded.get(key)
         if known is None:
-            return self._record(batch)[: plan.rows]
+            return self._record(batch, key)[: plan.rows]
         _fill(known.inputs, batch)
         known.replay()
         return known.logits[: plan.rows]
 
     def _forget(self) -> None:
         """Other kernels may run now."""
-        self._changes, self._recorder = kernels.registry.changes, self._given
+        self._changes = kernels.registry.changes
         self._recorded.clear()
 
     def _run(self, batch: Batch) -> Tensor:
         return self._step(self._params, batch, KV(self._pages))[0]
 
-    def _record(self, batch: Batch) -> Tensor:
+    def _record(self, batch: Batch, key: tuple[int, int]) -> Tensor:
         assert self._recorder is not None
         inputs = _lasting(batch, self._pages_max)
         logits, replay = self._recorder.record(lambda: self._run(_underived(inputs)))
-        if replay is None:
-            self._recorder = None
-        else:
-            key = (len(batch.token_ids), torch.get_num_threads())
-            self._recorded[key] = _Recorded(inputs, logits, replay)
+        self._recorded[key] = None if replay is None else _Recorded(inputs, logits, replay)
         return logits
 
 

@@ -27,6 +27,9 @@ _SIGNATURES = {
     "linear": [
         *(_INT, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER, _SIZE, _INT, _POINTER, _POINTER, _INT)
     ],
+    "product": [
+        *(_INT, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _POINTER, _INT)
+    ],
     "rms_norm": [
         *(_INT, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, ctypes.c_float, _POINTER, _POINTER),
         _INT,

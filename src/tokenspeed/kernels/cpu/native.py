@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tokenspeed.kernels.contract import AttentionPlan, Backend, Problem
 from tokenspeed.kernels.cpu import attention as composed
+from tokenspeed.kernels.cpu import dense
 from tokenspeed.kernels.cpu.library import call, library_path
 from tokenspeed.kernels.packing import PackedWeight
 
@@ -20,6 +21,8 @@ __all__ = ["BACKEND"]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _DIM_MAX = 256
+_TOKENS_MAX = {torch.float32: 16, torch.bfloat16: 4}
+"""Of a product with weights as they are: with more, torch's is the faster one."""
 _QUERIES_MAX = 8
 """Of a row: with more, torch's fused attention over gathered pages is the faster one."""
 
@@ -36,6 +39,23 @@ def embedding(ids: Tensor, weight: Tensor) -> Tensor:
     )  # fmt: skip
     if found := int(strange.numpy()[0]):
         raise IndexError(f"embedding: {found} ids are none of the {rows} rows")
+    return out
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """See contract.py."""
+    alike = x.dtype == weight.dtype and x.stride(-1) == 1 and weight.is_contiguous()
+    if len(x) > _TOKENS_MAX[x.dtype] or not alike:
+        return dense.linear(x, weight, bias)
+    if bias is not None:
+        bias = bias.to(x.dtype).contiguous()
+    rows, columns = weight.shape
+    out = torch.empty((x.shape[0], rows), dtype=x.dtype)
+    call(
+        "product", _DTYPES[x.dtype], x.data_ptr(), x.stride(0), x.shape[0], columns,
+        weight.data_ptr(), rows, None if bias is None else bias.data_ptr(), out.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
     return out
 
 
@@ -202,6 +222,7 @@ BACKEND = Backend(
     priority=20,
     functions={
         "embedding": embedding,
+        "linear": linear,
         "linear_packed": linear_packed,
         "rms_norm": rms_norm,
         "add_rms_norm": add_rms_norm,
