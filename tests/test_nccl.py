@@ -6,7 +6,6 @@ what both are to do, and what they answer is compared with one rank on one GPU. 
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,13 @@ import torch
 import torch.distributed as dist
 
 import tiny
-from test_ranks import LINKS, MODELS, checkpoint, logits_on, name, rows_of
+from test_ranks import LINKS, MODELS, checkpoint, logits_on, name, rows_of, warm
 from tokenspeed import models
-from tokenspeed.bench.mesh import captured, decode, unplanned
+from tokenspeed.bench.mesh import captured, decode
 from tokenspeed.config import EngineConfig
 from tokenspeed.ranks import connect, device_of
 from tokenspeed.spmd import KV, Communicator, Mesh
-from tokenspeed.spmd.batch import Batch
+from tokenspeed.spmd.replay import fill, lasting, underived
 from tokenspeed.spmd.report import batch_of
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs are needed")
@@ -51,20 +50,8 @@ def _rank(rank: int, jobs: Any, results: Any) -> None:
 
 @pytest.fixture(scope="module")
 def gpus() -> Iterator[tuple[list[Any], Any]]:
-    context = multiprocessing.get_context("spawn")
-    jobs, results = [context.Queue() for _ in range(2)], context.Queue()
-    ranks = [
-        context.Process(target=_rank, args=(rank, queue, results), daemon=True)
-        for rank, queue in enumerate(jobs)
-    ]
-    for process in ranks:
-        process.start()
-    yield jobs, results
-    for queue in jobs:
-        queue.put(None)
-    for process in ranks:
-        process.join(30)
-        assert process.exitcode == 0
+    with warm(2, _rank) as found:
+        yield found
 
 
 def on_both(gpus: Any, what: Any, folder: Path, axes: Any, links: str, meeting: Path) -> list[Any]:
@@ -123,55 +110,16 @@ def _in_a_graph(
             for part in own:
                 part.copy_(torch.randn(part.shape, generator=torch.Generator().manual_seed(7)))
         pages = kv.pages
-        fixed = _copied(first)
-        graph, logits = captured(lambda: model.step(model.params, unplanned(fixed), KV(pages))[0])
+        fixed = lasting(first, first.groups[0].attention.page_table.shape[1])
+        logits, replay = captured(lambda: model.step(model.params, underived(fixed), KV(pages))[0])
         later, _ = decode(model, rows, 41)
         later = attrs.evolve(later, token_ids=later.token_ids.flip(0) + 5)
-        wanted, _ = model.step(model.params, unplanned(later), KV(pages))
-        _fill(fixed, later)
+        wanted, _ = model.step(model.params, underived(later), KV(pages))
+        fill(fixed, later)
         logits.fill_(float("nan"))
-        graph.replay()
+        replay()
         found = [(one.op, one.started is not None) for one in model.step.collectives]
         return logits.cpu().numpy(), wanted.cpu().numpy(), found
-
-
-def _tensors(batch: Batch) -> list[torch.Tensor]:
-    plans = [group.attention for group in batch.groups]
-    return [
-        batch.token_ids,
-        batch.positions,
-        batch.sampled_rows,
-        *(group.locations for group in batch.groups),
-        *(part for p in plans for part in (p.query_start, p.context_lens, p.page_table)),
-    ]
-
-
-def _copied(batch: Batch) -> Batch:
-    groups = [
-        attrs.evolve(
-            group,
-            locations=group.locations.clone(),
-            attention=attrs.evolve(
-                group.attention,
-                query_start=group.attention.query_start.clone(),
-                context_lens=group.attention.context_lens.clone(),
-                page_table=group.attention.page_table.clone(),
-            ),
-        )
-        for group in batch.groups
-    ]
-    return attrs.evolve(
-        batch,
-        token_ids=batch.token_ids.clone(),
-        positions=batch.positions.clone(),
-        sampled_rows=batch.sampled_rows.clone(),
-        groups=tuple(groups),
-    )
-
-
-def _fill(fixed: Batch, batch: Batch) -> None:
-    for to, of in zip(_tensors(fixed), _tensors(batch), strict=True):
-        to.copy_(of)
 
 
 @pytest.mark.parametrize("rows", ["own", "all"])

@@ -10,8 +10,9 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -224,14 +225,14 @@ def _rank(rank: int, jobs: Any, results: Any) -> None:
             dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def processes() -> Iterator[tuple[list[Any], Any]]:
-    """Four ranks, started once: their queues, and the one they answer on."""
+@contextmanager
+def warm(count: int, rank: Callable[[int, Any, Any], None]) -> Iterator[tuple[list[Any], Any]]:
+    """So many ranks that are started once: their queues, and the one they answer on."""
     context = multiprocessing.get_context("spawn")
-    jobs, results = [context.Queue() for _ in range(4)], context.Queue()
+    jobs, results = [context.Queue() for _ in range(count)], context.Queue()
     ranks = [
-        context.Process(target=_rank, args=(rank, queue, results), daemon=True)
-        for rank, queue in enumerate(jobs)
+        context.Process(target=rank, args=(number, queue, results), daemon=True)
+        for number, queue in enumerate(jobs)
     ]
     for process in ranks:
         process.start()
@@ -241,6 +242,13 @@ def processes() -> Iterator[tuple[list[Any], Any]]:
     for process in ranks:
         process.join(30)
         assert process.exitcode == 0
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[tuple[list[Any], Any]]:
+    """Four of them."""
+    with warm(4, _rank) as found:
+        yield found
 
 
 @pytest.mark.slow

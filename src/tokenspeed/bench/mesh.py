@@ -17,7 +17,7 @@ from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 import attrs
 import numpy as np
@@ -33,9 +33,12 @@ from tokenspeed.plan import StepPlan
 from tokenspeed.ranks import check_gpus, connect, device_of
 from tokenspeed.spmd import KV, Communicator, Mesh, ProcessGroups
 from tokenspeed.spmd.batch import Batch, Slots
+from tokenspeed.spmd.replay import capture, underived
 from tokenspeed.spmd.report import batch_of, parse_mesh
 
-__all__ = ["Report", "captured", "measure", "unplanned"]
+__all__ = ["Report", "captured", "measure"]
+
+T = TypeVar("T")
 
 PAGE = 64
 WARM, ROUNDS, REPEATS = 3, 5, 20
@@ -234,7 +237,7 @@ def _step(job: _Job, mesh: Mesh, communicator: Communicator, device: str) -> Tim
     pages = kv.pages
 
     def run() -> Tensor:
-        return model.step(model.params, unplanned(batch), KV(pages))[0]
+        return model.step(model.params, underived(batch), KV(pages))[0]
 
     times = _timed(run, device, 4, graph=model.step.capturable)
     return Timed(what="decode", axis="", bytes=0, **times)
@@ -260,14 +263,8 @@ def decode(model: models.Model, rows: int, context: int) -> tuple[Batch, KV]:
     return slots.batch(plan), model.kv.allocate(rows * each, PAGE)
 
 
-def unplanned(batch: Batch) -> Batch:
-    """The same batch, of which no layer has derived anything yet: a graph must see that done."""
-    groups = [attrs.evolve(one, attention=attrs.evolve(one.attention)) for one in batch.groups]
-    return attrs.evolve(batch, groups=tuple(groups))
-
-
-def captured(run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """A CUDA graph of what `run` launches, and what it gave: each replay fills that again.
+def captured(run: Callable[[], T]) -> tuple[T, Callable[[], None]]:
+    """What `run` gives, which each replay of its CUDA graph fills again, and that replay.
 
     All ranks of a mesh capture alike, after a few runs, in which NCCL connects.
     """
@@ -277,10 +274,7 @@ def captured(run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
         for _ in range(WARM):
             run()
     torch.cuda.current_stream().wait_stream(beside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        given = run()
-    return graph, given
+    return capture(run)
 
 
 def _timed(
@@ -293,8 +287,8 @@ def _timed(
     eager_s = _median(run, repeats, _by_events)
     if not graph:
         return {"eager_s": eager_s, "graph_s": None}
-    made, _ = captured(run)
-    return {"eager_s": eager_s, "graph_s": _median(made.replay, repeats, _by_events)}
+    _, replay = captured(run)
+    return {"eager_s": eager_s, "graph_s": _median(replay, repeats, _by_events)}
 
 
 Clock = Callable[[Callable[[], Any], int], float]

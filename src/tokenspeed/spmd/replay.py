@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any, Protocol, final
+from typing import Any, Protocol, TypeVar, final
 
 import numpy as np
 import torch
@@ -26,10 +26,22 @@ from tokenspeed.spmd.compile import Program, Step
 from tokenspeed.spmd.kv import KV, LayerKV
 from tokenspeed.spmd.params import Tree
 
-__all__ = ["Calls", "DecodeSteps", "Graphs", "Recorder", "bucket", "decodes", "padded", "recorder"]
+__all__ = [
+    "Calls",
+    "DecodeSteps",
+    "Graphs",
+    "Recorder",
+    "bucket",
+    "capture",
+    "decodes",
+    "padded",
+    "recorder",
+    "underived",
+]
 
 log = logging.getLogger("tokenspeed.executor")
 
+T = TypeVar("T")
 Run = Callable[[], Tensor]
 Replay = Callable[[], None]
 
@@ -130,7 +142,7 @@ class Graphs:
         return captured, replay
 
 
-def capture(run: Run) -> tuple[Tensor, Replay]:
+def capture(run: Callable[[], T]) -> tuple[T, Replay]:
     """What a function launches, as a CUDA graph; its result is not there before the replay.
 
     What other threads do meanwhile, on streams of their own, is not looked at.
@@ -233,7 +245,7 @@ class DecodeSteps:
         known = self._recorded.get(key)
         if known is None:
             return self._record(batch, key)[: plan.rows]
-        _fill(known.inputs, batch)
+        fill(known.inputs, batch)
         known.replay()
         return known.logits[: plan.rows]
 
@@ -247,13 +259,13 @@ class DecodeSteps:
 
     def _record(self, batch: Batch, key: tuple[int, int]) -> Tensor:
         assert self._recorder is not None
-        inputs = _lasting(batch, self._pages_max)
-        logits, replay = self._recorder.record(lambda: self._run(_underived(inputs)))
+        inputs = lasting(batch, self._pages_max)
+        logits, replay = self._recorder.record(lambda: self._run(underived(inputs)))
         self._recorded[key] = None if replay is None else _Recorded(inputs, logits, replay)
         return logits
 
 
-def _lasting(batch: Batch, pages_max: int) -> Batch:
+def lasting(batch: Batch, pages_max: int) -> Batch:
     """A copy for other batches of as many rows too: page tables have room for every request."""
 
     def group(of: Paged) -> Paged:
@@ -277,13 +289,13 @@ def _lasting(batch: Batch, pages_max: int) -> Batch:
     )
 
 
-def _underived(batch: Batch) -> Batch:
+def underived(batch: Batch) -> Batch:
     """The same, of which no layer has derived anything yet: a recording must see that done."""
     groups = tuple(Paged(of.locations, evolve(of.attention)) for of in batch.groups)
     return evolve(batch, groups=groups)
 
 
-def _fill(inputs: Batch, batch: Batch) -> None:
+def fill(inputs: Batch, batch: Batch) -> None:
     """Copy what differs between batches of as many rows."""
     inputs.token_ids.copy_(batch.token_ids)
     inputs.positions.copy_(batch.positions)
