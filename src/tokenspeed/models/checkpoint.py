@@ -6,6 +6,7 @@ of a tensor at a time and never unpickled. Tensors have Hugging Face's names, wh
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -204,6 +205,7 @@ class HuggingFaceCheckpoint(Checkpoint):
         self.config = read_config(config_file)
         self.tokenizer = huggingface_tokenizer(path)
         self._files: dict[str, SafetensorsFile] = {}
+        self._block = torch.empty(0, dtype=torch.uint8)
         for file in map(SafetensorsFile, _safetensors_files(path)):
             for name in file.entries:
                 if name in self._files:
@@ -259,9 +261,7 @@ class HuggingFaceCheckpoint(Checkpoint):
             return
         step = max(1, BLOCK_BYTES // max(1, entry.row_bytes))
         scale = self._scale(name)
-        block = torch.empty(
-            (min(step, rows.stop - rows.start), *entry.shape[1:]), dtype=entry.dtype
-        )
+        block = self._scratch((min(step, rows.stop - rows.start), *entry.shape[1:]), entry.dtype)
         for first in range(rows.start, rows.stop, step):
             here = block[: min(step, rows.stop - first)]
             file.read_rows(name, first, here)
@@ -270,6 +270,14 @@ class HuggingFaceCheckpoint(Checkpoint):
                 own = own.float() * self._spread(scale, first, len(here), rest[0])
             at = first - rows.start
             target[at : at + len(here)].copy_(own)
+
+    def _scratch(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor for now. One memory serves all: a block taken and freed for every tensor would
+        leave the heap in pieces that hold several hundred MB."""
+        size = math.prod(shape) * dtype.itemsize
+        if len(self._block) < size:
+            self._block = torch.empty(max(size, BLOCK_BYTES), dtype=torch.uint8)
+        return self._block[:size].view(dtype).view(shape)
 
     def _entry(self, name: str) -> Entry:
         return self._files[name].entries[name]
