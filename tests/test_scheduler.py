@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -199,7 +204,7 @@ def test_results_of_another_type_or_layout_are_converted() -> None:
     wide = np.array([7, 0], ">i4")
     scheduler.commit(plan.step, wide[::2], np.array([0, 1])[::2])
     assert scheduler.tokens(1) == [0, 2, 4, 6, 8, 10, 12, 14, 7]
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="token_ids: got an array of <U5; expected integers"):
         scheduler.commit(plan.step, "seven", np.zeros(1, bool))  # type: ignore[arg-type]
 
 
@@ -250,12 +255,53 @@ def test_equal_calls_give_equal_plans() -> None:
 def test_a_token_beyond_32_bits_is_refused_and_not_cut(token: int) -> None:
     scheduler = Scheduler(pages=8, slots=1, step_tokens=16, context_max=32)
     for prompt in (np.array([1, token], np.int64), [1, token]):
-        with pytest.raises(ValueError, match="prompt: got a token id beyond 32 bits"):
+        with pytest.raises(ValueError, match="prompt: got a number beyond 32 bits"):
             scheduler.submit(1, prompt, 1)  # type: ignore[arg-type]
     assert scheduler.idle()
     scheduler.submit(1, np.array([1, 2**31 - 1], np.int64), 1)  # type: ignore[arg-type]
     plan = scheduler.plan()
     assert plan is not None
     assert plan.token_ids.tolist() == [1, 2**31 - 1]
-    with pytest.raises(ValueError, match="commit: got a token beyond 32 bits"):
+    with pytest.raises(ValueError, match="token_ids: got a number beyond 32 bits"):
         scheduler.commit(plan.step, np.array([token]), np.zeros(1, np.bool_))  # type: ignore[arg-type]
+
+
+FRACTIONS = [1.5, 2.0, np.float32(1.5), np.float64(2), Decimal("1.5"), Fraction(3, 2), "2", None]
+
+
+@pytest.mark.parametrize("value", FRACTIONS, ids=repr)
+def test_what_is_no_integer_is_refused_by_name_and_not_cut(value: Any) -> None:
+    scheduler = Scheduler(**SMALL, waiting_max=4, context_max=100)
+    prompt, flag = np.ones(3, np.int32), np.zeros(1, np.bool_)
+    calls: dict[str, Callable[[], object]] = {
+        "number": lambda: scheduler.submit(value, prompt, 1),
+        "max_tokens": lambda: scheduler.submit(1, prompt, value),
+        "keep_us": lambda: scheduler.submit(1, prompt, 1, keep_us=value),
+        "priority": lambda: scheduler.submit(1, prompt, 1, priority=value),
+        "prompt": lambda: scheduler.submit(1, [1, value], 1),  # type: ignore[arg-type]
+        "step": lambda: scheduler.commit(value, np.zeros(1, np.int32), flag),
+        "token_ids": lambda: scheduler.commit(0, np.array([value]), flag),
+        "stop": lambda: scheduler.commit(0, np.zeros(1, np.int32), np.array([value])),
+        "duration_us": lambda: scheduler.commit(0, np.zeros(1, np.int32), flag, duration_us=value),
+        "now_us": lambda: scheduler.advance(value),
+        "draft": lambda: scheduler.propose(1, np.array([value])),
+        "numbers": lambda: scheduler.guess(np.array([value])),
+        "tickets": lambda: scheduler.acknowledge(np.array([value]), flag),
+    }
+    for name, call in calls.items():
+        with pytest.raises(TypeError, match=f"^{name}: got .*; expected integers"):
+            call()
+    assert scheduler.idle()
+
+
+def test_integers_of_any_kind_are_taken_and_larger_ones_are_refused_by_name() -> None:
+    scheduler = Scheduler(**SMALL, waiting_max=4, context_max=100)
+    scheduler.submit(np.int8(1), np.array([1, 2], np.uint8), np.uint64(2))  # type: ignore[arg-type]
+    scheduler.submit(False, np.array([True, False]), 2)  # type: ignore[arg-type]
+    for name, call in (
+        ("number", lambda: scheduler.submit(2**63, np.ones(1, np.int32), 1)),
+        ("max_tokens", lambda: scheduler.submit(3, np.ones(1, np.int32), 2**31)),
+        ("prompt", lambda: scheduler.submit(3, np.array([2**64 - 1], np.uint64), 1)),
+    ):
+        with pytest.raises(ValueError, match=rf"^{name}: got .* beyond (32|64) bits"):
+            call()

@@ -100,7 +100,7 @@ def test_the_bounds_themselves_are_good(field: str) -> None:
 @pytest.mark.parametrize("value", ["4", 4.0, None, [4]])
 @pytest.mark.parametrize("field", BOUNDS)
 def test_what_is_no_integer_is_refused(field: str, value: object) -> None:
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match=f"^{field}: got .*; expected integers"):
         Scheduler(**{**GOOD, field: value})  # type: ignore[arg-type]
 
 

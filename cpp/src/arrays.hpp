@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <new>
 #include <span>
+#include <string>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -108,8 +109,53 @@ struct Boxed {
   }
 };
 
-// An argument: any array, used as it is if its type and layout are right, else converted.
-template <class Element>
+// What an argument is called, for an error to name it.
+template <std::size_t size>
+struct Name {
+  char text[size];
+  consteval Name(const char (&from)[size]) { std::copy_n(from, size, text); }
+};
+
+[[noreturn]] inline void refuse_kind(const std::string& name, const std::string& given) {
+  throw py::type_error(name + ": got " + given + "; expected integers, which nothing is cut to");
+}
+[[noreturn]] inline void refuse_size(const std::string& name, const std::string& what,
+                                     std::size_t bytes) {
+  throw py::value_error(name + ": got " + what + " beyond " + std::to_string(8 * bytes) +
+                        " bits; expected fewer, since nothing is cut");
+}
+
+// Any integer of Python's or numpy's, if T holds it; `too_large` is called with what T does not hold.
+template <class T, class TooLarge>
+T integer(const std::string& name, py::handle given, const TooLarge& too_large) {
+  const auto whole = py::reinterpret_steal<py::object>(PyNumber_Index(given.ptr()));
+  if (!whole) {
+    PyErr_Clear();
+    refuse_kind(name, std::string(py::str(given)) + ", a " + Py_TYPE(given.ptr())->tp_name);
+  }
+  int overflow = 0;
+  const long long wide = PyLong_AsLongLongAndOverflow(whole.ptr(), &overflow);
+  if (overflow != 0 || wide != static_cast<T>(wide)) too_large(std::string(py::str(whole)));
+  return static_cast<T>(wide);
+}
+
+// An argument: an integer.
+template <Name name, class T>
+struct Whole {
+  T value{};
+  operator T() const noexcept { return value; }
+
+  bool load(py::handle source) {
+    value = integer<T>(name.text, source, [](const std::string& given) {
+      refuse_size(name.text, given, sizeof(T));
+    });
+    return true;
+  }
+};
+
+// An argument: any array of whole numbers, used as it is if its type and layout are right, else
+// converted.
+template <Name name, class Element>
 class Input {
  public:
   template <class As = Element>
@@ -118,17 +164,9 @@ class Input {
     return {static_cast<const As*>(array_.data()), static_cast<std::size_t>(array_.size())};
   }
   bool load(py::handle source) {
-    if (usable(source)) {
-      array_ = py::reinterpret_borrow<py::array>(source);
-    } else if constexpr (std::is_same_v<Element, std::int32_t>) {
-      return narrow(source);
-    } else {
-      array_ = py::array_t<Element, kPlain>::ensure(source);
-    }
-    return static_cast<bool>(array_);
+    array_ = usable(source) ? py::reinterpret_borrow<py::array>(source) : converted(source);
+    return true;
   }
-  // False if a number was cut to its lower bits.
-  bool whole() const noexcept { return whole_; }
 
  private:
   static bool usable(py::handle source) {
@@ -141,18 +179,28 @@ class Input {
            (type.byteorder() == '=' || type.byteorder() == '|') &&
            (array.flags() & kFlags) == kFlags;
   }
-  static constexpr int kPlain = py::array::c_style | py::array::forcecast;
 
-  bool narrow(py::handle source) {
-    const auto wide = py::array_t<std::int64_t, kPlain>::ensure(source);
-    if (!wide) return false;
-    const auto cut = py::array_t<Element, kPlain>::ensure(wide);
-    if (!cut) return false;
-    whole_ = std::equal(wide.data(), wide.data() + wide.size(), cut.data());
-    array_ = cut;
-    return true;
+  // Through 64 bits, whose numbers tell whether fewer hold them.
+  static py::array converted(py::handle source) {
+    constexpr int kPlain = py::array::c_style | py::array::forcecast;
+    const auto given = py::array::ensure(source);
+    if (!given) refuse_kind(name.text, std::string("a ") + Py_TYPE(source.ptr())->tp_name);
+    const char kind = given.dtype().kind();
+    if (given.size() > 0 && kind != 'i' && kind != 'u' && kind != 'b') {
+      refuse_kind(name.text, "an array of " + std::string(py::str(given.dtype())));
+    }
+    const py::array_t<std::int64_t, kPlain> wide(given);
+    py::array_t<Element, kPlain> made(given);
+    const auto same = [kind](std::int64_t whole, Element cut) {
+      return whole == static_cast<std::int64_t>(cut) && (kind != 'u' || whole >= 0);
+    };
+    if (!std::is_same_v<Element, bool> &&
+        !std::equal(wide.data(), wide.data() + wide.size(), made.data(), same)) {
+      refuse_size(name.text, "a number", sizeof(Element));
+    }
+    return made;
   }
-  bool whole_ = true;
+
   // Of no type until `load`, and made without asking numpy for an empty one.
   py::array array_ = py::reinterpret_steal<py::array>(py::handle());
 };
@@ -161,9 +209,17 @@ class Input {
 
 namespace pybind11::detail {
 
-template <class Element>
-struct type_caster<tokenspeed::arrays::Input<Element>> {
-  PYBIND11_TYPE_CASTER(tokenspeed::arrays::Input<Element>, const_name("numpy.ndarray"));
+template <tokenspeed::arrays::Name of, class T>
+struct type_caster<tokenspeed::arrays::Whole<of, T>> {
+  using Self = tokenspeed::arrays::Whole<of, T>;
+  PYBIND11_TYPE_CASTER(Self, const_name("int"));
+  bool load(handle source, bool) { return value.load(source); }
+};
+
+template <tokenspeed::arrays::Name of, class Element>
+struct type_caster<tokenspeed::arrays::Input<of, Element>> {
+  using Self = tokenspeed::arrays::Input<of, Element>;
+  PYBIND11_TYPE_CASTER(Self, const_name("numpy.ndarray"));
   bool load(handle source, bool) { return value.load(source); }
 };
 

@@ -39,16 +39,11 @@ class Native {
   Locked<Scheduler> scheduler_;
 };
 
-// A setting as any integer of Python's, so that what has no place in 32 bits is refused by name.
+// A setting, of which what has no place in 32 bits is refused by name.
 std::int32_t number(const Setting& setting, const py::handle& given) {
-  const auto integer = py::reinterpret_steal<py::object>(PyNumber_Index(given.ptr()));
-  if (!integer) throw py::error_already_set();
-  int overflow = 0;
-  const long long value = PyLong_AsLongLongAndOverflow(integer.ptr(), &overflow);
-  if (overflow != 0 || value != static_cast<std::int32_t>(value)) {
-    throw py::value_error(setting.refuse(py::str(integer)));
-  }
-  return static_cast<std::int32_t>(value);
+  return arrays::integer<std::int32_t>(
+      std::string(setting.name), given,
+      [&](const std::string& wide) { throw py::value_error(setting.refuse(wide)); });
 }
 
 SchedulerConfig configuration(const py::dict& given) {
@@ -67,16 +62,22 @@ SchedulerConfig configuration(const py::dict& given) {
   return config;
 }
 
-using Ints = arrays::Input<std::int32_t>;
-using Tickets = arrays::Input<std::int64_t>;
-using Flags = arrays::Input<bool>;
+template <arrays::Name name>
+using Whole32 = arrays::Whole<name, std::int32_t>;
+template <arrays::Name name>
+using Whole64 = arrays::Whole<name, std::int64_t>;
+template <arrays::Name name>
+using Tokens = arrays::Input<name, Token>;
+template <arrays::Name name>
+using Numbers = arrays::Input<name, std::int64_t>;
+template <arrays::Name name>
+using Flags = arrays::Input<name, bool>;
+using Number = Whole64<"number">;
+using KeepUs = Whole64<"keep_us">;
 
-void submit(Native& self, std::int64_t number, const Ints& prompt, std::int32_t max_tokens,
-            const std::string& salt, const std::string& session, Microseconds keep_us,
-            bool supersedes, std::int32_t priority) {
-  if (!prompt.whole()) {
-    throw py::value_error("prompt: got a token id beyond 32 bits; expected 0 to 2147483647");
-  }
+void submit(Native& self, Number number, const Tokens<"prompt">& prompt,
+            Whole32<"max_tokens"> max_tokens, const std::string& salt, const std::string& session,
+            KeepUs keep_us, bool supersedes, Whole32<"priority"> priority) {
   const auto tokens = prompt.span();
   const Turn turn{session, keep_us, supersedes};
   const Refusal refusal = self.run([&](Scheduler& scheduler) {
@@ -86,11 +87,9 @@ void submit(Native& self, std::int64_t number, const Ints& prompt, std::int32_t 
   if (refusal.refused()) throw py::value_error(refusal.field + ": " + refusal.message);
 }
 
-py::object commit(Native& self, std::int64_t step, const Ints& token_ids, const Flags& stop,
-                  std::int64_t duration_us, const std::optional<Flags>& awaits_tool) {
-  if (!token_ids.whole()) {
-    throw py::value_error("commit: got a token beyond 32 bits; expected 0 to 2147483647");
-  }
+py::object commit(Native& self, Whole64<"step"> step, const Tokens<"token_ids">& token_ids,
+                  const Flags<"stop">& stop, Whole64<"duration_us"> duration_us,
+                  const std::optional<Flags<"awaits_tool">>& awaits_tool) {
   const auto tokens = token_ids.span();
   const auto flags = stop.span<std::uint8_t>();
   std::span<const std::uint8_t> awaits;
@@ -102,7 +101,7 @@ py::object commit(Native& self, std::int64_t step, const Ints& token_ids, const 
   return arrays::Boxed<Committed>::box(std::move(out));
 }
 
-py::tuple acknowledge(Native& self, const Tickets& tickets, const Flags& good) {
+py::tuple acknowledge(Native& self, const Numbers<"tickets">& tickets, const Flags<"good">& good) {
   const auto copies = tickets.span();
   const auto flags = good.span<std::uint8_t>();
   if (copies.size() != flags.size()) {
@@ -390,10 +389,10 @@ PYBIND11_MODULE(_core, m) {
            py::arg("duration_us") = 0, py::arg("awaits_tool") = py::none())
       .def(
           "propose",
-          [](Native& self, std::int64_t number, const Ints& draft) {
+          [](Native& self, Number number, const Tokens<"draft">& draft) {
             const auto tokens = draft.span();
             // -1 ends a run of tokens, so it must not be one.
-            if (!draft.whole() || std::ranges::any_of(tokens, [](Token t) { return t < 0; })) {
+            if (std::ranges::any_of(tokens, [](Token t) { return t < 0; })) {
               throw py::value_error("draft: got a token out of bounds; expected 0 to 2147483647");
             }
             return self.run([&](Scheduler& s) { return s.propose(number, tokens); });
@@ -401,14 +400,14 @@ PYBIND11_MODULE(_core, m) {
           py::arg("number"), py::arg("draft"))
       .def(
           "guess",
-          [](Native& self, const arrays::Input<std::int64_t>& numbers) {
+          [](Native& self, const Numbers<"numbers">& numbers) {
             const auto span = numbers.span();
             return self.run([&](Scheduler& s) { return s.guess(span); });
           },
           py::arg("numbers"))
       .def(
           "advance",
-          [](Native& self, Microseconds now_us) {
+          [](Native& self, Whole64<"now_us"> now_us) {
             self.run([&](Scheduler& s) { s.advance(now_us); });
           },
           py::arg("now_us"))
@@ -420,7 +419,7 @@ PYBIND11_MODULE(_core, m) {
           py::arg("session"))
       .def(
           "prefetch",
-          [](Native& self, const std::string& session, Microseconds keep_us) {
+          [](Native& self, const std::string& session, KeepUs keep_us) {
             const Prefetched out =
                 self.run([&](Scheduler& s) { return s.prefetch(session, keep_us); });
             if (!out.error.empty()) throw py::value_error(out.error);
@@ -430,7 +429,7 @@ PYBIND11_MODULE(_core, m) {
       .def("acknowledge", &acknowledge, py::arg("tickets"), py::arg("good"))
       .def(
           "abort",
-          [](Native& self, std::int64_t number) {
+          [](Native& self, Number number) {
             return self.run([&](Scheduler& s) { return s.abort(number); });
           },
           py::arg("number"))
@@ -441,7 +440,7 @@ PYBIND11_MODULE(_core, m) {
            })
       .def(
           "tokens",
-          [](Native& self, std::int64_t number) {
+          [](Native& self, Number number) {
             return self.run([&](const Scheduler& s) {
               const auto* tokens = s.tokens(number);
               return tokens ? std::optional(*tokens) : std::nullopt;
