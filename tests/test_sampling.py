@@ -138,6 +138,16 @@ def test_a_slot_starts_anew() -> None:
     assert torch.equal(step(state, logits, 0).token_ids, logits.argmax(-1))
 
 
+def test_what_another_request_said_in_a_slot_is_forgotten() -> None:
+    params = SamplingParams(temperature=0, repetition_penalty=10.0, frequency_penalty=2.0)
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 3], logits[0, 4], logits[0, 5] = 9.0, 8.0, 7.0
+    state = state_of(params, prompt=(3,))
+    assert int(step(state, logits, 0).token_ids) == 4
+    state.join(Joined(slot=0, params=params, prompt_ids=(5,)))
+    assert [int(step(state, logits, 0).token_ids) for _ in range(2)] == [3, 4]
+
+
 def test_logprobs_are_the_models_own() -> None:
     logits = logits_of(3)
     params = SamplingParams(temperature=0, logit_bias={9: 99.0}, logprobs=2)
@@ -155,6 +165,25 @@ def test_logprobs_are_the_models_own() -> None:
 def test_an_id_outside_the_vocabulary_is_refused() -> None:
     with pytest.raises(IndexError, match=f"token {VOCAB}: expected an id below {VOCAB}"):
         state_of(SamplingParams(logit_bias={VOCAB: 1.0}))
+
+
+def splitmix64(state: int, count: int) -> list[int]:
+    """The first outputs, as Steele, Lea and Flood write it."""
+    found = []
+    for i in range(1, count + 1):
+        z = (state + i * 0x9E3779B97F4A7C15) % 2**64
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+        found.append(z ^ (z >> 31))
+    return found
+
+
+@pytest.mark.parametrize("seed", [0, 1, 1234567, 2**64 - 1])
+def test_a_seed_gives_the_same_numbers_for_ever(seed: int) -> None:
+    """Those of SplitMix64, from its first output on."""
+    assert splitmix64(1234567, 2) == [6457827717110365317, 3203168211198807973], "as published"
+    wanted = [(z >> 12) * 2.0**-52 for z in splitmix64(splitmix64(seed, 1)[0], 5)]
+    assert uniforms(np.full(5, seed, np.uint64), np.arange(5)).tolist() == wanted
 
 
 def test_uniforms_are_uniform_and_distinct() -> None:

@@ -125,7 +125,8 @@ struct Name {
                         " bits; expected fewer, since nothing is cut");
 }
 
-// Any integer of Python's or numpy's, if T holds it; `too_large` is called with what T does not hold.
+// Any integer of Python's or numpy's, if T holds it; `too_large` is called with what T does not
+// hold.
 template <class T, class TooLarge>
 T integer(const std::string& name, py::handle given, const TooLarge& too_large) {
   const auto whole = py::reinterpret_steal<py::object>(PyNumber_Index(given.ptr()));
@@ -146,9 +147,8 @@ struct Whole {
   operator T() const noexcept { return value; }
 
   bool load(py::handle source) {
-    value = integer<T>(name.text, source, [](const std::string& given) {
-      refuse_size(name.text, given, sizeof(T));
-    });
+    value = integer<T>(name.text, source,
+                       [](const std::string& given) { refuse_size(name.text, given, sizeof(T)); });
     return true;
   }
 };

@@ -15,7 +15,7 @@ from tokenspeed import kernels
 from tokenspeed.kernels import Draws, registry
 from tokenspeed.plan import Joined
 from tokenspeed.request import SamplingParams
-from tokenspeed.spmd.sampling import SamplerState, sample
+from tokenspeed.spmd.sampling import SamplerState, _edit, sample
 
 VOCAB = 40
 
@@ -82,6 +82,63 @@ def test_the_head_is_only_a_short_cut(row: SamplingParams, seed: int) -> None:
             patch.setattr("tokenspeed.kernels.cpu.sampling.HEAD", head)
             drawn.add(draw([row], logits)[0])
     assert len(drawn) == 1
+
+
+ids = st.integers(0, VOCAB - 1)
+editing = st.builds(
+    SamplingParams,
+    temperature=st.just(0.0),
+    presence_penalty=st.sampled_from([0.0, 0.5, -2.0]),
+    frequency_penalty=st.sampled_from([0.0, 0.25, -1.0]),
+    repetition_penalty=st.sampled_from([1.0, 0.5, 3.0]),
+    logit_bias=st.dictionaries(ids, st.floats(-9, 9), max_size=3),
+    stop_token_ids=st.lists(ids, max_size=3).map(tuple),
+    min_tokens=st.integers(0, 4),
+)
+
+
+def edited(
+    row: SamplingParams, logits: list[float], prompt: list[int], output: list[int], eos: int
+) -> list[float]:
+    """A token at a time, as `SamplingParams` says."""
+    found = []
+    for token, logit in enumerate(logits):
+        score, times = logit + row.logit_bias.get(token, 0.0), output.count(token)
+        if times or token in prompt:
+            score = score / row.repetition_penalty if score > 0 else score * row.repetition_penalty
+        score -= row.frequency_penalty * times + row.presence_penalty * bool(times)
+        stops = token == eos or token in row.stop_token_ids
+        found.append(-math.inf if stops and len(output) < row.min_tokens else score)
+    return found
+
+
+@given(
+    st.lists(st.tuples(editing, st.lists(ids, max_size=6), st.lists(ids, max_size=4)), min_size=1),
+    st.integers(0, 2**31),
+    st.data(),
+)
+def test_all_rows_are_edited_at_once_as_each_is_by_itself(
+    rows: list[tuple[SamplingParams, list[int], list[int]]], seed: int, data: st.DataObject
+) -> None:
+    """In slots of any order, over two steps: what the first one says counts in the second."""
+    state = SamplerState(len(rows), VOCAB, torch.device("cpu"), (7,))
+    slots = data.draw(st.permutations(range(len(rows))))
+    for slot, (row, prompt, output) in zip(slots, rows, strict=True):
+        state.join(
+            Joined(slot=slot, params=row, prompt_ids=tuple(prompt), output_ids=tuple(output))
+        )
+    outputs = [list(output) for *_, output in rows]
+    for step in (0, 1):
+        logits = torch.randn(len(rows), VOCAB, generator=torch.Generator().manual_seed(seed + step))
+        own, at = logits.clone(), np.array(slots)
+        got = _edit(state, logits, at, np.ones(len(rows), np.bool_)).tolist()
+        assert torch.equal(logits, own), "the model's own stay as they are"
+        for i, (row, prompt, _) in enumerate(rows):
+            wanted = edited(row, logits[i].tolist(), prompt, outputs[i], 7)
+            assert got[i] == pytest.approx(wanted, abs=1e-5)
+        said = sample(state, logits, at).token_ids.tolist()
+        for output, token in zip(outputs, said, strict=True):
+            output.append(token)
 
 
 def intervals(scores: list[float], how: list[float]) -> dict[int, tuple[float, float]]:

@@ -70,10 +70,11 @@ class SamplerState:
         self.greedy = np.ones(slots, np.bool_)
         self.filters = np.ones((4, slots))
         self.penalised = np.zeros(slots, np.bool_)
+        self.penalties = np.zeros((3, slots))
         self.edited = np.zeros(slots, np.bool_)
         self.wants_logprobs = np.zeros(slots, np.bool_)
-        self.bias: dict[int, tuple[Tensor, Tensor]] = {}
-        self.banned: dict[int, Tensor] = {}
+        self.bias: dict[int, tuple[Slots, NDArray[np.float32]]] = {}
+        self.banned: dict[int, Slots] = {}
         self._counts: tuple[Tensor, Tensor] | None = None
 
     def counts(self) -> tuple[Tensor, Tensor]:
@@ -99,22 +100,17 @@ class SamplerState:
         self.greedy[slot] = params.temperature == 0
         self.filters[:, slot] = params.temperature, params.top_k, params.top_p, params.min_p
         self.wants_logprobs[slot] = params.logprobs is not None
-        self.penalised[slot] = bool(
-            params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1
-        )
+        penalties = params.repetition_penalty, params.frequency_penalty, params.presence_penalty
+        self.penalties[:, slot] = penalties
+        self.penalised[slot] = penalties != (1, 0, 0)
         stops = (*params.stop_token_ids, *(() if params.ignore_eos else self.eos_ids))
         self.bias.pop(slot, None)
         self.banned.pop(slot, None)
         if params.logit_bias:
-            ids = self._ids(tuple(params.logit_bias))
-            self.bias[slot] = (
-                ids,
-                torch.tensor(
-                    list(params.logit_bias.values()), dtype=torch.float32, device=self.device
-                ),
-            )
+            ids = self._checked(tuple(params.logit_bias))
+            self.bias[slot] = ids, np.array(list(params.logit_bias.values()), np.float32)
         if params.min_tokens and stops:
-            self.banned[slot] = self._ids(stops)
+            self.banned[slot] = self._checked(stops)
         self.edited[slot] = self.penalised[slot] or slot in self.bias or slot in self.banned
         if self.penalised[slot]:
             prompt, output = self.counts()
@@ -122,11 +118,14 @@ class SamplerState:
             prompt[slot, self._ids(joined.prompt_ids)] = True
             output[slot] = torch.bincount(self._ids(joined.output_ids), minlength=self.shape[1])
 
-    def _ids(self, ids: Sequence[int]) -> Tensor:
+    def _checked(self, ids: Sequence[int]) -> Slots:
         strange = [i for i in ids if not 0 <= i < self.shape[1]]
         if strange:
             raise IndexError(f"token {strange[0]}: expected an id below {self.shape[1]}")
-        return torch.tensor(ids, dtype=torch.int64, device=self.device)
+        return np.array(ids, np.int64)
+
+    def _ids(self, ids: Sequence[int]) -> Tensor:
+        return torch.from_numpy(self._checked(ids)).to(self.device)
 
 
 def uniforms(seed: NDArray[np.uint64], position: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -186,22 +185,49 @@ def _draws(state: SamplerState, slots: Slots) -> kernels.Draws:
 def _edit(state: SamplerState, logits: Tensor, slots: Slots, edited: NDArray[np.bool_]) -> Tensor:
     """Logits with bias, penalties and bans, in float32; the model's own stay as they are."""
     scores = logits.to(torch.float32, copy=True)
-    for row in np.flatnonzero(edited).tolist():
-        slot = int(slots[row])
-        params, own = state.params[slot], scores[row]
-        if slot in state.bias:
-            ids, bias = state.bias[slot]
-            own.index_add_(0, ids, bias)
-        if state.penalised[slot]:
-            prompt, output = (table[slot] for table in state.counts())
-            factor = params.repetition_penalty
-            scaled = torch.where(own > 0, own / factor, own * factor)
-            own.copy_(torch.where(prompt | (output > 0), scaled, own))
-            own.sub_(output, alpha=params.frequency_penalty)
-            own.sub_((output > 0).to(own.dtype), alpha=params.presence_penalty)
-        if slot in state.banned and state.generated[slot] < params.min_tokens:
-            own[state.banned[slot]] = float("-inf")
+    rows = np.flatnonzero(edited)
+    biased = [(row, *state.bias[slot]) for row, slot in _of(rows, slots) if slot in state.bias]
+    if biased:
+        at = _places(state, [(row, ids) for row, ids, _ in biased])
+        bias = np.concatenate([values for *_, values in biased])
+        scores[at] += torch.from_numpy(bias).to(state.device)
+    penalised = rows[state.penalised[slots[rows]]]
+    if len(penalised):
+        _penalise(state, scores, penalised, slots[penalised])
+    banned = [
+        (row, state.banned[slot])
+        for row, slot in _of(rows, slots)
+        if slot in state.banned and state.generated[slot] < state.params[slot].min_tokens
+    ]
+    if banned:
+        scores[_places(state, banned)] = float("-inf")
     return scores
+
+
+def _of(rows: Slots, slots: Slots) -> list[tuple[int, int]]:
+    """Rows with their slots."""
+    return list(zip(rows.tolist(), slots[rows].tolist(), strict=True))
+
+
+def _places(state: SamplerState, ids: list[tuple[int, Slots]]) -> tuple[Tensor, Tensor]:
+    """Rows and columns of (row, ids), as an index."""
+    rows = np.repeat([row for row, _ in ids], [len(own) for _, own in ids])
+    columns = np.concatenate([own for _, own in ids])
+    both = torch.from_numpy(np.stack((rows, columns))).to(state.device)
+    return both[0], both[1]
+
+
+def _penalise(state: SamplerState, scores: Tensor, rows: Slots, slots: Slots) -> None:
+    """Change these rows, of these slots: repetition as in Keskar et al., 2019, then frequency and
+    presence as in the API of OpenAI."""
+    at, where = torch.from_numpy(np.stack((rows, slots))).to(state.device)
+    penalties = torch.from_numpy(state.penalties[:, slots]).to(state.device, torch.float32)
+    repetition, frequency, presence = penalties[:, :, None]
+    prompt, output = (table[where] for table in state.counts())
+    said, own = output > 0, scores[at]
+    scaled = torch.where(own > 0, own / repetition, own * repetition)
+    own = torch.where(prompt | said, scaled, own)
+    scores[at] = own - output * frequency - said * presence
 
 
 def _logprobs(
