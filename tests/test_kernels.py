@@ -193,13 +193,14 @@ def test_triton_keeps_the_contract_under_its_interpreter() -> None:
     """The laws of the kernels, in a process where Triton interprets."""
     names = ("kernels", "mla", "latent", "moe", "sampling")
     laws = [Path(__file__).parent / "property" / f"test_{name}.py" for name in names]
+    laws.append(Path(__file__).with_name("test_contracts.py"))
     command = [sys.executable, "-m", "pytest", "-q", "-k", "triton", "-p", "no:cacheprovider"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "EXAMPLES": "12"}
     done = subprocess.run(
         [*command, *map(str, laws)], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout[-4000:]
-    assert "18 passed" in done.stdout
+    assert "96 passed" in done.stdout
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this is no CPU-only machine")

@@ -15,7 +15,7 @@ from torch import Tensor
 import tiny
 from stepping import Feed, Stepper
 from tokenspeed import kernels, models
-from tokenspeed.errors import KernelError
+from tokenspeed.errors import ContractError, KernelError
 from tokenspeed.kernels.cpu import library, recording
 from tokenspeed.spmd import Executor, Mesh
 
@@ -121,7 +121,7 @@ def test_what_does_not_fit_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_an_id_that_is_no_row_is_said_and_spoils_its_token_alone() -> None:
     table, ids = torch.randn(5, WIDTH), torch.tensor([4, 0])
-    with pytest.raises(IndexError, match="1 ids are none of the 5 rows"):
+    with pytest.raises(ContractError, match="ids is -1 somewhere; expected 0 to 4"):
         kernels.embedding(torch.tensor([0, -1]), table)
     made, found = kernels.record(lambda: kernels.embedding(ids, table), kernels.Workspace())
     assert isinstance(found, kernels.Recording)

@@ -177,9 +177,8 @@ void ts_cpu_finite(int dtype, const void* x, int64_t rows, int64_t width, uint8_
 }
 
 void ts_cpu_take(int dtype, const void* x, int64_t rows, int64_t width, const int64_t* ids,
-                 int64_t count, void* out, int64_t* strange) {
+                 int64_t count, void* out) {
   const int64_t bytes = width * size_of(dtype);
-  int64_t found = 0;
   for (int64_t i = 0; i < count; ++i) {
     char* to = static_cast<char*>(out) + i * bytes;
     if (ids[i] >= 0 && ids[i] < rows) {
@@ -187,10 +186,8 @@ void ts_cpu_take(int dtype, const void* x, int64_t rows, int64_t width, const in
                   static_cast<std::size_t>(bytes));
     } else {
       std::memset(to, 0xff, static_cast<std::size_t>(bytes));
-      ++found;
     }
   }
-  if (strange != nullptr) *strange = found;
 }
 
 void ts_cpu_rope(int dtype, const void* x, int64_t token_stride, int64_t head_stride,

@@ -73,9 +73,9 @@ TS_CPU_API void ts_cpu_attention(int dtype, const void* q, const void* k_pages, 
                                  void* out, int threads);
 
 /* out[i] = x[ids[i]], rows of `width` elements of x[rows, width]. For an id that is no row there
- * are NaNs, and where `strange` is not null it is told how many there were. */
+ * are NaNs. */
 TS_CPU_API void ts_cpu_take(int dtype, const void* x, int64_t rows, int64_t width,
-                            const int64_t* ids, int64_t count, void* out, int64_t* strange);
+                            const int64_t* ids, int64_t count, void* out);
 
 /* Calls that are written down to be made again, in their order: TS_CPU_CALL_WORDS words each, the
  * number of the function, then its arguments: integers and pointers as they are, a float by its

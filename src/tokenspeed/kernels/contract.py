@@ -3,7 +3,11 @@
 Shapes: T tokens of all rows of a step one after the other, R rows, D hidden, H query heads, K
 key/value heads, d head dim. Pages are [pages, page_size, K, d]; position p of a row lies in page
 `page_table[row, p // page_size]` at offset `p % page_size`. Results have the dtype of `x` (or `q`);
-sums are taken in float32 at least.
+sums are taken in float32 at least. Tensors of an op lie on one device and have the dtype of `x` (or
+`q`, `k`, `scores`) where nothing else is said; they may be strided. On a CPU values out of bounds
+are refused. On a GPU looking at them would wait for it: there nothing is read or written out of
+bounds: what does not exist is as if it were some other one, zeros, or left out; of `embedding`
+torch's own assertion fails.
 
     embedding(ids int64[T], weight[V, D]) -> [T, D]
     linear(x[T, I], weight[O, I], bias[O] | None) -> [T, O]
@@ -28,7 +32,8 @@ sums are taken in float32 at least.
         drawn is the first id, in the order of ids, at which the sum of what is kept exceeds u of
         the whole. No score is a NaN, and one is finite. A row's token depends on that row alone
     kv_write(k_pages, v_pages, k[T, K, d], v[T, K, e], locations int64[T]) -> None
-        location = page * page_size + offset; locations are distinct. Pages may be columns of others
+        location = page * page_size + offset; locations are distinct. Pages lie in one piece,
+        or are columns of such pages
     paged_attention(q[T, H, d], k_pages, v_pages, plan, window) -> [T, H, d]
         softmax(q k / sqrt(d)) v over positions 0..p of the row, p the query's own (causal), or over
         the last `window` of these where it is a number (Beltagy et al., 2020); heads share keys in
@@ -108,6 +113,11 @@ class _Plan:
         return cast(T, self._derived[derive, of])
 
 
+def _dense(x: Tensor) -> Tensor:
+    """Numbers of a plan lie beside each other."""
+    return x.contiguous()
+
+
 @final
 @frozen(kw_only=True, eq=False)
 class AttentionPlan(_Plan):
@@ -123,9 +133,9 @@ class AttentionPlan(_Plan):
             needs them there reads query_start, which waits for a GPU, and no CUDA graph is made so.
     """
 
-    query_start: Tensor
-    context_lens: Tensor
-    page_table: Tensor
+    query_start: Tensor = field(converter=_dense)
+    context_lens: Tensor = field(converter=_dense)
+    page_table: Tensor = field(converter=_dense)
     page_size: int
     counts: tuple[int, ...] | None = None
 
@@ -150,9 +160,9 @@ class MlaPlan(_Plan):
         q_len_max: no row has more queries.
     """
 
-    query_start: Tensor
-    kv_lens: Tensor
-    page_table: Tensor
+    query_start: Tensor = field(converter=_dense)
+    kv_lens: Tensor = field(converter=_dense)
+    page_table: Tensor = field(converter=_dense)
     page_size: int
     heads: int
     latent: int

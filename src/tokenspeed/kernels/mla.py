@@ -1,17 +1,19 @@
 """The public side of latent attention. Rule: what breaks the contract is refused in its words.
 
-Values that lie on a GPU are not read, for that would wait for it: there a backend clamps a length
-to what the page table can hold, and takes a page that does not exist for zeros.
+Values that lie on a GPU are not read, for that would wait for it: see contract.py for what is done
+there instead.
 """
 
 from __future__ import annotations
 
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tokenspeed.errors import ContractError
+from tokenspeed.kernels.checks import known_pages, queries
 from tokenspeed.kernels.contract import MlaPlan, Problem
 from tokenspeed.kernels.registry import capability, registry
 
@@ -54,9 +56,9 @@ def mla_decode_plan(
     if kv_lens.device.type == "cpu":
         _check_values(query_start, kv_lens, page_table.shape[1] * page_size, q_len_max)
     return MlaPlan(
-        query_start=query_start.contiguous(),
-        kv_lens=kv_lens.contiguous(),
-        page_table=page_table.contiguous(),
+        query_start=query_start,
+        kv_lens=kv_lens,
+        page_table=page_table,
         q_len_max=q_len_max,
         **sizes,
     )
@@ -144,3 +146,12 @@ def _check_kinds(op: str, given: dict[str, Tensor], plan: MlaPlan) -> None:
         if value.dtype != dtype or value.device != plan.kv_lens.device:
             wanted = f"{dtype} on {plan.kv_lens.device}, where the plan is"
             raise ContractError(op, name, f"{value.dtype} on {value.device}", wanted)
+    if plan.kv_lens.device.type == "cpu":
+        plan.once(_check_places, op, len(given["q"]), len(given["kv_pages"]))
+
+
+def _check_places(plan: MlaPlan, op: str, tokens: int, pages: int) -> None:
+    counts = queries(op, plan.query_start, tokens)
+    # Without queries no key is seen.
+    lens = np.where(counts > 0, plan.kv_lens.numpy().astype(np.int64), 0)
+    known_pages(op, plan.page_table, np.zeros_like(lens), -(-lens // plan.page_size), pages)

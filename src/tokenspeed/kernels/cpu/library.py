@@ -41,7 +41,7 @@ _SIGNATURES = {
     ],
     "argmax": [_INT, _POINTER, _SIZE, _SIZE, _POINTER, _INT],
     "finite": [_INT, _POINTER, _SIZE, _SIZE, _POINTER, _INT],
-    "take": [_INT, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _POINTER],
+    "take": [_INT, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER],
     "kv_write": [_INT, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER, _POINTER],
     "attention": [
         *(_INT, _POINTER, _POINTER, _POINTER, _SIZE, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE),

@@ -33,13 +33,10 @@ def embedding(ids: Tensor, weight: Tensor) -> Tensor:
     weight, ids = weight.contiguous(), ids.contiguous()
     rows, width = weight.shape
     out = torch.empty((ids.shape[0], width), dtype=weight.dtype)
-    strange = torch.empty(1, dtype=torch.int64)
     call(
         "take", _DTYPES[weight.dtype], weight.data_ptr(), rows, width, ids.data_ptr(),
-        ids.shape[0], out.data_ptr(), strange.data_ptr(),
+        ids.shape[0], out.data_ptr(),
     )  # fmt: skip
-    if found := int(strange.numpy()[0]):
-        raise IndexError(f"embedding: {found} ids are none of the {rows} rows")
     return out
 
 
@@ -65,7 +62,7 @@ def linear_packed(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tenso
     if x.stride(-1) != 1:
         x = x.contiguous()
     if bias is not None:
-        bias = bias.to(x.dtype)
+        bias = bias.contiguous()
     out = torch.empty((x.shape[0], weight.rows), dtype=x.dtype)
     call(
         "linear", _DTYPES[x.dtype], x.data_ptr(), x.stride(0), x.shape[0], weight.columns,
@@ -99,7 +96,7 @@ def _norm(
     out: Tensor,
     total: Tensor | None,
 ) -> None:
-    weight = weight.to(x.dtype)
+    weight = weight.contiguous()
     dim = x.shape[-1]
     call(
         "rms_norm", _DTYPES[x.dtype], x.data_ptr(),
@@ -142,6 +139,7 @@ def rope(
     q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor, interleaved: bool
 ) -> tuple[Tensor, Tensor]:
     """See contract.py."""
+    positions, cos_sin = positions.contiguous(), cos_sin.contiguous()
     return (
         _turned(q, positions, cos_sin, interleaved),
         _turned(k, positions, cos_sin, interleaved),
@@ -162,6 +160,7 @@ def _turned(x: Tensor, positions: Tensor, cos_sin: Tensor, interleaved: bool) ->
 
 def kv_write(k_pages: Tensor, v_pages: Tensor, k: Tensor, v: Tensor, locations: Tensor) -> None:
     """See contract.py."""
+    locations = locations.contiguous()
     _write(k_pages, k, locations)
     _write(v_pages, v, locations)
 
@@ -189,8 +188,6 @@ def paged_attention(
     q = q.contiguous()
     out = torch.empty_like(q)
     table = plan.page_table
-    if table.stride(1) != 1:
-        table = table.contiguous()
     call(
         "attention", _DTYPES[q.dtype], q.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(),
         table.shape[0], plan.query_start.data_ptr(), plan.context_lens.data_ptr(), table.data_ptr(),

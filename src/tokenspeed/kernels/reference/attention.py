@@ -42,6 +42,8 @@ def paged_attention(
     groups = q.shape[1] // k_pages.shape[2]
     starts = plan.query_start.tolist()
     for row, context in enumerate(plan.context_lens.tolist()):
+        if starts[row] == starts[row + 1]:
+            continue
         queries = slice(starts[row], starts[row + 1])
         length = context + starts[row + 1] - starts[row]
         behind = 0 if window is None else max(0, context + 1 - window) // plan.page_size

@@ -54,15 +54,17 @@ def _turn(
 
 @triton.jit
 def _rope(
-    q, k, q_out, k_out, positions, cos_sin, heads, kv_heads, dim, q_token, q_head, k_token, k_head,
-    q_blocks, HEADS: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
+    q, k, q_out, k_out, positions, cos_sin, contexts, heads, kv_heads, dim,
+    q_token, q_head, k_token, k_head, q_blocks,
+    HEADS: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """Some heads of a token: of its queries, or behind all of these of its keys."""
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     at = tl.arange(0, HALF)
     half = dim // 2
-    angle = cos_sin + tl.load(positions + token) * dim + at
+    position = tl.minimum(tl.maximum(tl.load(positions + token), 0), contexts - 1)
+    angle = cos_sin + position * dim + at
     cos = tl.load(angle, mask=at < half, other=0.0).to(tl.float32)
     sin = tl.load(angle + half, mask=at < half, other=0.0).to(tl.float32)
     if block < q_blocks:
@@ -81,6 +83,7 @@ def rope(
     """See contract.py."""
     tokens, heads, dim = q.shape
     kv_heads = k.shape[1]
+    positions, cos_sin = positions.contiguous(), cos_sin.contiguous()
     q, k = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k))
     q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     half = triton.next_power_of_2(dim // 2)
@@ -88,7 +91,7 @@ def rope(
     q_blocks = triton.cdiv(heads, block)
     if tokens:
         _rope[(tokens, q_blocks + triton.cdiv(kv_heads, block))](
-            q, k, q_out, k_out, positions, cos_sin, heads, kv_heads, dim,
+            q, k, q_out, k_out, positions, cos_sin, len(cos_sin), heads, kv_heads, dim,
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), q_blocks,
             HEADS=block, HALF=half, INTERLEAVED=interleaved,
         )  # fmt: skip
@@ -96,11 +99,12 @@ def rope(
 
 
 @triton.jit
-def _put(x, pages, token, at, heads, dim, x_token, x_head, p_page, p_key, p_head, size,
+def _put(x, pages, token, at, room, heads, dim, x_token, x_head, p_page, p_key, p_head, size,
          HEADS: tl.constexpr, DIM: tl.constexpr):  # fmt: skip
     head = tl.arange(0, HEADS)[:, None]
     lane = tl.arange(0, DIM)[None, :]
-    inside = (head < heads) & (lane < dim)
+    # A place that does not exist is not written.
+    inside = (head < tl.where((at >= 0) & (at < room), heads, 0)) & (lane < dim)
     values = tl.load(x + token * x_token + head * x_head + lane, mask=inside, other=0.0)
     place = (at // size) * p_page + (at % size) * p_key
     tl.store(pages + place + head * p_head + lane, values, mask=inside)
@@ -108,25 +112,27 @@ def _put(x, pages, token, at, heads, dim, x_token, x_head, p_page, p_key, p_head
 
 @triton.jit
 def _write(
-    k, v, k_pages, v_pages, locations, heads, k_dim, v_dim, size,
+    k, v, k_pages, v_pages, locations, room, heads, k_dim, v_dim, size,
     k_token, k_head, v_token, v_head, kp_page, kp_key, kp_head, vp_page, vp_key, vp_head,
     HEADS: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     at = tl.load(locations + token)
-    _put(k, k_pages, token, at, heads, k_dim, k_token, k_head, kp_page, kp_key, kp_head, size,
+    _put(k, k_pages, token, at, room, heads, k_dim, k_token, k_head, kp_page, kp_key, kp_head, size,
          HEADS, K_DIM)  # fmt: skip
-    _put(v, v_pages, token, at, heads, v_dim, v_token, v_head, vp_page, vp_key, vp_head, size,
+    _put(v, v_pages, token, at, room, heads, v_dim, v_token, v_head, vp_page, vp_key, vp_head, size,
          HEADS, V_DIM)  # fmt: skip
 
 
 def kv_write(k_pages: Tensor, v_pages: Tensor, k: Tensor, v: Tensor, locations: Tensor) -> None:
     """See contract.py."""
     tokens, heads, dim = k.shape
+    locations = locations.contiguous()
     k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (k, v))
     if tokens:
         _write[(tokens,)](
-            k, v, k_pages, v_pages, locations, heads, dim, v.shape[2], k_pages.shape[1],
+            k, v, k_pages, v_pages, locations, k_pages.shape[0] * k_pages.shape[1], heads, dim,
+            v.shape[2], k_pages.shape[1],
             *k.stride()[:2], *v.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3],
             HEADS=triton.next_power_of_2(heads), K_DIM=triton.next_power_of_2(dim),
             V_DIM=triton.next_power_of_2(v.shape[2]),
@@ -135,8 +141,8 @@ def kv_write(k_pages: Tensor, v_pages: Tensor, k: Tensor, v: Tensor, locations: 
 
 @triton.jit
 def _keys(
-    query, k_head, v_head, own_table, from_key, stop, limit, window, k_page, k_key, v_page, v_key,
-    best, total, mixed, scale, PAGE: tl.constexpr, DIM: tl.constexpr, LANES: tl.constexpr,
+    query, k_head, v_head, own_table, pages, from_key, stop, limit, window, k_page, k_key, v_page,
+    v_key, best, total, mixed, scale, PAGE: tl.constexpr, DIM: tl.constexpr, LANES: tl.constexpr,
     KEYS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """Some keys, folded into what came before; masked where not every query sees all of them."""
@@ -144,9 +150,10 @@ def _keys(
     lane = tl.arange(0, LANES)
     if MASKED:
         there = at < stop
-        page = tl.load(own_table + at // PAGE, mask=there, other=0).to(tl.int64)
+        page = tl.load(own_table + at // PAGE, mask=there, other=0)
     else:
-        page = tl.load(own_table + at // PAGE).to(tl.int64)
+        page = tl.load(own_table + at // PAGE)
+    page = tl.minimum(tl.maximum(page, 0), pages - 1).to(tl.int64)
     key = k_head + (page * k_page + (at % PAGE) * k_key)[:, None] + lane[None, :]
     value = v_head + (page * v_page + (at % PAGE) * v_key)[:, None] + lane[None, :]
     if MASKED:
@@ -172,7 +179,7 @@ def _keys(
 @triton.jit
 def _attend(
     q, k_pages, v_pages, out, lse, query_start, context_lens, table, rows, firsts,
-    columns, all_rows, heads, groups, each, q_token, q_head,
+    columns, pages, all_rows, heads, groups, each, q_token, q_head,
     k_page, k_key, k_head, v_page, v_key, v_head, window, parts, least, scale,
     PAGE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
     KEYS: tl.constexpr, WINDOWED: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
@@ -182,9 +189,10 @@ def _attend(
     part = tl.program_id(2)
     row = tl.load(rows + tile).to(tl.int64)
     first = tl.load(firsts + tile)
-    start = tl.load(query_start + row)
-    count = tl.load(query_start + row + 1) - start
-    context = tl.load(context_lens + row)
+    # Whatever the plan says, nothing is beyond the queries, the table or the pages.
+    start = tl.minimum(tl.maximum(tl.load(query_start + row), 0), all_rows // heads)
+    count = tl.minimum(tl.load(query_start + row + 1), all_rows // heads) - start
+    context = tl.minimum(tl.maximum(tl.load(context_lens + row), 0), columns * PAGE)
     mine = tl.arange(0, ROWS)
     token = first + mine // groups
     inside = (mine < each * groups) & (token < count)
@@ -198,6 +206,7 @@ def _attend(
     # What the first query sees no more, and the last one sees not yet, is not read.
     low = tl.maximum(context + first + 1 - window, 0)
     high = tl.where(first < count, context + tl.minimum(first + each, count), 0)
+    high = tl.minimum(high, columns * PAGE)
     share = tl.cdiv(tl.cdiv(tl.maximum(high - low, 0), KEYS), parts) * KEYS
     share = tl.maximum(share, least)
     begin = low + part * share
@@ -213,15 +222,15 @@ def _attend(
         whole = tl.maximum(tl.minimum(context + first + 1, stop) - begin, 0) // KEYS * KEYS
         for from_key in tl.range(begin, begin + whole, KEYS):
             best, total, mixed = _keys(
-                query, k_head, v_head, own_table, from_key, stop, limit, window, k_page, k_key,
-                v_page, v_key, best, total, mixed, scale, PAGE, DIM, LANES, KEYS, False,
+                query, k_head, v_head, own_table, pages, from_key, stop, limit, window, k_page,
+                k_key, v_page, v_key, best, total, mixed, scale, PAGE, DIM, LANES, KEYS, False,
                 PRECISION, WIDEN,
             )  # fmt: skip
         begin += whole
     for from_key in tl.range(begin, stop, KEYS):
         best, total, mixed = _keys(
-            query, k_head, v_head, own_table, from_key, stop, limit, window, k_page, k_key,
-            v_page, v_key, best, total, mixed, scale, PAGE, DIM, LANES, KEYS, True,
+            query, k_head, v_head, own_table, pages, from_key, stop, limit, window, k_page,
+            k_key, v_page, v_key, best, total, mixed, scale, PAGE, DIM, LANES, KEYS, True,
             PRECISION, WIDEN,
         )  # fmt: skip
     some = total > 0
@@ -289,8 +298,8 @@ def paged_attention(
         part_lse = torch.empty(wide[:2], dtype=torch.float32, device=q.device)
     _attend[(len(tiles.rows), kv_heads, how.parts)](
         q, k_pages, v_pages, part_out, part_lse, plan.query_start, plan.context_lens,
-        plan.page_table, tiles.rows, tiles.firsts, plan.page_table.stride(0), rows, heads,
-        heads // kv_heads, how.each, q.stride(0), q.stride(1),
+        plan.page_table, tiles.rows, tiles.firsts, plan.page_table.shape[1], len(k_pages),
+        rows, heads, heads // kv_heads, how.each, q.stride(0), q.stride(1),
         *k_pages.stride()[:3], *v_pages.stride()[:3],
         _ALL if window is None else window, how.parts, KEYS_MIN if how.parts > 1 else 1,
         dim**-0.5 * LOG2_E,

@@ -40,7 +40,7 @@ def _rms_norm(x, residual, weight, out, total, width, eps, ADD: tl.constexpr, BL
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See contract.py."""
-    x = x.contiguous()
+    x, weight = x.contiguous(), weight.contiguous()
     out = torch.empty_like(x)
     width = x.shape[-1]
     block = triton.next_power_of_2(width)
@@ -50,7 +50,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """See contract.py."""
-    x, residual = x.contiguous(), residual.contiguous()
+    x, residual, weight = x.contiguous(), residual.contiguous(), weight.contiguous()
     out, total = torch.empty_like(x), torch.empty_like(x)
     width = x.shape[-1]
     block = triton.next_power_of_2(width)

@@ -80,9 +80,10 @@ def _attend(
 ):  # fmt: skip
     row = tl.program_id(0) // tiles
     part = tl.program_id(1)
-    first = tl.load(query_start + row)
-    count = tl.load(query_start + row + 1) - first
-    length = tl.minimum(tl.load(kv_lens + row), columns * PAGE)
+    # Whatever the plan says, nothing is beyond the queries, the table or the pages.
+    first = tl.minimum(tl.maximum(tl.load(query_start + row), 0), rows // heads)
+    count = tl.maximum(tl.minimum(tl.load(query_start + row + 1), rows // heads) - first, 0)
+    length = tl.minimum(tl.maximum(tl.load(kv_lens + row), 0), columns * PAGE)
     mine = (tl.program_id(0) % tiles) * ROWS + tl.arange(0, ROWS)
     inside = mine < count * heads
     limit = tl.minimum(length - count + mine // heads + 1, length)
@@ -217,7 +218,7 @@ def mla_decode(q: Tensor, kv_pages: Tensor, plan: MlaPlan, scale: float) -> tupl
 
 @triton.jit
 def _expanded(
-    q, keys, wide, out, query_start, kv_starts, rows, firsts, heads_from, each,
+    q, keys, wide, out, query_start, kv_starts, rows, firsts, tokens, heads_from, each,
     q_token, q_head, key_stride, wide_head, wide_key, out_token, out_head, scale,
     NOPE: tl.constexpr, ROPE: tl.constexpr, VALUE: tl.constexpr, LATENT: tl.constexpr,
     NOPE_LANES: tl.constexpr, ROPE_LANES: tl.constexpr, VALUE_LANES: tl.constexpr,
@@ -227,8 +228,8 @@ def _expanded(
     head = tl.program_id(0)
     row = tl.load(rows + tile)
     first = tl.load(firsts + tile)
-    start = tl.load(query_start + row)
-    count = tl.load(query_start + row + 1) - start
+    start = tl.minimum(tl.maximum(tl.load(query_start + row), 0), tokens)
+    count = tl.minimum(tl.load(query_start + row + 1), tokens) - start
     origin = tl.load(kv_starts + row).to(tl.int64)
     length = (tl.load(kv_starts + row + 1) - origin).to(tl.int32)
     token = first + tl.arange(0, ROWS)
@@ -316,8 +317,8 @@ def mla_prefill(q: Tensor, kv_pages: Tensor, up: Tensor, plan: MlaPlan, scale: f
         some = up[first : first + step]
         wide = torch.matmul(keys[:, :latent], some.transpose(1, 2))
         _expanded[(len(some), len(tiles.rows))](
-            q, keys, wide, out, plan.query_start, found.starts, tiles.rows, tiles.firsts, first,
-            rows, q.stride(0), q.stride(1), keys.stride(0), wide.stride(0), wide.stride(1),
+            q, keys, wide, out, plan.query_start, found.starts, tiles.rows, tiles.firsts, tokens,
+            first, rows, q.stride(0), q.stride(1), keys.stride(0), wide.stride(0), wide.stride(1),
             out.stride(0), out.stride(1), scale * LOG2_E,
             NOPE=nope, ROPE=plan.rope, VALUE=value, LATENT=latent,
             NOPE_LANES=lanes[0], ROPE_LANES=lanes[1], VALUE_LANES=lanes[2],

@@ -87,7 +87,7 @@ def moe_route(logits: Tensor, bias: Tensor | None, routing: Routing) -> tuple[Te
     per = count // routing.groups
     if tokens:
         _route[(tokens,)](
-            logits, logits if bias is None else bias, experts, weights, count, per,
+            logits, logits if bias is None else bias.contiguous(), experts, weights, count, per,
             routing.groups, routing.groups_chosen, routing.chosen, routing.scale,
             SIGMOID=routing.scoring == "sigmoid", BIAS=bias is not None,
             NORMALISED=routing.normalised, GROUPS=triton.next_power_of_2(routing.groups),
@@ -99,12 +99,13 @@ def moe_route(logits: Tensor, bias: Tensor | None, routing: Routing) -> tuple[Te
 
 @triton.jit
 def _gated(
-    x, gate_up, out, experts, chosen, width, ffn, x_token,
+    x, gate_up, out, experts, held, chosen, width, ffn, x_token,
     COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One choice: silu(gate x) * (up x), some of its columns."""
     choice = tl.program_id(0)
     expert = tl.load(experts + choice)
+    expert = tl.where(expert < held, expert, -1)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     in_column = column < ffn
     source = x + (choice // chosen).to(tl.int64) * x_token
@@ -126,7 +127,7 @@ def _gated(
 
 @triton.jit
 def _mixed(
-    h, down, out, experts, weights, chosen, width, ffn,
+    h, down, out, experts, weights, held, chosen, width, ffn,
     COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One token: the weighted sum of what its experts make, some of its columns."""
@@ -137,6 +138,7 @@ def _mixed(
     for place in range(chosen):
         choice = token * chosen + place
         expert = tl.load(experts + choice)
+        expert = tl.where(expert < held, expert, -1)
         weight = tl.load(weights + choice).to(tl.float32)
         source = h + choice.to(tl.int64) * ffn
         matrix = down + (tl.maximum(expert, 0) * width + column)[:, None] * ffn
@@ -161,11 +163,11 @@ def _by_choice(
     out = torch.empty(tokens, width, dtype=x.dtype, device=x.device)
     columns = 8
     _gated[(tokens * chosen, triton.cdiv(ffn, columns))](
-        x, gate_up, h, experts, chosen, width, ffn, x.stride(0),
+        x, gate_up, h, experts, len(gate_up), chosen, width, ffn, x.stride(0),
         COLUMNS=columns, WIDTH=min(256, max(16, triton.next_power_of_2(width))),
     )  # fmt: skip
     _mixed[(tokens, triton.cdiv(width, columns))](
-        h, down, out, experts, weights.contiguous(), chosen, width, ffn,
+        h, down, out, experts, weights.contiguous(), len(gate_up), chosen, width, ffn,
         COLUMNS=columns, WIDTH=min(256, max(16, triton.next_power_of_2(ffn))),
     )  # fmt: skip
     return out
