@@ -5,9 +5,8 @@
 
 namespace tokenspeed::cpu {
 
-constexpr int kGroup = 32;    // columns that share a scale
-constexpr int kLanes = 16;    // rows that lie together
-constexpr int kTileRows = 4;  // rows of weights as they are that are read together
+constexpr int kGroup = 32;  // columns that share a scale
+constexpr int kLanes = 16;  // rows that lie together
 
 // Rows as whole lanes.
 inline std::int64_t row_blocks(std::int64_t rows) {
@@ -36,6 +35,7 @@ struct Product {
   std::int64_t rows;
   const void* bias;
   void* out;
+  void* paired;  // x as `pair` leaves it, where a set wants it so
 };
 
 struct Attention {
@@ -51,7 +51,14 @@ struct Kernels {
   void (*round_to_8)(const void* x, std::int64_t stride, std::int64_t cols, std::int64_t begin,
                      std::int64_t end, const Rounded& out, int dtype);
   void (*linear)(const Linear& call, int bits, int dtype, std::int64_t begin, std::int64_t end);
-  // Of rows [begin, end).
+  // Of `product`: how many rows it takes together; for how many tokens it is worth calling; bytes
+  // that it wants x laid out in first, 0 of most; and what does that, for tiles [begin, end) of
+  // kLanes tokens.
+  int rows_together[2];
+  std::int64_t tokens_max[2];
+  std::int64_t (*paired_bytes)(std::int64_t tokens, std::int64_t cols, int dtype);
+  void (*pair)(const Product& call, std::int64_t begin, std::int64_t end);
+  // Of rows [begin, end), begin a multiple of rows_together.
   void (*product)(const Product& call, int dtype, std::int64_t begin, std::int64_t end);
   void (*rms_norm)(const void* x, const void* residual, const void* weight, std::int64_t dim,
                    float eps, void* out, void* total, int dtype, std::int64_t begin,
@@ -73,6 +80,9 @@ extern const Kernels kPortable;
 #if defined(__x86_64__)
 extern const Kernels kAvx2;
 extern const Kernels kAvx512Vnni;
+#if defined(TOKENSPEED_CPU_AMX)
+extern const Kernels kAmx;
+#endif
 #endif
 
 }  // namespace tokenspeed::cpu

@@ -10,32 +10,56 @@
 #include "kernels.hpp"
 #include "pool.hpp"
 
+#if defined(TOKENSPEED_CPU_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace tokenspeed::cpu {
 namespace {
 
-const Kernels& best() {
+#if defined(TOKENSPEED_CPU_AMX)
+// Tiles are 8 KB that the system saves for a thread, so a process must ask before it uses them (the
+// kernel's Documentation/arch/x86/xstate.rst).
+bool may_use_tiles() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;
+  constexpr long kAskPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XTILEDATA
+  return (d & kBf16) && (d & kTiles) && syscall(SYS_arch_prctl, kAskPermission, kTileData) == 0;
+}
+#endif
+
+// The sets that this machine has, the best one first.
+std::vector<const Kernels*> sets() {
+  std::vector<const Kernels*> found;
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-    return kAvx512Vnni;
-  }
+  const bool avx512 = __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#if defined(TOKENSPEED_CPU_AMX)
+  if (avx512 && __builtin_cpu_supports("avx512bf16") && may_use_tiles()) found.push_back(&kAmx);
+#endif
+  if (avx512) found.push_back(&kAvx512Vnni);
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
       __builtin_cpu_supports("f16c")) {
-    return kAvx2;
+    found.push_back(&kAvx2);
   }
 #endif
-  return kPortable;
+  found.push_back(&kPortable);
+  return found;
 }
 
-// TOKENSPEED_CPU_ISA names a lesser set: for tests.
+// TOKENSPEED_CPU_ISA names a lesser set: for tests. Of one that the machine has not, the last.
 const Kernels& kernels() {
   static const Kernels& chosen = []() -> const Kernels& {
     const char* name = std::getenv("TOKENSPEED_CPU_ISA");
-    if (name == nullptr || std::strcmp(name, best().isa) == 0) return best();
-#if defined(__x86_64__)
-    if (std::strcmp(name, kAvx2.isa) == 0 && &best() == &kAvx512Vnni) return kAvx2;
-#endif
-    return kPortable;
+    const std::vector<const Kernels*> found = sets();
+    if (name == nullptr) return *found.front();
+    for (const Kernels* one : found) {
+      if (std::strcmp(name, one->isa) == 0) return *one;
+    }
+    return *found.back();
   }();
   return chosen;
 }
@@ -48,6 +72,17 @@ Rounded room(std::int64_t tokens, std::int64_t cols) {
   numbers.resize(std::max(numbers.size(), static_cast<std::size_t>(tokens * cols)));
   scales.resize(std::max(scales.size(), 2 * groups));
   return {numbers.data(), scales.data(), scales.data() + groups};
+}
+
+// The same, for x as the tiles want it; null for no bytes.
+void* paired_room(std::int64_t bytes) {
+  struct alignas(64) Line {
+    char bytes[64];
+  };
+  thread_local std::vector<Line> lines;
+  if (bytes == 0) return nullptr;
+  lines.resize(std::max(lines.size(), (static_cast<std::size_t>(bytes) + 63) / 64));
+  return lines.data();
 }
 
 std::int64_t size_of(int dtype) {
@@ -137,14 +172,27 @@ void ts_cpu_linear(int dtype, const void* x, int64_t x_stride, int64_t tokens, i
         multiply);
 }
 
+int64_t ts_cpu_product_tokens(int dtype) {
+  return kernels().tokens_max[dtype];
+}
+
 void ts_cpu_product(int dtype, const void* x, int64_t x_stride, int64_t tokens, int64_t cols,
                     const void* weight, int64_t rows, const void* bias, void* out, int threads) {
-  const Product call{x, x_stride, tokens, cols, weight, rows, bias, out};
-  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  if (tokens == 0) return;
+  const Kernels& run = kernels();
+  void* paired = paired_room(run.paired_bytes(tokens, cols, dtype));
+  const Product call{x, x_stride, tokens, cols, weight, rows, bias, out, paired};
+  if (paired != nullptr) {
+    auto pair = [&](int64_t begin, int64_t end) { run.pair(call, begin, end); };
+    const int64_t lots = row_blocks(tokens);
+    share(lots, piece_of(lots, kLanes * cols, kSmall, threads), threads, pair);
+  }
+  const int64_t together = run.rows_together[dtype];
+  const int64_t tiles = (rows + together - 1) / together;
   auto multiply = [&](int64_t begin, int64_t end) {
-    kernels().product(call, dtype, begin * kTileRows, std::min(end * kTileRows, rows));
+    run.product(call, dtype, begin * together, std::min(end * together, rows));
   };
-  share(tiles, piece_of(tiles, kTileRows * cols * tokens, kSmallProduct, threads), threads,
+  share(tiles, piece_of(tiles, together * cols * tokens, kSmallProduct, threads), threads,
         multiply);
 }
 

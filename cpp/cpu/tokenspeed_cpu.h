@@ -19,7 +19,8 @@
 extern "C" {
 #endif
 
-/* The instruction set that the kernels below run on: "avx512-vnni", "avx2" or "portable". */
+/* The instruction set that the kernels below run on: "amx", "avx512-vnni", "avx2" or
+ * "portable". */
 TS_CPU_API const char* ts_cpu_isa(void);
 
 /* out[tokens, rows] = x[tokens, cols] @ weight.T + bias, weight packed to 4 or 8 bits as
@@ -29,8 +30,10 @@ TS_CPU_API void ts_cpu_linear(int dtype, const void* x, int64_t x_stride, int64_
                               int64_t cols, const uint8_t* packed, int64_t rows, int bits,
                               const void* bias, void* out, int threads);
 
-/* out[tokens, rows] = x[tokens, cols] weight[rows, cols]^T + bias, all of one dtype, for few
- * tokens; sums in float32. Tokens of x lie x_stride elements apart, bias may be null. */
+/* out[tokens, rows] = x[tokens, cols] weight[rows, cols]^T + bias, all of one dtype; sums in
+ * float32. Tokens of x lie x_stride elements apart, bias may be null. It is meant for as many
+ * tokens as ts_cpu_product_tokens says; with more, other libraries are the faster ones. */
+TS_CPU_API int64_t ts_cpu_product_tokens(int dtype);
 TS_CPU_API void ts_cpu_product(int dtype, const void* x, int64_t x_stride, int64_t tokens,
                                int64_t cols, const void* weight, int64_t rows, const void* bias,
                                void* out, int threads);

@@ -14,6 +14,7 @@ from torch import Tensor
 from strategies import ON_GPU, TOLERANCE, dtypes, moved, seeds, steps, tensor
 from tokenspeed import kernels
 from tokenspeed.kernels import AttentionPlan, registry
+from tokenspeed.kernels.cpu.library import product_tokens
 from tokenspeed.kernels.packing import unpack
 
 
@@ -115,19 +116,34 @@ def test_linear_packed(
 
 
 @pytest.mark.skipif("native" not in backends("linear_packed"), reason="_cpu is not built")
-@given(dtypes, seeds, st.integers(0, 19), st.integers(1, 11), st.integers(1, 100), st.booleans())
+@given(
+    dtypes,
+    seeds,
+    st.integers(0, 40),
+    st.integers(1, 70),
+    st.integers(1, 100) | st.sampled_from([576, 17000]),
+    st.integers(0, 5),
+    st.booleans(),
+)
 def test_native_products(
-    dtype: torch.dtype, seed: int, tokens: int, rows: int, columns: int, biased: bool
+    dtype: torch.dtype,
+    seed: int,
+    tokens: int,
+    rows: int,
+    columns: int,
+    apart: int,
+    biased: bool,
 ) -> None:
-    """Of few tokens, a token alone is as among others."""
-    x = tensor(seed, tokens, columns, dtype=dtype)
+    """A token alone is as among others: of as many as the kernel is meant for."""
+    x = tensor(seed, tokens, columns + apart, dtype=dtype)[:, apart:]
     matrix = tensor(seed + 1, rows, columns, dtype=dtype) / columns**0.5
     bias = tensor(seed + 2, rows, dtype=dtype) if biased else None
     agree("linear", "native", x, matrix, bias)
+    few = x[: product_tokens(1 if dtype == torch.bfloat16 else 0)]
     with registry.using(linear="native"):
-        few = kernels.linear(x[:16], matrix, bias)
-        alone = kernels.linear(x[:1], matrix, bias)
-    assert torch.equal(few[:1], alone)
+        together = kernels.linear(few, matrix, bias)
+        alone = [kernels.linear(few[at : at + 1], matrix, bias) for at in range(len(few))]
+    assert torch.equal(together, torch.cat((together[:0], *alone)))
 
 
 @given(dtypes, seeds, st.sampled_from([4, 8]))

@@ -15,7 +15,17 @@ from typing import Protocol, final
 
 from tokenspeed.errors import KernelError
 
-__all__ = ["CALL_WORDS", "call", "library_path", "listening", "number", "replay", "words"]
+__all__ = [
+    "CALL_WORDS",
+    "call",
+    "isa",
+    "library_path",
+    "listening",
+    "number",
+    "product_tokens",
+    "replay",
+    "words",
+]
 
 Argument = int | float | None
 
@@ -67,8 +77,25 @@ def _library() -> ctypes.CDLL:
         function = getattr(library, f"ts_cpu_{name}")
         function.argtypes, function.restype = arguments, None
     library.ts_cpu_number.argtypes, library.ts_cpu_number.restype = [ctypes.c_char_p], _INT
+    library.ts_cpu_isa.argtypes, library.ts_cpu_isa.restype = [], ctypes.c_char_p
+    library.ts_cpu_product_tokens.argtypes = [_INT]
+    library.ts_cpu_product_tokens.restype = _SIZE
     library.ts_cpu_replay.argtypes, library.ts_cpu_replay.restype = [_POINTER, _SIZE], None
     return library
+
+
+@cache
+def isa() -> str:
+    """The instruction set that the kernels run on."""
+    name: bytes = _library().ts_cpu_isa()
+    return name.decode()
+
+
+@cache
+def product_tokens(dtype: int) -> int:
+    """For how many tokens `product` is worth calling; the dtype as tokenspeed_cpu.h counts them."""
+    found: int = _library().ts_cpu_product_tokens(dtype)
+    return found
 
 
 @cache

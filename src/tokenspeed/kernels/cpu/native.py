@@ -14,16 +14,13 @@ from torch import Tensor
 from tokenspeed.kernels.contract import AttentionPlan, Backend, Problem
 from tokenspeed.kernels.cpu import attention as composed
 from tokenspeed.kernels.cpu import dense
-from tokenspeed.kernels.cpu.library import call, library_path
+from tokenspeed.kernels.cpu.library import call, library_path, product_tokens
 from tokenspeed.kernels.packing import PackedWeight
 
 __all__ = ["BACKEND"]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _DIM_MAX = 256
-_TOKENS_MAX = 16
-"""Of a product with weights as they are: with more, torch's is the faster one, even though its
-threads and ours want the same cores."""
 _QUERIES_MAX = 8
 """Of a row: with more, torch's fused attention over gathered pages is the faster one."""
 
@@ -43,7 +40,7 @@ def embedding(ids: Tensor, weight: Tensor) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """See contract.py."""
     alike = x.dtype == weight.dtype and x.stride(-1) == 1 and weight.is_contiguous()
-    if len(x) > _TOKENS_MAX or not alike:
+    if not alike or len(x) > product_tokens(_DTYPES[x.dtype]):
         return dense.linear(x, weight, bias)
     if bias is not None:
         bias = bias.to(x.dtype).contiguous()
