@@ -14,20 +14,21 @@
 
 namespace tokenspeed::checker {
 
-template <class Model>
 class Liveness {
  public:
-  using State = typename Model::State;
-
-  explicit Liveness(const Search<Model>& search) : search_(search), store_(search.store()) {
+  Liveness(const AnyModel& model, const Search& search)
+      : model_(model),
+        search_(search),
+        store_(search.store()),
+        state_(model),
+        key_(store_.words()) {
     edges_from_.reserve(store_.size() + 1);
     for (Index at = 0; at < store_.size(); ++at) {
       edges_from_.push_back(edges_.size());
       const std::size_t first = edges_.size();
-      const State state = Model::unpack(store_[at]);
-      Model::next(state, [&](int, const State& after, auto&&) {
-        const Index to = store_.find(Model::pack(after));
-        if (to != kNone && Model::step_inside(state, after)) edges_.push_back(to);
+      model_.next(state(at), [&](int, StatePtr after, Label) {
+        const Index to = number(after);
+        if (to != kNone && model_.step_inside(state_, after)) edges_.push_back(to);
       });
       if (interrupted) throw Interrupted{};
       const auto begin = edges_.begin() + static_cast<std::ptrdiff_t>(first);
@@ -40,7 +41,7 @@ class Liveness {
   }
 
   Outcome run() {
-    for (int property = 0; property < Model::kLiveness; ++property) {
+    for (std::size_t property = 0; property < model_.facts.liveness.size(); ++property) {
       if (interrupted) throw Interrupted{};
       Outcome out = refute(property);
       if (out.verdict != Verdict::Ok) return out;
@@ -49,19 +50,20 @@ class Liveness {
   }
 
  private:
-  using States = std::vector<Index>;
+  using Numbers = std::vector<Index>;
 
-  Outcome refute(int property) {
+  Outcome refute(std::size_t property) {
     const std::size_t n = store_.size();
     std::vector<std::uint8_t> stay(n), region(n, 0), visit(n);
-    States queue;
+    Numbers queue;
     std::vector<Index> from(n, kNone);
     for (Index at = 0; at < n; ++at) {
-      const State state = Model::unpack(store_[at]);
-      stay[at] = Model::owing(property, state);
-      visit[at] = Model::visited(property, state);
-      const bool starts = Model::starts(property, state) &&
-                          (!Model::kFromStart[property] || at < search_.initial());
+      const int k = static_cast<int>(property);
+      state(at);
+      stay[at] = model_.owing(k, state_);
+      visit[at] = model_.visited(k, state_);
+      const bool starts = model_.starts(k, state_) &&
+                          (!model_.facts.from_start[property] || at < search_.initial());
       if (stay[at] && starts) {
         region[at] = 1;
         queue.push_back(at);
@@ -76,9 +78,20 @@ class Liveness {
       });
     }
     std::sort(queue.begin(), queue.end());
-    States component = fair_component(queue, visit);
+    Numbers component = fair_component(queue, visit);
     if (component.empty()) return {};
     return witness(property, component, visit, from);
+  }
+
+  int conditions() const { return static_cast<int>(model_.facts.strong.size()); }
+  bool strong(int k) const { return model_.facts.strong[static_cast<std::size_t>(k)]; }
+  StatePtr state(Index at) {
+    model_.unpack(store_[at], state_.data());
+    return state_;
+  }
+  Index number(StatePtr state) {
+    model_.pack(state, key_.data());
+    return store_.find(key_.data());
   }
 
   template <class F>
@@ -90,10 +103,10 @@ class Liveness {
   std::uint64_t enabled(Index at) {
     if (!fair_known_[at]) {
       fair_known_[at] = 1;
-      const State state = Model::unpack(store_[at]);
-      for (int k = 0; k < Model::kFairness; ++k) {
+      state(at);
+      for (int k = 0; k < conditions(); ++k) {
         bool found = false;
-        Model::fair(k, state, [&](const State&) { found = true; });
+        model_.fair(k, state_, [&](StatePtr) { found = true; });
         if (found) fair_enabled_[at] |= std::uint64_t{1} << k;
       }
     }
@@ -101,10 +114,10 @@ class Liveness {
   }
 
   // Where the steps of condition k lead from a state, within the graph.
-  States fair_steps(int k, Index at) const {
-    States out;
-    Model::fair(k, Model::unpack(store_[at]), [&](const State& after) {
-      const Index to = store_.find(Model::pack(after));
+  Numbers fair_steps(int k, Index at) {
+    Numbers out;
+    model_.fair(k, state(at), [&](StatePtr after) {
+      const Index to = number(after);
       const auto first = edges_.begin() + static_cast<std::ptrdiff_t>(edges_from_[at]);
       const auto last = edges_.begin() + static_cast<std::ptrdiff_t>(edges_from_[at + 1]);
       if (to != kNone && std::binary_search(first, last, to)) out.push_back(to);
@@ -112,15 +125,15 @@ class Liveness {
     return out;
   }
 
-  States fair_component(const States& states, const std::vector<std::uint8_t>& visit) {
+  Numbers fair_component(const Numbers& states, const std::vector<std::uint8_t>& visit) {
     std::vector<Index> label(store_.size(), kNone);
-    std::vector<States> work = components(states);
+    std::vector<Numbers> work = components(states);
     Index mark = 0;
     while (!work.empty()) {
-      States component = std::move(work.back());
+      Numbers component = std::move(work.back());
       work.pop_back();
       for (Index at : component) label[at] = mark;
-      const std::optional<States> rest = judge(component, label, mark, visit);
+      const std::optional<Numbers> rest = judge(component, label, mark, visit);
       ++mark;
       if (!rest) return component;
       if (rest->empty()) continue;
@@ -130,12 +143,12 @@ class Liveness {
   }
 
   // Nothing if a fair behaviour can stay in the component for ever; else where one might still.
-  std::optional<States> judge(const States& component, const std::vector<Index>& label, Index mark,
-                              const std::vector<std::uint8_t>& visit) {
+  std::optional<Numbers> judge(const Numbers& component, const std::vector<Index>& label,
+                               Index mark, const std::vector<std::uint8_t>& visit) {
     if (std::none_of(component.begin(), component.end(), [&](Index at) { return visit[at]; })) {
-      return States{};
+      return Numbers{};
     }
-    for (int k = 0; k < Model::kFairness; ++k) {
+    for (int k = 0; k < conditions(); ++k) {
       const std::uint64_t bit = std::uint64_t{1} << k;
       bool always = true, ever = false, taken = false;
       for (Index at : component) {
@@ -143,15 +156,15 @@ class Liveness {
         always = always && on;
         ever = ever || on;
       }
-      if (!(Model::kStrong[k] ? ever : always)) continue;
+      if (!(strong(k) ? ever : always)) continue;
       for (Index at : component) {
         if (!(enabled(at) & bit)) continue;
         for (Index to : fair_steps(k, at)) taken = taken || label[to] == mark;
         if (taken) break;
       }
       if (taken) continue;
-      if (!Model::kStrong[k]) return States{};
-      States rest;
+      if (!strong(k)) return Numbers{};
+      Numbers rest;
       for (Index at : component) {
         if (!(enabled(at) & bit)) rest.push_back(at);
       }
@@ -161,13 +174,13 @@ class Liveness {
   }
 
   // Tarjan, iteratively, within `states`.
-  std::vector<States> components(const States& states) const {
-    std::vector<States> out;
+  std::vector<Numbers> components(const Numbers& states) const {
+    std::vector<Numbers> out;
     std::vector<Index> number(store_.size(), 0), low(store_.size(), 0);
     std::vector<std::uint8_t> inside(store_.size(), 0), open(store_.size(), 0);
     for (Index at : states) inside[at] = 1;
     Index count = 0;
-    States stack;
+    Numbers stack;
     struct Frame {
       Index at;
       std::size_t edge;
@@ -197,7 +210,7 @@ class Liveness {
         frames.pop_back();
         if (!frames.empty()) low[frames.back().at] = std::min(low[frames.back().at], low[at]);
         if (low[at] != number[at]) continue;
-        States component;
+        Numbers component;
         Index member;
         do {
           member = stack.back();
@@ -215,14 +228,14 @@ class Liveness {
   // A shortest way within `inside` from `at` to a state that `wanted` accepts (perhaps `at`
   // itself).
   template <class Wanted>
-  States way(Index at, const std::vector<std::uint8_t>& inside, Wanted&& wanted) const {
+  Numbers way(Index at, const std::vector<std::uint8_t>& inside, Wanted&& wanted) const {
     std::vector<Index> back(store_.size(), kNone);
-    States queue{at};
+    Numbers queue{at};
     std::vector<std::uint8_t> seen(store_.size(), 0);
     seen[at] = 1;
     for (std::size_t i = 0; i < queue.size(); ++i) {
       if (wanted(queue[i])) {
-        States out;
+        Numbers out;
         for (Index s = queue[i]; s != at; s = back[s]) out.push_back(s);
         std::reverse(out.begin(), out.end());
         return out;
@@ -238,11 +251,11 @@ class Liveness {
   }
 
   // A path into the component and a loop in it that meets every condition.
-  Outcome witness(int property, const States& component, const std::vector<std::uint8_t>& visit,
-                  const std::vector<Index>& from) {
+  Outcome witness(std::size_t property, const Numbers& component,
+                  const std::vector<std::uint8_t>& visit, const std::vector<Index>& from) {
     std::vector<std::uint8_t> inside(store_.size(), 0);
     for (Index at : component) inside[at] = 1;
-    Outcome out{Verdict::Liveness, Model::kLivenessNames[property], component.front(), {}, {}, {}};
+    Outcome out{Verdict::Liveness, model_.facts.liveness[property], component.front(), {}, {}, {}};
     for (Index at = component.front(); at != kNone; at = from[at]) out.approach.push_back(at);
     std::reverse(out.approach.begin(), out.approach.end());
     Index here = component.front();
@@ -253,11 +266,11 @@ class Liveness {
       }
     };
     walk([&](Index at) { return visit[at] != 0; });
-    for (int k = 0; k < Model::kFairness; ++k) {
+    for (int k = 0; k < conditions(); ++k) {
       const std::uint64_t bit = std::uint64_t{1} << k;
       const auto off = [&](Index at) { return !(enabled(at) & bit); };
-      const bool rests = Model::kStrong[k] ? std::all_of(component.begin(), component.end(), off)
-                                           : std::any_of(component.begin(), component.end(), off);
+      const bool rests = strong(k) ? std::all_of(component.begin(), component.end(), off)
+                                   : std::any_of(component.begin(), component.end(), off);
       if (rests) {
         walk(off);
         continue;
@@ -275,8 +288,11 @@ class Liveness {
     return out;
   }
 
-  const Search<Model>& search_;
-  const Store<Model>& store_;
+  const AnyModel& model_;
+  const Search& search_;
+  const Store& store_;
+  Held state_;  // the one that is looked at
+  std::vector<Word> key_;
   std::vector<std::size_t> edges_from_;
   std::vector<Index> edges_;
   std::vector<std::uint8_t> fair_known_;

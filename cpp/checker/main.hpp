@@ -2,11 +2,12 @@
 // line of JSON each; what they mean is for the front end (`tokenspeed check`) to say.
 #pragma once
 
-#include <charconv>
+#include <sys/resource.h>
+
+#include <chrono>
+#include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <fstream>
-#include <functional>
 #include <string_view>
 
 #include "liveness.hpp"
@@ -37,20 +38,22 @@ struct Options {
   std::uint64_t seed = 1;
 };
 
-template <class Model>
 class Program {
  public:
-  using State = typename Model::State;
-
-  static int main(int argc, char** argv) {
+  static int main(const AnyModel& model, int argc, char** argv) {
     const Options options = parse(argc, argv);
     std::signal(SIGINT, [](int) { interrupted = 1; });
-    Program program(options);
+    Program program(model, options);
     return options.walks > 0 ? program.simulate() : program.check();
   }
 
  private:
-  explicit Program(const Options& options) : options_(options), search_(options.limits) {}
+  Program(const AnyModel& model, const Options& options)
+      : model_(model),
+        options_(options),
+        search_(model, options.limits),
+        keyer_(model.keyer()),
+        key_(model.facts.words) {}
 
   static Options parse(int argc, char** argv) {
     Options out;
@@ -86,10 +89,9 @@ class Program {
     const auto begin = Clock::now();
     Outcome out;
     try {
-      out = search_.run(
-          [&](const Search<Model>& search, std::size_t left) { progress(search, left); });
-      if constexpr (Model::kLiveness > 0) {
-        if (out.verdict == Verdict::Ok) out = Liveness<Model>(search_).run();
+      out = search_.run([&](const Search& search, std::size_t left) { progress(search, left); });
+      if (out.verdict == Verdict::Ok && !model_.facts.liveness.empty()) {
+        out = Liveness(model_, search_).run();
       }
     } catch (const Overflow& what) {
       return too_narrow(what);
@@ -110,7 +112,7 @@ class Program {
     number(json, "depth", static_cast<std::uint64_t>(search_.depth()));
     json += ", \"seconds\": " + std::to_string(seconds);
     json += ", \"cpu_seconds\": " + std::to_string(cpu_seconds() - cpu);
-    number(json, "state_bytes", sizeof(typename Model::Key));
+    number(json, "state_bytes", sizeof(Word) * model_.facts.words);
     counts(json, search_.actions());
     json += ", \"violated\": ";
     if (out.verdict == Verdict::Ok)
@@ -146,17 +148,17 @@ class Program {
   static void number(std::string& json, const char* name, std::uint64_t value) {
     json += ", \"" + std::string(name) + "\": " + std::to_string(value);
   }
-  static void counts(std::string& json, const std::array<std::uint64_t, Model::kActions>& actions) {
+  void counts(std::string& json, const Search::Counts& actions) const {
     json += ", \"actions\": {";
     for (std::size_t i = 0; i < actions.size(); ++i) {
       if (i) json += ", ";
-      quote(json, Model::kActionNames[i]);
+      quote(json, model_.facts.actions[i]);
       json += ": " + std::to_string(actions[i]);
     }
     json += "}";
   }
 
-  void progress(const Search<Model>& search, std::size_t left) {
+  void progress(const Search& search, std::size_t left) {
     const auto now = Clock::now();
     if (now - last_ < std::chrono::milliseconds(250)) return;
     last_ = now;
@@ -166,43 +168,46 @@ class Program {
                  search.depth(), left);
   }
 
-  // Every type of visitor puts a copy of each action into the program, and these copies are most of
-  // what it takes to compile one. So the search has a type of its own, and all the rest this one.
-  using Label = std::function<void(std::string&)>;
-  using Visitor = std::function<void(int action, const State& after, const Label& label)>;
-
-  static void successors(const State& state, const Visitor& visit) {
-    Model::next(state, [&](int action, const State& after, auto&& label) {
-      visit(action, after, std::ref(label));
-    });
+  const char* action(int number) const {
+    return model_.facts.actions[static_cast<std::size_t>(number)];
+  }
+  Held state(Index at) const {
+    Held out(model_);
+    model_.unpack(search_.store()[at], out.data());
+    return out;
+  }
+  // The number under which a state, or the one that stands for it, was entered.
+  Index number(StatePtr state) {
+    (*keyer_)(state, key_.data());
+    return search_.store().find(key_.data());
   }
 
   // --- traces ---
 
-  static void step(std::string& json, std::string_view action, const std::string& args,
-                   const State& state) {
+  void step(std::string& json, std::string_view action, const std::string& args,
+            StatePtr state) const {
     json += json.back() == '[' ? "{\"action\": " : ", {\"action\": ";
     quote(json, action);
     json += ", \"args\": [" + args + "], \"state\": ";
-    Model::show(json, state);
+    model_.show(json, state);
     json += "}";
   }
 
   // Finds the step from `state` to the state that stands at `to`, says it, and goes there.
-  void follow(std::string& json, State& state, Index to) {
+  void follow(std::string& json, Held& state, Index to) {
     bool found = false;
-    State reached = state;
+    Held reached = state;
     std::string args;
-    int action = 0;
-    successors(state, [&](int which, const State& after, const Label& label) {
-      if (found || !(Search<Model>::key(after, canonical_) == search_.store()[to])) return;
+    int taken = 0;
+    model_.next(state, [&](int which, StatePtr after, Label label) {
+      if (found || number(after) != to) return;
       found = true;
       reached = after;
-      action = which;
+      taken = which;
       label(args);
     });
     state = reached;
-    step(json, found ? Model::kActionNames[action] : "stutter", args, state);
+    step(json, found ? action(taken) : "stutter", args, state);
   }
 
   void trace(std::string& json, const Outcome& out) {
@@ -211,7 +216,7 @@ class Program {
     const Index until = out.approach.empty() ? out.at : out.approach.front();
     for (Index at = until; at != kNone; at = search_.store().parent(at)) path.push_back(at);
     if (out.verdict != Verdict::Ok && !path.empty()) {
-      State state = first(path.back());
+      Held state = first(path.back());
       step(json, "", "", state);
       for (std::size_t i = path.size() - 1; i-- > 0;) follow(json, state, path[i]);
       for (std::size_t i = 1; i < out.approach.size(); ++i) follow(json, state, out.approach[i]);
@@ -224,32 +229,30 @@ class Program {
     }
   }
 
-  State first(Index at) {
-    State out = Model::unpack(search_.store()[at]);
+  Held first(Index at) {
+    Held out = state(at);
     bool found = false;
-    Model::initial([&](const State& state) {
-      if (found || !(Search<Model>::key(state, canonical_) == search_.store()[at])) return;
+    model_.initial([&](StatePtr state) {
+      if (found || number(state) != at) return;
       found = true;
       out = state;
     });
     return out;
   }
 
-  void last_step(std::string& json, const State& state, int which) {
+  void last_step(std::string& json, const Held& from, int which) const {
     // Under symmetry the concrete state may order its successors otherwise; then any bad one will
     // do.
-    const State from = state;
     int at = 0;
     bool told = false;
-    const auto say = [&](int action, const State& after, const Label& label) {
-      std::string args;
-      label(args);
-      step(json, Model::kActionNames[action], args, after);
-      told = true;
-    };
-    successors(from, [&](int action, const State& after, const Label& label) {
-      const bool bad = Model::violated(after) >= 0 || Model::broken_step(from, after) >= 0;
-      if (!told && bad && (Model::kGroups > 0 || at == which)) say(action, after, label);
+    model_.next(from, [&](int taken, StatePtr after, Label label) {
+      const bool bad = model_.violated(after) >= 0 || model_.broken_step(from, after) >= 0;
+      if (!told && bad && (model_.facts.reduced || at == which)) {
+        std::string args;
+        label(args);
+        step(json, action(taken), args, after);
+        told = true;
+      }
       ++at;
     });
   }
@@ -260,18 +263,18 @@ class Program {
     std::ofstream file(options_.graph);
     std::string line;
     for (Index at = 0; at < search_.store().size(); ++at) {
-      const State state = Model::unpack(search_.store()[at]);
+      const Held from = state(at);
       line = "{\"state\": ";
-      Model::show(line, state);
+      model_.show(line, from);
       line += ", \"steps\": [";
       bool comma = false;
       try {
-        successors(state, [&](int action, const State& after, const Label& label) {
-          const Index to = search_.store().find(Search<Model>::key(after, canonical_));
-          if (to == kNone || !Model::step_inside(state, after)) return;
+        model_.next(from, [&](int taken, StatePtr after, Label label) {
+          const Index to = number(after);
+          if (to == kNone || !model_.step_inside(from, after)) return;
           line += comma ? ", [" : "[";
           comma = true;
-          quote(line, Model::kActionNames[action]);
+          quote(line, action(taken));
           line += ", [";
           label(line);
           line += "], " + std::to_string(to) + "]";
@@ -300,48 +303,48 @@ class Program {
   int simulate() {
     const auto begin = Clock::now();
     Walker random{options_.seed};
-    std::array<std::uint64_t, Model::kActions> actions{};
+    Search::Counts actions(model_.facts.actions.size());
     std::uint64_t generated = 0;
     long walks = 0;
-    std::vector<State> starts;
+    States starts(model_), following(model_);
     std::string violated, result = "ok";
-    std::vector<int> choices;
-    std::vector<std::pair<int, State>> following;
-    State start{};
+    std::vector<int> choices, taken;
+    Held state(model_), before(model_);
+    std::optional<Held> start;
     try {
-      Model::initial([&](const State& state) {
-        if (Model::inside(state)) starts.push_back(state);
+      model_.initial([&](StatePtr first) {
+        if (model_.inside(first)) starts.push(first);
       });
       while (walks < options_.walks && violated.empty() && !starts.empty() && !interrupted) {
         ++walks;
         choices.clear();
-        State state = start = starts[random.next() % starts.size()];
-        if (const int bad = Model::violated(state); bad >= 0) violated = Model::kInvariants[bad];
-        if (const int bad = Model::violated_initially(state); bad >= 0)
-          violated = Model::kInitially[bad];
+        state = starts[random.next() % starts.size()];
+        start = state;
+        broken(violated, model_.facts.invariants, model_.violated(state));
+        broken(violated, model_.facts.initially, model_.violated_initially(state));
         for (int depth = 0; depth < options_.walk_depth && violated.empty(); ++depth) {
           const std::uint64_t pick = random.next();
           following.clear();
-          successors(state, [&](int action, const State& after, const Label&) {
-            following.emplace_back(action, after);
+          taken.clear();
+          model_.next(state, [&](int action, StatePtr after, Label) {
+            following.push(after);
+            taken.push_back(action);
           });
           if (following.empty()) {
-            if (Model::kCheckDeadlock) violated = result = "deadlock";
+            if (model_.facts.check_deadlock) violated = result = "deadlock";
             break;
           }
           const std::size_t chosen = pick % following.size();
           choices.push_back(static_cast<int>(chosen));
-          const State before = state;
-          const int action = following[chosen].first;
-          state = following[chosen].second;
+          before = state;
+          state = following[chosen];
           ++generated;
-          ++actions[static_cast<std::size_t>(action)];
+          ++actions[static_cast<std::size_t>(taken[chosen])];
           // A state of a behaviour must be one that the search could hold: bounds are checked here.
-          static_cast<void>(Model::pack(state));
-          if (const int bad = Model::violated(state); bad >= 0) violated = Model::kInvariants[bad];
-          if (const int bad = Model::broken_step(before, state); bad >= 0)
-            violated = Model::kStepNames[bad];
-          if (!Model::inside(state) || !Model::step_inside(before, state)) break;
+          model_.pack(state, key_.data());
+          broken(violated, model_.facts.invariants, model_.violated(state));
+          broken(violated, model_.facts.steps, model_.broken_step(before, state));
+          if (!model_.inside(state) || !model_.step_inside(before, state)) break;
         }
         simulated(walks, generated);
       }
@@ -366,29 +369,34 @@ class Program {
     else
       quote(json, violated);
     json += ", \"trace\": [";
-    if (!violated.empty()) retell(json, start, choices);
+    if (!violated.empty() && start) retell(json, *start, choices);
     json += "]}\n";
     std::fwrite(json.data(), 1, json.size(), stdout);
     return 0;
   }
 
-  static int advance(State& state, int chosen, std::string& args) {
-    int at = 0, action = 0;
-    const State from = state;
-    successors(from, [&](int which, const State& after, const Label& label) {
+  static void broken(std::string& violated, Names names, int which) {
+    if (which >= 0) violated = names[static_cast<std::size_t>(which)];
+  }
+
+  const char* advance(Held& state, int chosen, std::string& args) const {
+    const Held from = state;
+    int at = 0;
+    const char* taken = "";
+    model_.next(from, [&](int which, StatePtr after, Label label) {
       if (at++ != chosen) return;
       state = after;
-      action = which;
+      taken = action(which);
       label(args);
     });
-    return action;
+    return taken;
   }
-  static void retell(std::string& json, State state, const std::vector<int>& choices) {
+  void retell(std::string& json, Held state, const std::vector<int>& choices) const {
     step(json, "", "", state);
     for (int chosen : choices) {
       std::string args;
-      const int action = advance(state, chosen, args);
-      step(json, Model::kActionNames[action], args, state);
+      const char* taken = advance(state, chosen, args);
+      step(json, taken, args, state);
     }
   }
   void simulated(long walks, std::uint64_t generated) {
@@ -400,9 +408,11 @@ class Program {
   }
 
   using Clock = std::chrono::steady_clock;
+  const AnyModel& model_;
   Options options_;
-  Search<Model> search_;
-  Canonical<Model> canonical_;
+  Search search_;
+  std::unique_ptr<Keyer> keyer_;
+  std::vector<Word> key_;
   Clock::time_point last_ = Clock::now();
 };
 

@@ -8,13 +8,8 @@ namespace tokenspeed::checker {
 
 template <std::size_t Words>
 struct Packed {
-  std::array<std::uint64_t, Words> w{};
+  std::array<Word, Words == 0 ? 1 : Words> w{};
   friend constexpr auto operator<=>(const Packed&, const Packed&) = default;
-  constexpr std::uint64_t hash() const {
-    std::uint64_t h = 0x243f6a8885a308d3ull;
-    for (auto x : w) h = join(h, x);
-    return h;
-  }
 };
 
 template <class T>

@@ -180,18 +180,34 @@ struct Renaming {
 
 // The representative of a state's class, packed.
 template <class Model>
-class Canonical {
- public:
+class Canonical final : public Keyer {
   using State = typename Model::State;
   using Key = typename Model::Key;
 
+ public:
   Canonical() {
     for (auto& to : to_) {
       for (std::size_t v = 0; v < to.size(); ++v) to[v] = static_cast<std::uint8_t>(v);
     }
   }
 
-  Key operator()(const State& state) {
+  void operator()(StatePtr state, Word* key) override {
+    const Key found = canonical(*static_cast<const State*>(state));
+    std::copy(found.w.begin(), found.w.end(), key);
+  }
+
+ private:
+  struct Tie {
+    std::size_t group, first, last;
+  };
+  struct Span {
+    std::uint8_t* from;
+    std::uint8_t* to;
+    std::uint8_t* begin() const { return from; }
+    std::uint8_t* end() const { return to; }
+  };
+
+  Key canonical(const State& state) {
     plain(*color_);
     for (const auto& group : Model::groups()) {
       for (int v : group.members) {
@@ -214,16 +230,6 @@ class Canonical {
     return best_;
   }
 
- private:
-  struct Tie {
-    std::size_t group, first, last;
-  };
-  struct Span {
-    std::uint8_t* from;
-    std::uint8_t* to;
-    std::uint8_t* begin() const { return from; }
-    std::uint8_t* end() const { return to; }
-  };
   std::uint64_t& color(int id, int v) {
     return (*color_)[static_cast<std::size_t>(id)][static_cast<std::size_t>(v)];
   }
@@ -330,7 +336,7 @@ class Canonical {
   Moves<Model::kKinds> to_{};
   std::unique_ptr<Colors<Model::kKinds>> color_ = std::make_unique<Colors<Model::kKinds>>();
   std::unique_ptr<Colors<Model::kKinds>> next_ = std::make_unique<Colors<Model::kKinds>>();
-  std::array<std::vector<std::uint8_t>, Model::kGroups == 0 ? 1 : Model::kGroups> order_;
+  std::array<std::vector<std::uint8_t>, Model::kGroups> order_;
   std::vector<Tie> ties_;
   Key best_{};
 };

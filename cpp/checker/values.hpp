@@ -17,12 +17,12 @@
 #include <climits>
 #include <cstddef>
 #include <cstdint>
-#include <cstdio>
 #include <optional>
-#include <string>
 #include <tuple>
 #include <type_traits>
 #include <utility>
+
+#include "model.hpp"
 
 #ifndef TS_INT_LO
 #define TS_INT_LO 0
@@ -33,36 +33,8 @@
 
 namespace tokenspeed::checker {
 
-// The specification asked for a value that does not exist; `where` is file:line:column: why.
-struct Undefined {
-  const char* where;
-};
-// A value outside its assumed bounds: which bound, and the value.
-struct Overflow {
-  const char* bound;
-  long value;
-};
-
-[[noreturn, gnu::noinline, gnu::cold]] inline void undefined(const char* where) {
-  throw Undefined{where};
-}
-[[noreturn, gnu::noinline, gnu::cold]] inline void overflow(const char* bound, long value) {
-  throw Overflow{bound, value};
-}
-
 constexpr int bits_for(std::uint64_t values) {
   return values <= 1 ? 0 : std::bit_width(values - 1);
-}
-
-constexpr std::uint64_t mix(std::uint64_t x) {
-  x ^= x >> 32;
-  x *= 0xd6e8feb86659fd93ull;
-  x ^= x >> 32;
-  x *= 0xd6e8feb86659fd93ull;
-  return x ^ (x >> 32);
-}
-constexpr std::uint64_t join(std::uint64_t a, std::uint64_t b) {
-  return mix(a * 0x9e3779b97f4a7c15ull + b + 0x7f4a7c15ull);
 }
 
 // --- types -------------------------------------------------------------------------------------

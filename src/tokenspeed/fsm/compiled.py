@@ -1,8 +1,8 @@
 """A model as a program: printed, compiled once a configuration, run, and read back.
 
 Rule: the program decides nothing about presentation and Python nothing about states. Programs are
-kept by the hash of all that they are made of; without a C++ compiler there is none (`compiler()` is
-None) and the front end says so.
+kept by the hash of all that they are made of, and so is the search, which is the same in all of
+them; without a C++ compiler there is none (`compiler()` is None) and the front end says so.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ from tokenspeed.fsm.values import Function, Value, function
 __all__ = ["compiler", "decode", "run"]
 
 FLAGS = ("-std=c++20", "-O1", "-DNDEBUG", "-pthread")
+SEARCH_FLAGS = ("-std=c++20", "-O2", "-DNDEBUG", "-pthread")
 Progress = Callable[[dict[str, int]], None]
+Command = tuple[str | Path, ...]
 
 
 def compiler() -> str | None:
@@ -117,27 +120,42 @@ def _built(source: str) -> Path:
     tool = compiler()
     if tool is None:
         raise ConfigError("compiler", None, "a C++20 compiler: install g++ or clang++, or set CXX")
-    parts = [source, tool, *FLAGS]
-    parts += [path.read_text(encoding="utf-8") for path in sorted(headers().glob("*.hpp"))]
-    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
-    program = _cache() / digest
+    texts = [path.read_text(encoding="utf-8") for path in sorted(headers().glob("*.[ch]pp"))]
+    program = _cache() / _digest(source, tool, *FLAGS, *texts)
     if program.exists():
         return program
+    search = _cache() / f"{_digest(tool, *SEARCH_FLAGS, *texts)}.o"
     try:
         program.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=program.parent) as scratch:
-            path, out = Path(scratch) / "model.cpp", Path(scratch) / "model"
-            path.write_text(source, encoding="utf-8")
-            command = [tool, *FLAGS, f"-I{headers()}", str(path), "-o", str(out)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode != 0:
-                raise TokenSpeedError(f"{tool} refused the generated model:\n{done.stderr[:4000]}")
-            out.replace(program)
+            model, kept, made = (Path(scratch) / name for name in ("model.cpp", "kept.o", "made"))
+            model.write_text(source, encoding="utf-8")
+            objects: list[Command] = [
+                (tool, *FLAGS, f"-I{headers()}", "-c", model, "-o", model.with_suffix(".o"))
+            ]
+            if not search.exists():
+                objects.append((tool, *SEARCH_FLAGS, "-c", headers() / "checker.cpp", "-o", kept))
+            with ThreadPoolExecutor() as pool:
+                list(pool.map(_compile, objects))
+            if kept.exists():
+                kept.replace(search)
+            _compile((tool, *FLAGS, model.with_suffix(".o"), search, "-o", made))
+            made.replace(program)
     except OSError as error:
         raise TokenSpeedError(
             f"{program.parent}: {error.strerror}; free some space, or set XDG_CACHE_HOME"
         ) from error
     return program
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def _compile(command: Command) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise TokenSpeedError(f"{command[0]} refused the generated model:\n{done.stderr[:4000]}")
 
 
 def _executed(program: Path, options: dict[str, object], progress: Progress) -> dict[str, Any]:

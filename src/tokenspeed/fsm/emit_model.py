@@ -195,6 +195,7 @@ class _Printer:
             self._symmetry(),
         ]
         body = "\n".join(parts)
+        symmetry = '#include "symmetry.hpp"\n' if self._groups() else ""
         bounds = self._types.bounds
         members = "".join(
             f"    {t} {m}{{}};\n" for t, m in zip(self._member_types, self._members, strict=True)
@@ -212,9 +213,9 @@ class _Printer:
 #define TS_INT_HI {bounds.int_high}
 #define TS_SET_LO {bounds.set_low}
 #define TS_SET_HI {bounds.set_high}
-#include "main.hpp"
+#include "erased.hpp"
 #include "show.hpp"
-
+{symmetry}
 namespace {{
 using namespace tokenspeed::checker;
 namespace checker = tokenspeed::checker;
@@ -252,7 +253,7 @@ struct Model {{
 }};
 }}  // namespace
 
-int main(int argc, char** argv) {{ return Program<Model>::main(argc, argv); }}
+int main(int argc, char** argv) {{ return run(Erased<Model>(), argc, argv); }}
 """
 
     def _atom_names(self) -> str:
@@ -275,28 +276,24 @@ int main(int argc, char** argv) {{ return Program<Model>::main(argc, argv); }}
         def done(assigned: frozenset[int]) -> str:
             if assigned != every:
                 raise self._missing("Init", self._c.initial, every - assigned)
-            return "out(static_cast<const State&>(t));\n"
+            return "out(&t);\n"
 
         initial = self._act(self._c.initial, frozenset(), done, primed=False)
-        quoted = ", ".join(f'"{n}"' for n in names)
         calls = "".join(f"    step_{i}(s, out);\n" for i in range(len(self._c.actions)))
         steps = "\n".join(
-            f"  template <class Out>\n  static void step_{i}(const State& s, Out& out) {{\n"
+            f"  static void step_{i}(const State& s, Visit out) {{\n"
             f"    State t;\n{self._action(a, names.index(a.name))}  }}"
             for i, a in enumerate(self._c.actions)
         )
         return f"""\
-  static constexpr int kActions = {len(names)};
-  static constexpr std::array<const char*, {len(names)}> kActionNames{{{quoted}}};
+{_names("kActionNames", names)}\
   static constexpr bool kCheckDeadlock = {str(self._c.model.config.check_deadlock).lower()};
-  template <class Out>
-  static void initial(Out&& out) {{
+  static void initial(Reach out) {{
     State t;
     [[maybe_unused]] State& s = t;
 {initial}  }}
 {steps}
-  template <class Out>
-  static void next([[maybe_unused]] const State& s, Out&& out) {{
+  static void next([[maybe_unused]] const State& s, [[maybe_unused]] Visit out) {{
 {calls}  }}
 """
 
@@ -309,10 +306,7 @@ int main(int argc, char** argv) {{ return Program<Model>::main(argc, argv); }}
             shows = ' o += ", ";'.join(
                 f" checker::show<Model>(o, {self._e.expr(a)});" for a in action.args
             )
-            return (
-                f"out({number}, static_cast<const State&>(t), "
-                f"[&]([[maybe_unused]] std::string& o) {{{shows} }});\n"
-            )
+            return f"out({number}, &t, [&]([[maybe_unused]] std::string& o) {{{shows} }});\n"
 
         text = self._act(action.body, frozenset(), done)
         for local, domain in reversed(action.binders):
@@ -459,21 +453,18 @@ int main(int argc, char** argv) {{ return Program<Model>::main(argc, argv); }}
                 self._numbered("violated", "kInvariants", p.invariants, state),
                 self._numbered("violated_initially", "kInitially", p.initially, state),
                 self._numbered("broken_step", "kStepNames", p.steps, pair),
-                f"  static constexpr int kSteps = {len(p.steps)};",
                 self._test("inside", c.constraints, state),
                 self._test("step_inside", c.step_constraints, pair),
             ]
         )
 
     def _numbered(self, name: str, names: str, tests: list[tuple[str, Node]], params: str) -> str:
-        quoted = ", ".join(f'"{n}"' for n, _ in tests) or '""'
-        count = max(1, len(tests))
         body = "".join(
             f"    if (!({self._e.expr(node)})) return {i};\n" for i, (_, node) in enumerate(tests)
         )
         return (
-            f"  static constexpr std::array<const char*, {count}> {names}{{{quoted}}};\n"
-            f"  static int {name}{params} {{\n{body}    return -1;\n  }}"
+            _names(names, [n for n, _ in tests])
+            + f"  static int {name}{params} {{\n{body}    return -1;\n  }}"
         )
 
     def _test(self, name: str, tests: tuple[Node, ...], params: str) -> str:
@@ -490,12 +481,10 @@ int main(int argc, char** argv) {{ return Program<Model>::main(argc, argv); }}
         count = len(self._c.fairness)
         if count > 64:
             raise self._c.initial.span.error(f"{count} fairness conditions; expected at most 64")
-        strong = ", ".join(str(f.strong).lower() for f, _ in self._c.fairness) or "false"
         return (
-            f"  static constexpr int kFairness = {count};\n"
-            f"  static constexpr std::array<bool, {max(1, count)}> kStrong{{{strong}}};\n"
-            "  template <class Out>\n  static void fair([[maybe_unused]] int k, "
-            "[[maybe_unused]] const State& s, [[maybe_unused]] Out&& out) {\n"
+            _flags("kStrong", [fair.strong for fair, _ in self._c.fairness])
+            + "  static void fair([[maybe_unused]] int k, "
+            "[[maybe_unused]] const State& s, [[maybe_unused]] Reach out) {\n"
             f"    [[maybe_unused]] State t;\n    switch (k) {{\n{''.join(cases)}    }}\n  }}"
         )
 
@@ -504,14 +493,11 @@ int main(int argc, char** argv) {{ return Program<Model>::main(argc, argv); }}
         if missing:
             raise self._missing(fair.name, node, missing)
         tests = (f"!(t.{self._members[v]} == s.{self._members[v]})" for v in fair.subscript)
-        return f"if ({' || '.join(tests)}) out(static_cast<const State&>(t));\n"
+        return f"if ({' || '.join(tests)}) out(&t);\n"
 
     def _debts(self) -> str:
         self._e.assigned = None
         debts = self._c.properties.debts
-        names = ", ".join(f'"{d.name}"' for d in debts) or '""'
-        start = ", ".join(str(d.from_start).lower() for d in debts) or "false"
-        count = max(1, len(debts))
 
         def choose(function: str, nodes: list[Node]) -> str:
             cases = "".join(
@@ -523,34 +509,54 @@ int main(int argc, char** argv) {{ return Program<Model>::main(argc, argv); }}
             )
 
         return (
-            f"  static constexpr int kLiveness = {len(debts)};\n"
-            f"  static constexpr std::array<const char*, {count}> kLivenessNames{{{names}}};\n"
-            f"  static constexpr std::array<bool, {count}> kFromStart{{{start}}};\n"
+            _names("kLivenessNames", [d.name for d in debts])
+            + _flags("kFromStart", [d.from_start for d in debts])
             + choose("starts", [d.starts for d in debts])
             + choose("owing", [d.owing for d in debts])
             + choose("visited", [d.visited for d in debts])
         )
 
+    def _groups(self) -> list[tuple[int, list[int]]]:
+        """Interchangeable names: of which kind, at which ranks."""
+        return [
+            (kind, ranks)
+            for names in self._c.symmetric
+            for kind, every in enumerate(self._types.atoms)
+            if (ranks := [i for i, name in enumerate(every) if name in names])
+        ]
+
     def _symmetry(self) -> str:
-        groups, members = [], 0
-        atoms = self._types.atoms
-        ids: set[int] = set()
-        for names in self._c.symmetric:
-            for kind, every in enumerate(atoms):
-                found = [i for i, name in enumerate(every) if name in names]
-                if found:
-                    ids.add(kind)
-                    members += len(found)
-                    groups.append(f"{{{kind}, {{{', '.join(map(str, found))}}}}}")
-        tests = " || ".join(f"id == {i}" for i in sorted(ids)) or "false"
-        sizes = ", ".join(str(len(a)) for a in atoms) or "0"
+        groups, atoms = self._groups(), self._types.atoms
+        if not groups:
+            return (
+                "  static constexpr bool kReduced = false;\n"
+                "  static Keyer* keyer() { return new Plain<Model>; }"
+            )
+        rows = ", ".join(f"{{{kind}, {{{', '.join(map(str, r))}}}}}" for kind, r in groups)
+        tests = " || ".join(f"id == {kind}" for kind in sorted({kind for kind, _ in groups}))
+        sizes = ", ".join(str(len(a)) for a in atoms)
         return (
+            "  static constexpr bool kReduced = true;\n"
             f"  static constexpr std::size_t kGroups = {len(groups)};\n"
-            f"  static constexpr std::size_t kInterchangeable = {members};\n"
-            f"  static constexpr int kKinds = {max(1, len(atoms))};\n"
-            f"  static constexpr std::array<int, {max(1, len(atoms))}> kNames{{{sizes}}};\n"
+            f"  static constexpr std::size_t kInterchangeable = {sum(len(r) for _, r in groups)};\n"
+            f"  static constexpr int kKinds = {len(atoms)};\n"
+            f"  static constexpr std::array<int, {len(atoms)}> kNames{{{sizes}}};\n"
             f"  static constexpr bool symmetric([[maybe_unused]] int id) {{ return {tests}; }}\n"
             "  struct Group {\n    int id;\n    std::vector<int> members;\n  };\n"
             "  static const std::vector<Group>& groups() {\n"
-            f"    static const std::vector<Group> all{{{', '.join(groups)}}};\n    return all;\n  }}"
+            f"    static const std::vector<Group> all{{{rows}}};\n    return all;\n  }}\n"
+            "  static Keyer* keyer() { return new Canonical<Model>; }"
         )
+
+
+def _names(name: str, items: list[str]) -> str:
+    return _array("const char*", name, [f'"{item}"' for item in items])
+
+
+def _flags(name: str, items: list[bool]) -> str:
+    return _array("bool", name, [str(item).lower() for item in items])
+
+
+def _array(kind: str, name: str, items: list[str]) -> str:
+    count, row = len(items), ", ".join(items)
+    return f"  static constexpr std::array<{kind}, {count}> {name}{{{row}}};\n"
