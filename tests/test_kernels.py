@@ -18,7 +18,10 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
+import tiny
+from tokenspeed import models
 from tokenspeed.cli import cli
+from tokenspeed.config import EngineConfig
 from tokenspeed.errors import ConfigError, ContractError, KernelError
 from tokenspeed.kernels import (
     Backend,
@@ -34,6 +37,7 @@ from tokenspeed.kernels.cuda import BACKEND as CUDA
 from tokenspeed.kernels.cuda import build
 from tokenspeed.kernels.listing import parse
 from tokenspeed.kernels.reference import BACKEND as REFERENCE
+from tokenspeed.ranks import build_on_mesh
 
 
 def backend(name: str, *, priority: int = 20, refuses: str | None = None) -> Backend:
@@ -125,18 +129,100 @@ def test_using_overrides_within_its_block_only() -> None:
     assert registry.of("rope", x) is CPU.functions["rope"]
 
 
-def test_the_environment_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TOKENSPEED_KERNELS", "rope=reference,linear=reference")
-    registry = Registry((REFERENCE, CPU))
-    assert registry.of("rope", torch.zeros(1)) is REFERENCE.functions["rope"]
-    assert registry.of("silu_mul", torch.zeros(1)) is CPU.functions["silu_mul"]
+def test_an_override_holds_until_the_next_one() -> None:
+    registry, x = Registry((REFERENCE, CPU)), torch.zeros(1)
+    assert registry.of("rope", x) is CPU.functions["rope"]
+    before = registry.changes
+    registry.override("here", "rope=reference, linear=reference,")
+    assert registry.changes > before, "what was recorded is of other kernels"
+    assert registry.of("rope", x) is REFERENCE.functions["rope"]
+    assert registry.of("silu_mul", x) is CPU.functions["silu_mul"]
+    with registry.using(rope="cpu"):
+        assert registry.of("rope", x) is CPU.functions["rope"]
+    registry.override("here", "rope=cpu")
+    assert registry.of("rope", x) is CPU.functions["rope"]
+    assert registry.of("linear", x) is REFERENCE.functions["linear"]
+
+
+def test_the_engine_has_a_setting_for_it(tmp_path: Path) -> None:
+    checkpoint = models.open_checkpoint(tiny.write(tmp_path))
+    progress = lambda _done, _total: None  # noqa: E731
+    with registry.using():
+        build_on_mesh(checkpoint, EngineConfig(kernels="rope=reference"), progress)
+        assert registry.of("rope", torch.zeros(1)) is REFERENCE.functions["rope"]
+        with pytest.raises(ConfigError, match="kernels: got 'rope=nobody'"):
+            build_on_mesh(checkpoint, EngineConfig(kernels="rope=nobody"), progress)
+    assert registry.of("rope", torch.zeros(1)) is not REFERENCE.functions["rope"]
+
+
+PLUGINS = {
+    "good": """
+from tokenspeed.kernels import Backend
+rope = lambda q, k, *_: (q, k)
+made = Backend(name="good", priority=90, functions={"rope": rope}, supports=lambda problem: None)
+""",
+    "vague": """
+from tokenspeed.kernels import Backend
+def fails(problem):
+    raise RuntimeError("no idea")
+run = {"rope": print, "argmax": print}
+made = Backend(name="vague", priority=99, functions=run, supports=fails, cost_us=fails)
+""",
+    "broken": "import no_such_library",
+    "empty": "made = None",
+}
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> dict[str, str]:
+    """The environment of a process in which these plugins are installed."""
+    for name, code in PLUGINS.items():
+        (tmp_path / f"plugin_{name}.py").write_text(code)
+        told = tmp_path / f"plugin_{name}-1.0.dist-info"
+        told.mkdir()
+        (told / "METADATA").write_text(f"Name: plugin-{name}\nVersion: 1.0\n")
+        entry = f"[tokenspeed.kernels]\n{name} = plugin_{name}:made\n"
+        (told / "entry_points.txt").write_text(entry)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+
+
+def listed(env: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tokenspeed", "kernels", *words]
+    env = {**env, "COLUMNS": "200"}
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
+def test_the_command_tells_of_plugins_good_and_broken(installed: dict[str, str]) -> None:
+    found = listed(installed, "--explain", "rope dtype=fp32")
+    assert found.returncode == 0, found.stderr
+    told = [line.strip("│ \n").split("│") for line in found.stdout.splitlines() if "│" in line]
+    rows = {row[0].strip(): row[1].strip() for row in told}
+    assert rows["good"] == "runs it"
+    assert rows["vague"] == "does not say what it supports"
+    assert "good has the higher priority" in rows["native"]
+    assert "No module named 'no_such_library'" in rows["plugin broken"]
+    assert rows["plugin empty"].startswith("left out: ")
+    assert "no idea" in found.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
+def test_the_environment_overrides_with_plugins_too(installed: dict[str, str]) -> None:
+    def run(text: str) -> str:
+        found = listed({**installed, "TOKENSPEED_KERNELS": text}, "--explain", "rope dtype=fp32")
+        return found.stdout + found.stderr
+
+    assert "good is asked for" in run("argmax=reference,rope=good")
+    assert "reference is asked for" in run("rope=reference")
+    assert "TOKENSPEED_KERNELS: got 'rope=nobody'; expected op=backend" in run("rope=nobody")
 
 
 @pytest.mark.parametrize("words", ["rope=fast", "twist=cpu", "rope"])
-def test_a_wrong_override_is_refused(monkeypatch: pytest.MonkeyPatch, words: str) -> None:
-    monkeypatch.setenv("TOKENSPEED_KERNELS", words)
-    with pytest.raises(ConfigError, match="TOKENSPEED_KERNELS"):
-        Registry((REFERENCE, CPU))
+def test_a_wrong_override_is_refused(words: str) -> None:
+    registry = Registry((REFERENCE, CPU))
+    with pytest.raises(ConfigError, match="somewhere: got"):
+        registry.override("somewhere", f"silu_mul=reference,{words}")
+    assert registry.of("silu_mul", torch.zeros(1)) is CPU.functions["silu_mul"], "all or none"
 
 
 def test_when_nobody_can_each_says_why() -> None:

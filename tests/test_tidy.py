@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "text": {"leaves"},
     "stream": {"leaves"},
     "sequence": {"leaves", "stream", "text"},
-    "ranks": {"leaves", "spmd", "models"},
+    "ranks": {"leaves", "kernels", "spmd", "models"},
     "loop": {"leaves", "_core", "fsm", "spmd", "ranks", "text", "stream", "sequence"},
     "engine": {"leaves", "fsm", "models", "ranks", "text", "stream", "loop"},
     "serve": {"leaves", "engine", "stream", "text"},

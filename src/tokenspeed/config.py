@@ -115,6 +115,8 @@ class EngineConfig:
         context_max: prompt and output tokens of a request; None takes the model's own.
         overlap: steps launched beyond the one whose result is awaited (0 or 1).
         cuda_graphs: on one GPU, steps of one token a request are replayed from CUDA graphs.
+        kernels: ops that are to run on some backend, of the whole process, as "rope=reference"; see
+            `tokenspeed kernels`. "": the best for each.
         host_pages: pages of host memory for cached pages that the device evicts; 0: none.
         host_memory_gb: the same as memory, of 10^9 bytes; instead of host_pages.
         speculate: "ngram" guesses what a request says from its own context, and verifies several
@@ -146,6 +148,7 @@ class EngineConfig:
     context_max: int | None = field(default=None, validator=_integer(2, 1 << 24, optional=True))
     overlap: int = field(default=0, validator=_integer(0, 1))
     cuda_graphs: bool = True
+    kernels: str = ""
     host_pages: int = field(default=0, validator=_integer(0, HOST_PAGES_MAX))
     host_memory_gb: float | None = field(default=None, validator=_number(1e-6, 1e6, "gigabytes"))
     speculate: str | None = field(

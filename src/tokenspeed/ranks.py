@@ -50,6 +50,7 @@ from torch.distributed.rendezvous import rendezvous
 from tokenspeed import models
 from tokenspeed.config import EngineConfig
 from tokenspeed.errors import ConfigError, RankLost, StepError
+from tokenspeed.kernels import registry
 from tokenspeed.plan import StepPlan, StepResult
 from tokenspeed.spmd import Executor, Mesh, Pending, ProcessGroups
 from tokenspeed.spmd.host import Ended
@@ -381,6 +382,7 @@ def build_on_mesh(
         CheckpointError, PlacementError: see `models.build`.
     """
     mesh = parse_mesh(config.mesh)
+    registry.override("kernels", config.kernels)
     if config.threads is not None or mesh.ranks > 1:
         _set_threads(config, mesh)
     if mesh.ranks > 1:
@@ -495,6 +497,7 @@ def _compute(rank: int, channel: Channel, inbox: Queue[Message], store: Store | 
     config = EngineConfig(**hello.config)
     mesh = parse_mesh(config.mesh).at(rank)
     device = device_of(config, int(os.environ["LOCAL_RANK"]))
+    registry.override("kernels", config.kernels)
     _set_threads(config, mesh)
     communicator = connect(mesh, device, hello.meeting, store)
     model = models.build(

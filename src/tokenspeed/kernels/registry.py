@@ -1,8 +1,10 @@
 """Who runs what. Rule: by support, then cost, then priority; a choice is made once a problem.
 
-Overrides, strongest first: the context manager `using`, then the environment variable
-`TOKENSPEED_KERNELS` ("paged_attention=reference,rope=cpu"). Third parties add backends by an entry
-point in the group `tokenspeed.kernels` that gives a `Backend`; one that fails is logged, left out.
+Overrides, strongest first: the context manager `using`, the engine's setting `kernels`, then the
+environment variable `TOKENSPEED_KERNELS`, both as "paged_attention=reference,rope=cpu". Third
+parties add backends by an entry point in the group `tokenspeed.kernels` that gives a `Backend`; one
+that cannot be loaded is logged and left out, one that fails when it is asked what it supports
+supports nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 import torch
 from attrs import frozen
@@ -28,6 +30,8 @@ from tokenspeed.kernels.reference import BACKEND as REFERENCE
 from tokenspeed.kernels.triton import BACKENDS as TRITON
 
 __all__ = ["Choice", "Registry", "capability", "registry"]
+
+T = TypeVar("T")
 
 log = logging.getLogger("tokenspeed.kernels")
 
@@ -60,10 +64,6 @@ class Registry:
         """How often it may have become another one who runs a problem."""
         self.failed: dict[str, str] = {}
         """Plugins that were left out, with the reason."""
-        for word in filter(None, os.environ.get("TOKENSPEED_KERNELS", "").split(",")):
-            op, _, name = word.partition("=")
-            self._check("TOKENSPEED_KERNELS", op, name)
-            self._forced[op] = name
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -98,6 +98,18 @@ class Registry:
                 self.failed[entry.name] = f"{type(error).__name__}: {error}"
                 log.exception("the kernel backend %s failed to load", entry.name)
 
+    def override(self, where: str, text: str) -> None:
+        """From here on these ops run on these backends: "rope=reference,linear=cpu".
+
+        Raises:
+            ConfigError: there is no such op or backend; names `where`.
+        """
+        words = [word.strip().partition("=") for word in text.split(",") if word.strip()]
+        for op, _, name in words:
+            self._check(where, op, name)
+        self._forced |= {op: name for op, _, name in words}
+        self._choose_anew()
+
     def of(self, op: str, x: Tensor) -> Callable[..., Any]:
         """The function that runs an op on tensors like `x`.
 
@@ -128,7 +140,7 @@ class Registry:
         forced = self._forced.get(problem.op)
         able: list[Backend] = []
         for backend in self._backends:
-            reason = backend.lacks(problem)
+            reason = _asked(backend.lacks, problem, "does not say what it supports")
             if reason is None and forced not in (None, backend.name):
                 reason = f"{forced} is asked for"
             if reason is None:
@@ -139,7 +151,7 @@ class Registry:
             raise KernelError(
                 f"no backend runs {problem.op} on {problem.device}, {problem.dtype}: {told}"
             )
-        costs = {backend.name: backend.cost_us(problem) for backend in able}
+        costs = {backend.name: _asked(backend.cost_us, problem, None) for backend in able}
         chosen = _cheapest(able[0].name, costs)
         for name, cost in costs.items():
             reasons[name] = _loses(chosen, costs[chosen], cost)
@@ -175,6 +187,17 @@ class Registry:
             )
 
 
+def _asked(
+    question: Callable[[Problem], T | None], problem: Problem, otherwise: T | None
+) -> T | None:
+    """What a backend answers. One that fails is a stranger's, mostly, and ends nobody's step."""
+    try:
+        return question(problem)
+    except Exception:
+        log.exception("a kernel backend failed to say what it makes of %s", problem)
+        return otherwise
+
+
 def _cheapest(first: str, costs: dict[str, float | None]) -> str:
     """Of backends, best first: `first`, unless its cost is known and one's is lower."""
     known = {name: cost for name, cost in costs.items() if cost is not None}
@@ -190,3 +213,4 @@ def _loses(chosen: str, least: float | None, cost: float | None) -> str:
 registry = Registry((REFERENCE, CPU, NATIVE, CUDA, *TRITON))
 """The process's registry."""
 registry.discover()
+registry.override("TOKENSPEED_KERNELS", os.environ.get("TOKENSPEED_KERNELS", ""))
