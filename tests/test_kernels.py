@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,6 +38,7 @@ from tokenspeed.kernels.contract import OPS
 from tokenspeed.kernels.cpu import BACKEND as CPU
 from tokenspeed.kernels.cuda import BACKEND as CUDA
 from tokenspeed.kernels.cuda import build
+from tokenspeed.kernels.cuda.mla import _functions
 from tokenspeed.kernels.listing import parse
 from tokenspeed.kernels.reference import BACKEND as REFERENCE
 from tokenspeed.ranks import build_on_mesh
@@ -394,6 +398,29 @@ def test_the_hopper_kernel_says_what_it_cannot_run(
 ) -> None:
     del nothing_built
     assert reason in (CUDA.supports(parse(f"mla_decode {words}")) or "")
+
+
+KINDS = {"int": ctypes.c_int, "int64_t": ctypes.c_int64, "float": ctypes.c_float}
+
+
+def test_the_hopper_kernel_is_called_with_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Argument for argument, as its source says."""
+    source = Path(__file__).parents[1] / "cpp" / "cuda" / "mla_decode_sm90.cu"
+    found = re.findall(r'extern "C" int (\w+)\(([^)]*)\)', source.read_text())
+    taken = {
+        name: [
+            ctypes.c_void_p if "*" in one else KINDS[one.split()[-2]]
+            for one in told.split(",")
+            if one != "void"
+        ]
+        for name, told in found
+    }
+    library = SimpleNamespace(**{name: SimpleNamespace() for name in taken})
+    monkeypatch.setattr("tokenspeed.kernels.cuda.mla.library", lambda _name: library)
+    _functions.cache_clear()
+    _functions()
+    _functions.cache_clear()
+    assert {name: one.argtypes for name, one in vars(library).items()} == taken
 
 
 @pytest.fixture

@@ -450,12 +450,12 @@ extern "C" int mla_decode_sm90_blocks(void) {
 
 extern "C" int mla_decode_sm90_plan(const int* query_start, const int* kv_lens,
                                     const int* page_table, int* space, int rows, int columns,
-                                    int heads, int tiles, int blocks, int whole_rows, int overhead,
-                                    int cost_min, int saved_min, void* stream) {
+                                    int tokens, int heads, int tiles, int blocks, int whole_rows,
+                                    int overhead, int cost_min, int saved_min, void* stream) {
   const Plan plan(query_start, kv_lens, page_table, space, rows, columns, tiles, blocks,
                   whole_rows);
-  make_plan<<<1, kPlanThreads, 0, static_cast<cudaStream_t>(stream)>>>(plan, heads, overhead,
-                                                                       cost_min, saved_min);
+  make_plan<<<1, kPlanThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+      plan, tokens, heads, overhead, cost_min, saved_min);
   return int(cudaGetLastError());
 }
 

@@ -407,10 +407,25 @@ __device__ void cut(const Plan& plan, Phase which, int lanes, int overhead, int 
   __syncthreads();
 }
 
+// Whether the rows have queries of their own, all of them among so many tokens.
+__device__ bool in_bounds(const Plan& plan, int tokens) {
+  bool strange = false;
+  for (int row = threadIdx.x; row < plan.rows; row += kPlanThreads) {
+    const int start = __ldg(plan.query_start + row), end = __ldg(plan.query_start + row + 1);
+    strange |= start < 0 || end < start || end > tokens;
+  }
+  return !__syncthreads_or(strange);
+}
+
 __global__ void __launch_bounds__(kPlanThreads)
-    make_plan(const __grid_constant__ Plan plan, int heads, int overhead, int cost_min,
+    make_plan(const __grid_constant__ Plan plan, int tokens, int heads, int overhead, int cost_min,
               int saved_min) {
   const int thread = threadIdx.x;
+  // Queries that are not there would be written: then nobody has anything to do.
+  if (!in_bounds(plan, tokens)) {
+    if (thread < plan.grid) reinterpret_cast<Item*>(plan.items)[thread] = Item{.next = -1};
+    return;
+  }
   const int lanes = find_groups(plan, heads, saved_min);
   if (lanes) cut(plan, kTogether, lanes, overhead, cost_min);
   cut(plan, kAlone, plan.lanes_alone(plan.grid), overhead, cost_min);

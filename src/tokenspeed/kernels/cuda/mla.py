@@ -64,7 +64,7 @@ def _functions() -> ctypes.CDLL:
     found = library(LIBRARY)
     pointer, number, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     found.mla_decode_sm90_blocks.argtypes = []
-    found.mla_decode_sm90_plan.argtypes = [*[pointer] * 4, *[number] * 9, pointer]
+    found.mla_decode_sm90_plan.argtypes = [*[pointer] * 4, *[number] * 10, pointer]
     found.mla_decode_sm90.argtypes = [
         *[pointer] * 10, *[long] * 3, *[number] * 8, ctypes.c_float, number, pointer,
     ]  # fmt: skip
@@ -83,11 +83,13 @@ class _Planned:
     whole_rows: int
 
 
-def _planned(plan: MlaPlan) -> _Planned:
+def _planned(plan: MlaPlan, tokens: int) -> _Planned:
     device = plan.kv_lens.device
     rows, columns = plan.page_table.shape
     tiles = -(-plan.q_len_max * plan.heads // ROWS)
     blocks = _functions().mla_decode_sm90_blocks()
+    if blocks < 1:
+        raise KernelError(f"{LIBRARY}: CUDA does not say how many multiprocessors {device} has")
     # Groups are whatever the device finds; that there may be some is decided here.
     whole = rows * plan.q_len_max * plan.heads
     whole_rows = whole if rows > 1 and whole <= TOGETHER_MAX else 0
@@ -99,8 +101,8 @@ def _planned(plan: MlaPlan) -> _Planned:
     _check(
         _functions().mla_decode_sm90_plan(
             plan.query_start.data_ptr(), plan.kv_lens.data_ptr(), plan.page_table.data_ptr(),
-            space.data_ptr(), rows, columns, plan.heads, tiles, blocks, whole_rows, OVERHEAD,
-            SHARE_MIN, SAVED_MIN, _stream(device),
+            space.data_ptr(), rows, columns, tokens, plan.heads, tiles, blocks, whole_rows,
+            OVERHEAD, SHARE_MIN, SAVED_MIN, _stream(device),
         )
     )  # fmt: skip
     # Two tiles of each block in each of two phases, then rows that a group has and are not split.
@@ -145,7 +147,7 @@ def _run(
     if not tokens:
         return out, lse
     with torch.cuda.device(q.device):
-        on = plan.once(_planned)
+        on = plan.once(_planned, tokens)
         rows, columns = plan.page_table.shape
         _check(
             _functions().mla_decode_sm90(
