@@ -6,8 +6,10 @@ inputs, and what is padded, is the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -113,6 +115,57 @@ def test_what_cannot_be_captured_is_computed(
     assert generated(stepper(model, graphs=True)) == wanted
     told = [record for record in caplog.records if "could not be captured" in record.message]
     assert len(told) == 1, "once, not a step"
+
+
+class FakeCuda:
+    """What torch's streams and captures do: the end of a capture that failed raises, and then the
+    stream that was captured stays the current one."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.device, self.current, self.fails = 0, "step's", False
+        self.made: list[str] = []
+        for name in ("stream", "graph"):
+            patch.setattr(torch.cuda, name, contextmanager(getattr(self, name)))
+        patch.setattr(torch.cuda, "current_stream", lambda: self.current)
+        patch.setattr(torch.cuda, "current_device", lambda: self.device)
+        patch.setattr(torch.cuda, "Stream", self.new)
+        patch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+
+    def new(self) -> str:
+        self.made.append(f"{len(self.made)} of device {self.device}")
+        return self.made[-1]
+
+    def stream(self, stream: str) -> Iterator[None]:
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def graph(self, _graph: Any, *, stream: str, capture_error_mode: str) -> Iterator[None]:
+        assert capture_error_mode == "thread_local", "copies go on beside it"
+        before, self.current = self.current, stream
+        yield
+        if self.fails:
+            raise RuntimeError("the capture is void")
+        self.current = before
+
+
+def test_a_capture_is_on_a_stream_of_its_device_and_leaves_the_step_on_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cuda = FakeCuda(monkeypatch)
+    replay._beside.cache_clear()
+    on = []
+    for device in (0, 0, 1):
+        cuda.device = device
+        on.append(replay.capture(lambda: cuda.current)[0])
+    assert on == ["0 of device 0", "0 of device 0", "1 of device 1"]
+    cuda.fails = True
+    with pytest.raises(RuntimeError, match="void"):
+        replay.capture(lambda: cuda.current)
+    assert cuda.current == "step's"
+    replay._beside.cache_clear()
 
 
 @given(st.integers(1, 5000), st.integers(1, 128))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Protocol, TypeVar, final
 
 import numpy as np
@@ -147,10 +148,21 @@ def capture(run: Callable[[], T]) -> tuple[T, Replay]:
 
     What other threads do meanwhile, on streams of their own, is not looked at.
     """
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    graph, stream = torch.cuda.CUDAGraph(), _beside(torch.cuda.current_device())
+    # A capture that ends in an error leaves torch on the stream that it captured.
+    with (
+        torch.cuda.stream(torch.cuda.current_stream()),
+        torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+    ):
         result = run()
     return result, graph.replay
+
+
+@cache
+def _beside(_device: int) -> torch.cuda.Stream:
+    """What is captured on, of the current device: torch's own stream for that is of whichever
+    device captured first."""
+    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
 
 def decodes(plan: StepPlan) -> bool:
