@@ -342,14 +342,18 @@ def test_quality_is_measured_alike_for_all_ways_to_keep_weights(tmp_path: Path) 
     done = CliRunner().invoke(cli, ["bench", "quality", *words])
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
-    assert [(row["dtype"], row["quantize"]) for row in found["rows"]] == list(quality.KINDS)
+    assert [(row["dtype"], row["quantize"], row["kv_dtype"]) for row in found["rows"]] == list(
+        quality.KINDS
+    )
     assert found["tokens"] > 0
     assert found["tokens"] % 31 == 0
     exact, *others = (row["perplexity"] for row in found["rows"])
     assert exact > 20
     assert others == pytest.approx([exact] * len(others), rel=0.05)
-    wide, _, bits_8, bits_4, _ = (row["weights_mb"] for row in found["rows"])
-    assert bits_4 < bits_8 < wide
+    sizes = {row["quantize"]: row["weights_mb"] for row in found["rows"]}
+    assert sizes["int4"] < sizes["int8"] < sizes["none"]
+    _, whole, eight, *_ = (row["perplexity"] for row in found["rows"])
+    assert whole != eight, "KV in 8 bits are others"
     with pytest.raises(ConfigError, match="at least 32 tokens; it has 20"):
         quality.measure(str(folder), str(text), 20, 32, lambda *_: None)
     with pytest.raises(ConfigError, match="2 to 128, the model's context"):

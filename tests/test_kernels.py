@@ -289,7 +289,7 @@ def test_triton_keeps_the_contract_under_its_interpreter() -> None:
         [*command, *map(str, laws)], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout[-4000:]
-    assert "96 passed" in done.stdout
+    assert "98 passed" in done.stdout
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this is no CPU-only machine")
@@ -307,7 +307,12 @@ def test_a_problem_in_words_is_what_selection_looks_at() -> None:
     registry = Registry((REFERENCE, backend_for_mla("fast", (9, 0))))
     assert registry.explain(problem).backend == "fast"
     assert registry.find(problem)() == "fast"
-    for change, reason in (("q=5", "has 64 rows, not 128"), ("cap=8.0", "needs capability")):
+    wrong = (
+        ("q=5", "has 64 rows, not 128"),
+        ("cap=8.0", "needs capability"),
+        ("kv_dtype=fp8", "takes pages of bfloat16, not float8_e4m3fn"),
+    )
+    for change, reason in wrong:
         other = parse(f"{words} {change}")
         choice = registry.explain(other)
         assert choice.backend == "reference"

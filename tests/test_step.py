@@ -82,6 +82,7 @@ def test_weights_beyond_the_memory_are_refused_before_it_is_taken() -> None:
     ("given", "reason"),
     [
         ({"mesh": "tp=2"}, "mesh: got 'tp=2'; expected a Mesh"),
+        ({"kv_dtype": "int8"}, "kv_dtype: got 'int8'; expected one of auto, float8"),
         ({"quantize": "int3"}, "quantize: got 'int3'; expected one of none, auto, int8, int4"),
         ({"device": "tpu"}, "device: got 'tpu'; expected a torch device"),
         pytest.param(

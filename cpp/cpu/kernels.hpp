@@ -72,8 +72,12 @@ struct Kernels {
                  std::int64_t begin, std::int64_t end);
   void (*finite)(const void* x, std::int64_t width, std::uint8_t* out, int dtype,
                  std::int64_t begin, std::int64_t end);
+  void (*kv_write)(const void* x, std::int64_t token_stride, std::int64_t tokens,
+                   std::int64_t width, const std::int64_t* locations, void* pages, int dtype,
+                   int kv_dtype);
   // Items are (token, KV head), tokens outermost.
-  void (*attention)(const Attention& call, int dtype, std::int64_t begin, std::int64_t end);
+  void (*attention)(const Attention& call, int dtype, int kv_dtype, std::int64_t begin,
+                    std::int64_t end);
 };
 
 extern const Kernels kPortable;

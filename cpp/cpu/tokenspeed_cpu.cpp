@@ -246,24 +246,21 @@ void ts_cpu_rope(int dtype, const void* x, int64_t token_stride, int64_t head_st
 }
 
 void ts_cpu_kv_write(int dtype, const void* x, int64_t token_stride, int64_t tokens, int64_t width,
-                     const int64_t* locations, void* pages) {
-  const int64_t size = size_of(dtype);
-  for (int64_t t = 0; t < tokens; ++t) {
-    std::memcpy(static_cast<char*>(pages) + locations[t] * width * size,
-                static_cast<const char*>(x) + t * token_stride * size,
-                static_cast<std::size_t>(width * size));
-  }
+                     const int64_t* locations, void* pages, int kv_dtype) {
+  kernels().kv_write(x, token_stride, tokens, width, locations, pages, dtype, kv_dtype);
 }
 
 void ts_cpu_attention(int dtype, const void* q, const void* k_pages, const void* v_pages,
                       int64_t rows, const int32_t* query_start, const int32_t* context_lens,
                       const int32_t* page_table, int64_t table_stride, int64_t page_size,
                       int64_t heads, int64_t kv_heads, int64_t dim, int64_t window,
-                      int64_t queries_max, void* out, int threads) {
+                      int64_t queries_max, void* out, int kv_dtype, int threads) {
   const Attention call{q,          k_pages, v_pages,      query_start, context_lens,
                        page_table, rows,    table_stride, page_size,   heads,
                        kv_heads,   dim,     window,       queries_max, out};
-  auto work = [&](int64_t begin, int64_t end) { kernels().attention(call, dtype, begin, end); };
+  auto work = [&](int64_t begin, int64_t end) {
+    kernels().attention(call, dtype, kv_dtype, begin, end);
+  };
   share(query_start[rows] * kv_heads, 1, threads, work);
 }
 

@@ -1,7 +1,7 @@
 /* CPU kernels behind a plain C ABI: no torch, no Python, no OpenMP.
  *
  * Rule: a function says its shapes here and checks nothing; whoever calls it has. dtype: 0 float32,
- * 1 bfloat16. Strides are in elements. threads: that may take part, the caller's included. What a
+ * 1 bfloat16; kv_dtype, of pages, is the same or 2 for float8_e4m3fn. Strides are in elements. threads: that may take part, the caller's included. What a
  * token gets does not depend on the tokens beside it.
  */
 #ifndef TOKENSPEED_CPU_H
@@ -61,9 +61,10 @@ TS_CPU_API void ts_cpu_rope(int dtype, const void* x, int64_t token_stride, int6
                             int64_t tokens, int64_t heads, int64_t dim, const int64_t* positions,
                             const float* cos_sin, void* out, int interleaved);
 
-/* pages[locations[t]] = x[t], rows of `width` elements. */
+/* pages[locations[t]] = x[t], rows of `width` elements; into 8 bits to the nearest, ties to even, at
+ * most 448. */
 TS_CPU_API void ts_cpu_kv_write(int dtype, const void* x, int64_t token_stride, int64_t tokens,
-                                int64_t width, const int64_t* locations, void* pages);
+                                int64_t width, const int64_t* locations, void* pages, int kv_dtype);
 
 /* Causal attention of q[tokens, heads, dim] to pages[pages, page_size, kv_heads, dim]. Query j of
  * n of a row sees positions up to context + j, the last `window` of them where it is positive. Rows
@@ -73,7 +74,7 @@ TS_CPU_API void ts_cpu_attention(int dtype, const void* q, const void* k_pages, 
                                  const int32_t* context_lens, const int32_t* page_table,
                                  int64_t table_stride, int64_t page_size, int64_t heads,
                                  int64_t kv_heads, int64_t dim, int64_t window, int64_t queries_max,
-                                 void* out, int threads);
+                                 void* out, int kv_dtype, int threads);
 
 /* out[i] = x[ids[i]], rows of `width` elements of x[rows, width]. For an id that is no row there
  * are NaNs. */
@@ -83,7 +84,7 @@ TS_CPU_API void ts_cpu_take(int dtype, const void* x, int64_t rows, int64_t widt
 /* Calls that are written down to be made again, in their order: TS_CPU_CALL_WORDS words each, the
  * number of the function, then its arguments: integers and pointers as they are, a float by its
  * bits. A function's number is that of its name without ts_cpu_; -1: it cannot be written down. */
-#define TS_CPU_CALL_WORDS 18
+#define TS_CPU_CALL_WORDS 19
 TS_CPU_API int ts_cpu_number(const char* name);
 TS_CPU_API void ts_cpu_replay(const int64_t* calls, int64_t count);
 

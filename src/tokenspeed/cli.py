@@ -30,6 +30,7 @@ import tokenspeed
 from tokenspeed.config import (
     DEFAULT_MODEL,
     DTYPES,
+    KV_DTYPES,
     LOAD_FORMATS,
     QUANTIZE,
     EngineConfig,
@@ -58,7 +59,8 @@ def _engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The flags that make an EngineConfig; their names are its fields."""
     defaults = {a.name: a.default for a in attrs.fields(EngineConfig)}
     options = [
-        click.option("--dtype", type=click.Choice(DTYPES), help="weights, activations and KV"),
+        click.option("--dtype", type=click.Choice(DTYPES), help="of weights and activations"),
+        click.option("--kv-dtype", type=click.Choice(KV_DTYPES), help="of KV pages"),
         click.option("--quantize", type=click.Choice(QUANTIZE), help="matrices of few bits"),
         click.option("--device", help="cpu, cuda, cuda:1 ..."),
         click.option("--mesh", help="ranks that share the model: tp=2"),
@@ -335,7 +337,7 @@ def bench_serve(
 @click.option("--window", default=512, show_default=True, help="tokens that see each other")
 @click.option("--json", "as_json", is_flag=True, help="JSON on stdout; the table is on stderr")
 def bench_quality(model: str, text: str | None, tokens: int, window: int, as_json: bool) -> None:
-    """Perplexity of a fixed text in float32, bfloat16, 8 and 4 bits."""
+    """Perplexity of a fixed text in float32, bfloat16, 8 and 4 bits, and with KV in 8."""
     room = _room("tokenspeed.bench.quality")
     with _progress() as report:
         found = room.measure(model, text, tokens, window, report)

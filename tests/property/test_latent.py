@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from strategies import ROPE, SCALE, moved, problems, random, rel, steps
+from strategies import ROPE, SCALE, dtypes, moved, problems, random, rel, steps
 from tokenspeed.errors import ContractError
 from tokenspeed.kernels import (
     AttentionPlan,
@@ -21,6 +21,7 @@ from tokenspeed.kernels import (
     registry,
 )
 from tokenspeed.kernels import latent as latent_file
+from tokenspeed.kernels.pages import EIGHT_BITS, rounded
 
 NOPE, VALUE = 6, 10
 
@@ -43,14 +44,19 @@ def absorbed(q: Tensor, pages: Tensor, up: Tensor, plan: MlaPlan) -> Tensor:
 
 
 @pytest.mark.parametrize("backend", registry.offering("mla_prefill"))
-@given(problems(), st.integers(0, 99), st.sampled_from([torch.float32, torch.bfloat16]))
+@given(problems(), st.integers(0, 99), dtypes, st.booleans())
 def test_expanding_equals_absorbing(
-    backend: str, problem: tuple[Tensor, Tensor, MlaPlan], seed: int, dtype: torch.dtype
+    backend: str,
+    problem: tuple[Tensor, Tensor, MlaPlan],
+    seed: int,
+    dtype: torch.dtype,
+    eight: bool,
 ) -> None:
     q, pages, plan = problem
+    pages = rounded(pages, EIGHT_BITS if eight else dtype)
     wide, up = (x.to(dtype) for x in widened(q, plan.heads, seed))
-    wanted = absorbed(wide, pages.to(dtype), up, plan)
-    given_ = [moved(value, backend) for value in (wide, pages.to(dtype), up, plan)]
+    wanted = absorbed(wide, pages, up, plan)
+    given_ = [moved(value, backend) for value in (wide, pages, up, plan)]
     with registry.using(mla_prefill=backend):
         got = mla_prefill(*given_, SCALE).cpu()
     assert got.dtype == dtype

@@ -14,8 +14,17 @@ from strategies import ROPE, SCALE, problems, random, rel
 from tokenspeed.kernels import MlaPlan, mla_decode, mla_decode_plan, registry
 from tokenspeed.kernels.listing import parse
 from tokenspeed.kernels.mla import mla_problem
+from tokenspeed.kernels.pages import EIGHT_BITS, rounded
 
 ON_GPU = torch.cuda.is_available()
+
+kinds = st.sampled_from(
+    [
+        (torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16),
+        (torch.float32, EIGHT_BITS), (torch.bfloat16, EIGHT_BITS),
+    ]
+)  # fmt: skip
+"""Dtypes of queries and of pages."""
 
 
 @given(problems())
@@ -92,22 +101,22 @@ def agree(
     torch.testing.assert_close(lse, wanted_lse, atol=1e-3, rtol=1e-3)
 
 
-@given(problems(), st.sampled_from([torch.float32, torch.bfloat16]))
+@given(problems(), kinds)
 def test_the_cpu_keeps_the_contract(
-    problem: tuple[Tensor, Tensor, MlaPlan], dtype: torch.dtype
+    problem: tuple[Tensor, Tensor, MlaPlan], kind: tuple[torch.dtype, torch.dtype]
 ) -> None:
     q, pages, plan = problem
     if not ON_GPU:
-        agree("cpu", q.to(dtype), pages.to(dtype), plan)
+        agree("cpu", q.to(kind[0]), rounded(pages, kind[1]), plan)
 
 
 @pytest.mark.skipif("triton" not in registry.names, reason="Triton runs in another process")
-@given(problems(), st.sampled_from([torch.float32, torch.bfloat16]))
+@given(problems(), kinds)
 def test_triton_keeps_the_contract(
-    problem: tuple[Tensor, Tensor, MlaPlan], dtype: torch.dtype
+    problem: tuple[Tensor, Tensor, MlaPlan], kind: tuple[torch.dtype, torch.dtype]
 ) -> None:
     q, pages, plan = problem
-    agree("triton", q.to(dtype), pages.to(dtype), plan)
+    agree("triton", q.to(kind[0]), rounded(pages, kind[1]), plan)
 
 
 @pytest.mark.skipif("triton" not in registry.names, reason="Triton runs in another process")
@@ -117,7 +126,8 @@ def test_triton_merges_parts_of_the_keys() -> None:
     table = torch.randperm(2 * 18, generator=torch.Generator().manual_seed(1)).to(torch.int32)
     sizes = {"page_size": 64, "heads": 2, "q_len_max": 2, "latent": 16, "rope": ROPE}
     plan = mla_decode_plan(starts, lengths, table.view(2, 18), **sizes)
-    assert mla_problem(random(0, 3, 2, 32), plan).q_len == 2
+    q, pages = random(0, 3, 2, 32), random(0, 1, 16, 32)
+    assert mla_problem(q, pages, plan).q_len == 2
     agree("triton", random(2, 3, 2, 32), random(3, 36, 64, 32), plan)
 
 

@@ -219,7 +219,7 @@ def _calls(cell: Cell, pool: Tensor) -> list[Call]:
 
 def _measured(cell: Cell, pool: Tensor, backends: Sequence[str]) -> Measured:
     calls = _calls(cell, pool)
-    problem = mla_problem(calls[0][0], calls[0][2])
+    problem = mla_problem(*calls[0][:3])
     floor = None
     if unsupported(problem) is None:
         floor = timed_us([partial(load_only, *call) for call in calls])

@@ -135,7 +135,7 @@ def _latent(queries: int, context: int, heads: int = 16) -> Work:
     q = torch.empty(1, heads, 1, dtype=torch.bfloat16, device="cuda")
     return Work(
         op="mla_prefill",
-        problem=mla_problem(q, plan, "mla_prefill"),
+        problem=mla_problem(q, pages, plan, "mla_prefill"),
         calls=calls,
         bytes=length * (LATENT + ROPE) * 2 + queries * heads * (2 * NOPE + ROPE) * 2,
         flops=2 * seen * heads * (2 * NOPE + ROPE) + expanding,

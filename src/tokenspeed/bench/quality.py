@@ -1,4 +1,4 @@
-"""What few bits cost: perplexity of a fixed text, by how weights are kept.
+"""What few bits cost: perplexity of a fixed text, by how weights and KV are kept.
 
 Rule: the same tokens, cut into the same windows, through the model that is served. A window begins
 with nothing cached; each of its tokens but the first is predicted from those before it.
@@ -30,20 +30,22 @@ from tokenspeed.text.tokenizer import Tokenizer
 __all__ = ["KINDS", "Report", "measure"]
 
 KINDS = (
-    ("float32", "none"), ("bfloat16", "none"), ("bfloat16", "int8"), ("bfloat16", "int4"),
-    ("bfloat16", "auto"),
+    ("float32", "none", "auto"), ("bfloat16", "none", "auto"), ("bfloat16", "none", "float8"),
+    ("bfloat16", "int8", "auto"), ("bfloat16", "int4", "auto"), ("bfloat16", "auto", "auto"),
+    ("bfloat16", "auto", "float8"),
 )  # fmt: skip
-"""(dtype, quantize), the exact one first."""
+"""(dtype, quantize, kv_dtype), the exact one first."""
 
 _PAGE = 16
 
 
 @frozen
 class Row:
-    """One way to keep the weights: their bytes, and the perplexity of the text."""
+    """One way to keep weights and KV: the weights' bytes, and the perplexity of the text."""
 
     dtype: str
     quantize: str
+    kv_dtype: str
     weights_mb: float
     perplexity: float
 
@@ -62,12 +64,12 @@ class Report:
     def table(self) -> Table:
         """For people."""
         title = f"{self.model}: {self.tokens:,} tokens of {self.text} ({self.digest})"
-        table = Table("dtype", "--quantize", "weights", "perplexity", "", title=title)
+        table = Table("dtype", "--quantize", "--kv-dtype", "weights", "perplexity", "", title=title)
         exact = self.rows[0].perplexity
         for row in self.rows:
             more = f"{(row.perplexity / exact - 1) * 100:+.2f} %"
             cells = (f"{row.weights_mb:.0f} MB", f"{row.perplexity:.3f}", more)
-            table.add_row(row.dtype, row.quantize, *cells)
+            table.add_row(row.dtype, row.quantize, row.kv_dtype, *cells)
         return table
 
     def as_json(self) -> dict[str, Any]:
@@ -104,14 +106,16 @@ def measure(
     if not windows:
         raise ConfigError("text", text, f"at least {window} tokens; it has {len(ids)}")
     rows = []
-    for dtype, quantize in KINDS:
-        built = models.build(checkpoint, Mesh.single(), dtype=dtype, quantize=quantize)
+    for dtype, quantize, kv_dtype in KINDS:
+        built = models.build(
+            checkpoint, Mesh.single(), dtype=dtype, quantize=quantize, kv_dtype=kv_dtype
+        )
         total = 0.0
         for done, own in enumerate(windows):
-            progress(f"{dtype}, {quantize}", done, len(windows))
+            progress(f"{dtype}, {quantize}, KV {kv_dtype}", done, len(windows))
             total += _surprise(built, own)
         mean = total / (len(windows) * (window - 1))
-        rows.append(Row(dtype, quantize, built.weights_bytes / 1e6, math.exp(mean)))
+        rows.append(Row(dtype, quantize, kv_dtype, built.weights_bytes / 1e6, math.exp(mean)))
     digest = hashlib.sha256(np.array(windows, np.int32).tobytes()).hexdigest()[:12]
     predicted = len(windows) * (window - 1)
     return Report(model, machine(), text or "README.md", predicted, digest, tuple(rows))

@@ -17,9 +17,11 @@ from tokenspeed.kernels.cpu.recording import Recording, Workspace, record
 from tokenspeed.kernels.latent import latent_attention
 from tokenspeed.kernels.mla import mla_decode, mla_decode_plan, mla_prefill
 from tokenspeed.kernels.packing import GROUP, PackedWeight, pack
+from tokenspeed.kernels.pages import EIGHT_BITS
 from tokenspeed.kernels.registry import Choice, Registry, registry
 
 __all__ = [
+    "EIGHT_BITS",
     "GROUP",
     "AttentionPlan",
     "Backend",
@@ -117,7 +119,7 @@ def draw(scores: Tensor, draws: Draws) -> Tensor:
 def kv_write(k_pages: Tensor, v_pages: Tensor, k: Tensor, v: Tensor, locations: Tensor) -> None:
     """Put k[T, K, d] and v[T, K, e] at locations int64[T] of pages [pages, page_size, K, .]."""
     checks.writes(k_pages, v_pages, k, v, locations)
-    registry.of("kv_write", k)(k_pages, v_pages, k, v, locations)
+    registry.of("kv_write", k, k_pages)(k_pages, v_pages, k, v, locations)
 
 
 def paged_attention(
@@ -125,7 +127,8 @@ def paged_attention(
 ) -> Tensor:
     """Causal attention of q[T, H, d] over each row's pages, or over `window` tokens; [T, H, d]."""
     checks.attends(q, k_pages, v_pages, plan, window)
-    return cast(Tensor, registry.of("paged_attention", q)(q, k_pages, v_pages, plan, window))
+    run = registry.of("paged_attention", q, k_pages)
+    return cast(Tensor, run(q, k_pages, v_pages, plan, window))
 
 
 def moe_route(logits: Tensor, bias: Tensor | None, routing: Routing) -> tuple[Tensor, Tensor]:

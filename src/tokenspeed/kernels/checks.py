@@ -16,12 +16,14 @@ from torch import Tensor
 from tokenspeed.errors import ContractError
 from tokenspeed.kernels.contract import AttentionPlan, Draws, Routing
 from tokenspeed.kernels.packing import GROUP, PackedWeight
+from tokenspeed.kernels.pages import EIGHT_BITS
 
 __all__ = [
     "alike",
     "attends",
     "draws",
     "embeds",
+    "holding",
     "known_pages",
     "mixes",
     "multiplies",
@@ -59,6 +61,15 @@ def alike(op: str, x: Tensor, dtype: torch.dtype, **others: Tensor) -> None:
             raise ContractError(
                 op, name, f"{other.dtype} on {other.device}", f"{dtype} on {device}"
             )
+
+
+def holding(op: str, x: Tensor, **pages: Tensor) -> None:
+    """Refuse pages that hold neither numbers like those of `x` nor eight bits of each."""
+    first = next(iter(pages.values())).dtype
+    if first in (x.dtype, EIGHT_BITS):
+        alike(op, x, first, **pages)
+        return
+    raise ContractError(op, next(iter(pages)), str(first), f"{x.dtype} or {EIGHT_BITS}")
 
 
 def within(op: str, name: str, x: Tensor, low: int, end: int) -> None:
@@ -170,7 +181,8 @@ def writes(k_pages: Tensor, v_pages: Tensor, k: Tensor, v: Tensor, locations: Te
     pages, size = k_pages.shape[:2]
     shaped("kv_write", "v_pages", v_pages, pages, size, heads, v.shape[2])
     shaped("kv_write", "locations", locations, tokens)
-    alike("kv_write", k, k.dtype, v=v, k_pages=k_pages, v_pages=v_pages)
+    alike("kv_write", k, k.dtype, v=v)
+    holding("kv_write", k, k_pages=k_pages, v_pages=v_pages)
     alike("kv_write", k, _INT64, locations=locations)
     for name, own in (("k_pages", k_pages), ("v_pages", v_pages)):
         if own.stride(3) != 1 or (pages > 1 and own.stride(0) != size * own.stride(1)):
@@ -188,7 +200,7 @@ def attends(
     tokens, heads, dim = q.shape
     shaped(op, "k_pages", k_pages, "pages", plan.page_size, "K", dim)
     shaped(op, "v_pages", v_pages, *k_pages.shape)
-    alike(op, q, q.dtype, k_pages=k_pages, v_pages=v_pages)
+    holding(op, q, k_pages=k_pages, v_pages=v_pages)
     if not k_pages.shape[2] or heads % k_pages.shape[2]:
         raise ContractError(
             op, "q", str(list(q.shape)), f"a multiple of {k_pages.shape[2]} key heads"

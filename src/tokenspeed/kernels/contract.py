@@ -4,10 +4,11 @@ Shapes: T tokens of all rows of a step one after the other, R rows, D hidden, H 
 key/value heads, d head dim. Pages are [pages, page_size, K, d]; position p of a row lies in page
 `page_table[row, p // page_size]` at offset `p % page_size`. Results have the dtype of `x` (or `q`);
 sums are taken in float32 at least. Tensors of an op lie on one device and have the dtype of `x` (or
-`q`, `k`, `scores`) where nothing else is said; they may be strided. On a CPU values out of bounds
-are refused. On a GPU looking at them would wait for it: there nothing is read or written out of
-bounds: what does not exist is as if it were some other one, zeros, or left out; of `embedding`
-torch's own assertion fails.
+`q`, `k`, `scores`) where nothing else is said; they may be strided. Pages may be float8_e4m3fn as
+well: what is written is rounded to the nearest (ties to even, at most 448), and read as it is. On a
+CPU values out of bounds are refused. On a GPU looking at them would wait for it: there nothing is
+read or written out of bounds: what does not exist is as if it were some other one, zeros, or left
+out; of `embedding` torch's own assertion fails.
 
     embedding(ids int64[T], weight[V, D]) -> [T, D]
     linear(x[T, I], weight[O, I], bias[O] | None) -> [T, O]
@@ -245,6 +246,7 @@ class Problem:
         capability: of a CUDA device, as (9, 0).
         heads, q_len, page_size, latent, rope: of `mla_decode` and `mla_prefill`; q_len is rounded
             up to a power of two. None for other ops.
+        kv_dtype: of the pages that an op reads or writes, if it is another one.
     """
 
     op: str
@@ -256,6 +258,7 @@ class Problem:
     page_size: int | None = None
     latent: int | None = None
     rope: int | None = None
+    kv_dtype: str | None = None
 
 
 @final
@@ -268,6 +271,7 @@ class Backend:
         priority: the supported backend with the highest one runs, unless costs are known.
         functions: op -> function; ops may be missing.
         supports: None, or the reason why a problem is not for this backend.
+        kv_dtypes: of pages, beside that which it computes in.
         cost_us: microseconds of a nominal step, for `mla_decode` 8 rows of 16,384 keys each; None
             where they were never measured. If the backend with the highest priority knows its
             cost, the cheapest of those that know theirs runs.
@@ -278,9 +282,12 @@ class Backend:
     functions: dict[str, Callable[..., Any]]
     supports: Callable[[Problem], str | None]
     cost_us: Callable[[Problem], float | None] = lambda _problem: None
+    kv_dtypes: tuple[str, ...] = ()
 
     def lacks(self, problem: Problem) -> str | None:
         """Why this backend cannot run the problem, or None."""
         if problem.op not in self.functions:
             return f"has no {problem.op}"
+        if problem.kv_dtype is not None and problem.kv_dtype not in self.kv_dtypes:
+            return f"takes pages of {problem.dtype}, not {problem.kv_dtype}"
         return self.supports(problem)

@@ -11,8 +11,15 @@ from tokenspeed.kernels.registry import capability, registry
 
 __all__ = ["explained", "parse", "table"]
 
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
-KEYS = "b, q, h, kv, page, latent, rope, dtype, device, cap"
+DTYPES = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "fp32": "float32",
+    "fp64": "float64",
+    "fp8": "float8_e4m3fn",
+}
+KEYS = "b, q, h, kv, page, latent, rope, dtype, kv_dtype, device, cap"
+PAGED = ("kv_write", "paged_attention", "mla_decode", "mla_prefill")
 
 
 def _here() -> torch.device:
@@ -46,18 +53,26 @@ def parse(text: str) -> Problem:
         raise ConfigError("explain", text, "whole numbers, and cap as 9.0") from None
     if min(q_len, heads, page, latent, rope, *sizes.values()) < 1:
         raise ConfigError("explain", text, "sizes of at least 1")
-    dtype = given.pop("dtype", "bf16")
+    dtype, kv_dtype = given.pop("dtype", "bf16"), given.pop("kv_dtype", None)
     if given:
         raise ConfigError("explain", next(iter(given)), f"name=value with a name of {KEYS}")
     if cap is None and device == here.type:
         cap = capability(here)
-    dtype = DTYPES.get(dtype, dtype)
-    if not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ConfigError("explain", dtype, f"a dtype: {', '.join(DTYPES)}, or torch's name")
+    dtype, kv_dtype = _dtype(dtype), None if kv_dtype is None else _dtype(kv_dtype)
+    if kv_dtype is not None and op not in PAGED:
+        raise ConfigError("explain", f"kv_dtype={kv_dtype}", f"an op of pages: {', '.join(PAGED)}")
+    kv_dtype = None if kv_dtype == dtype else kv_dtype
     if op not in ("mla_decode", "mla_prefill"):
-        return Problem(op, device, dtype, capability=cap)
+        return Problem(op, device, dtype, capability=cap, kv_dtype=kv_dtype)
     rounded = 1 << (q_len - 1).bit_length()
-    return Problem(op, device, dtype, cap, heads, rounded, page, latent, rope)
+    return Problem(op, device, dtype, cap, heads, rounded, page, latent, rope, kv_dtype)
+
+
+def _dtype(name: str) -> str:
+    found = DTYPES.get(name, name)
+    if not isinstance(getattr(torch, found, None), torch.dtype):
+        raise ConfigError("explain", name, f"a dtype: {', '.join(DTYPES)}, or torch's name")
+    return found
 
 
 def explained(text: str) -> Table:

@@ -15,6 +15,7 @@ from torch import Tensor
 from tokenspeed.errors import ContractError
 from tokenspeed.kernels.checks import known_pages, queries
 from tokenspeed.kernels.contract import MlaPlan, Problem
+from tokenspeed.kernels.pages import EIGHT_BITS, kv_dtype
 from tokenspeed.kernels.registry import capability, registry
 
 __all__ = ["mla_decode", "mla_decode_plan", "mla_prefill", "mla_problem"]
@@ -74,8 +75,8 @@ def _check_values(starts: Tensor, lens: Tensor, keys_max: int, q_len_max: int) -
         raise ContractError("mla_decode_plan", "kv_lens", str(lens.tolist()), wanted)
 
 
-def mla_problem(q: Tensor, plan: MlaPlan, op: str = "mla_decode") -> Problem:
-    """What selection looks at for queries like `q` under a plan like this."""
+def mla_problem(q: Tensor, kv_pages: Tensor, plan: MlaPlan, op: str = "mla_decode") -> Problem:
+    """What selection looks at for queries like `q`, and pages, under a plan like this."""
     return Problem(
         op,
         q.device.type,
@@ -86,6 +87,7 @@ def mla_problem(q: Tensor, plan: MlaPlan, op: str = "mla_decode") -> Problem:
         page_size=plan.page_size,
         latent=plan.latent,
         rope=plan.rope,
+        kv_dtype=kv_dtype(q.dtype, kv_pages.dtype),
     )
 
 
@@ -105,7 +107,7 @@ def mla_decode(q: Tensor, kv_pages: Tensor, plan: MlaPlan, scale: float) -> tupl
         raise ContractError("mla_decode", "q", str(list(q.shape)), wanted)
     _check_pages("mla_decode", kv_pages, plan)
     _check_kinds("mla_decode", {"q": q, "kv_pages": kv_pages}, plan)
-    run = registry.find(mla_problem(q, plan))
+    run = registry.find(mla_problem(q, kv_pages, plan))
     return cast(tuple[Tensor, Tensor], run(q, kv_pages, plan, scale))
 
 
@@ -129,7 +131,7 @@ def mla_prefill(q: Tensor, kv_pages: Tensor, up: Tensor, plan: MlaPlan, scale: f
         raise ContractError("mla_prefill", "up", str(list(up.shape)), wanted)
     _check_pages("mla_prefill", kv_pages, plan)
     _check_kinds("mla_prefill", {"q": q, "kv_pages": kv_pages, "up": up}, plan)
-    run = registry.find(mla_problem(q, plan, "mla_prefill"))
+    run = registry.find(mla_problem(q, kv_pages, plan, "mla_prefill"))
     return cast(Tensor, run(q, kv_pages, up, plan, scale))
 
 
@@ -143,8 +145,10 @@ def _check_pages(op: str, kv_pages: Tensor, plan: MlaPlan) -> None:
 def _check_kinds(op: str, given: dict[str, Tensor], plan: MlaPlan) -> None:
     dtype = given["q"].dtype
     for name, value in given.items():
-        if value.dtype != dtype or value.device != plan.kv_lens.device:
-            wanted = f"{dtype} on {plan.kv_lens.device}, where the plan is"
+        narrow = name == "kv_pages" and value.dtype == EIGHT_BITS
+        if (value.dtype != dtype and not narrow) or value.device != plan.kv_lens.device:
+            either = f"{dtype} or {EIGHT_BITS}" if name == "kv_pages" else f"{dtype}"
+            wanted = f"{either} on {plan.kv_lens.device}, where the plan is"
             raise ContractError(op, name, f"{value.dtype} on {value.device}", wanted)
     if plan.kv_lens.device.type == "cpu":
         plan.once(_check_places, op, len(given["q"]), len(given["kv_pages"]))

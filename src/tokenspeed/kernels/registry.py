@@ -26,6 +26,7 @@ from tokenspeed.kernels.contract import OPS, Backend, Problem
 from tokenspeed.kernels.cpu import BACKEND as CPU
 from tokenspeed.kernels.cpu import NATIVE
 from tokenspeed.kernels.cuda import BACKEND as CUDA
+from tokenspeed.kernels.pages import kv_dtype
 from tokenspeed.kernels.reference import BACKEND as REFERENCE
 from tokenspeed.kernels.triton import BACKENDS as TRITON
 
@@ -110,18 +111,21 @@ class Registry:
         self._forced |= {op: name for op, _, name in words}
         self._choose_anew()
 
-    def of(self, op: str, x: Tensor) -> Callable[..., Any]:
-        """The function that runs an op on tensors like `x`.
+    def of(self, op: str, x: Tensor, pages: Tensor | None = None) -> Callable[..., Any]:
+        """The function that runs an op on tensors like `x`, and on pages like these.
 
         Raises:
             KernelError: no backend supports it; says what each one lacks.
         """
         # This is asked many times a step: the device's hash is cheaper than a problem's.
-        key = (op, x.device, x.dtype)
+        held = x.dtype if pages is None else pages.dtype
+        key = (op, x.device, x.dtype, held)
         found = self._chosen.get(key)
         if found is None:
             dtype = str(x.dtype).removeprefix("torch.")
-            problem = Problem(op, x.device.type, dtype, capability=capability(x.device))
+            problem = Problem(
+                op, x.device.type, dtype, capability(x.device), kv_dtype=kv_dtype(x.dtype, held)
+            )
             found = self._chosen[key] = self.find(problem)
         return found
 

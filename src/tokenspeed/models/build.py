@@ -17,7 +17,7 @@ from attrs import frozen
 from torch import Tensor
 
 from tokenspeed import kernels
-from tokenspeed.config import HOST_PAGES_MAX, EngineConfig
+from tokenspeed.config import HOST_PAGES_MAX, KV_DTYPES, EngineConfig
 from tokenspeed.errors import CheckpointError, ConfigError
 from tokenspeed.kernels import PackedWeight
 from tokenspeed.models.checkpoint import Checkpoint, open_checkpoint
@@ -150,6 +150,7 @@ def build(
     mesh: Mesh,
     *,
     dtype: str = "float32",
+    kv_dtype: str = "auto",
     device: str = "cpu",
     quantize: str = "none",
     progress: LoadProgress | None = None,
@@ -164,7 +165,8 @@ def build(
     Args:
         checkpoint: opened by `open_checkpoint`, or a name as `open_model` takes it.
         mesh: as this rank sees it.
-        dtype: of weights, activations and KV; "float32" or "bfloat16".
+        dtype: of weights and activations; "float32" or "bfloat16".
+        kv_dtype: of KV pages: "auto", that of activations, or "float8": see EngineConfig.
         device: a torch device.
         quantize: which matrices are packed, and how: see EngineConfig.
         progress: called after every tensor.
@@ -181,6 +183,8 @@ def build(
     """
     if dtype not in _DTYPES:
         raise ConfigError("dtype", dtype, f"one of {', '.join(_DTYPES)}")
+    if kv_dtype not in KV_DTYPES:
+        raise ConfigError("kv_dtype", kv_dtype, f"one of {', '.join(KV_DTYPES)}")
     if quantize not in ("none", "auto", *_BITS):
         raise ConfigError("quantize", quantize, f"one of none, auto, {', '.join(_BITS)}")
     if not isinstance(mesh, Mesh):
@@ -200,6 +204,8 @@ def build(
     params = _load(checkpoint, tree, program, kind, packing, progress or _silent)
     held = program.held_layers
     parts = _cached(config, mesh, family)
+    if kv_dtype == "float8":
+        kind["dtype"] = kernels.EIGHT_BITS
     kv = KVSpec(layers=family.layers(config), parts=parts, held=held, **kind)
     return Model(config=config, step=program, params=params, kv=kv)
 

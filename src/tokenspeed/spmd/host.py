@@ -44,12 +44,12 @@ class HostKV:
     """
 
     def __init__(self, device_pages: Iterable[LayerKV], pages: int) -> None:
-        self._parts = [part for layer in device_pages for part in layer]
+        self._parts = [part.view(torch.uint8) for layer in device_pages for part in layer]
         first = self._parts[0]
         cuda = first.device.type == "cuda"
         shape = (pages, len(self._parts), *first.shape[1:])
-        self._pages = torch.zeros(shape, dtype=first.dtype, pin_memory=cuda)
-        self._bytes = self._pages.view(pages, -1).view(torch.uint8).numpy()
+        self._pages = torch.zeros(shape, dtype=torch.uint8, pin_memory=cuda)
+        self._bytes = self._pages.view(pages, -1).numpy()
         self._checksums: dict[int, int] = {}
         self._stream = torch.cuda.Stream(first.device) if cuda else None  # type: ignore[no-untyped-call]
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="tokenspeed-copy")

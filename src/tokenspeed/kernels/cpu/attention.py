@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tokenspeed.kernels.contract import AttentionPlan
+from tokenspeed.kernels.pages import gathered, scatter
 
 __all__ = ["attend_row", "kv_write", "long_rows", "paged_attention", "rope"]
 
@@ -35,8 +36,8 @@ def rope(
 
 def kv_write(k_pages: Tensor, v_pages: Tensor, k: Tensor, v: Tensor, locations: Tensor) -> None:
     """See contract.py."""
-    k_pages.flatten(0, 1).index_copy_(0, locations, k)
-    v_pages.flatten(0, 1).index_copy_(0, locations, v)
+    scatter(k_pages, locations, k)
+    scatter(v_pages, locations, v)
 
 
 @frozen(eq=False)
@@ -97,13 +98,12 @@ def paged_attention(
 ) -> Tensor:
     """See contract.py."""
     decode, prefills = plan.once(_rows, window)
-    keys, values = k_pages.flatten(0, 1), v_pages.flatten(0, 1)
     bias = plan.once(_decode_bias, window, q.dtype)
     if decode is not None and not prefills:
-        return _decode(q, keys, values, decode, bias)
+        return _decode(q, k_pages, v_pages, decode, bias)
     out = torch.empty(q.shape, dtype=q.dtype)
     if decode is not None:
-        out[decode.tokens] = _decode(q[decode.tokens], keys, values, decode, bias)
+        out[decode.tokens] = _decode(q[decode.tokens], k_pages, v_pages, decode, bias)
     for row in prefills:
         attend_row(q, k_pages, v_pages, row, out)
     return out
@@ -111,19 +111,22 @@ def paged_attention(
 
 def attend_row(q: Tensor, k_pages: Tensor, v_pages: Tensor, row: _Prefill, out: Tensor) -> None:
     """Write the attention of a long row's queries into out[T, H, d]."""
-    keys, values = k_pages.flatten(0, 1), v_pages.flatten(0, 1)
-    out[row.start : row.end] = _prefill(q[row.start : row.end], keys, values, row)
+    out[row.start : row.end] = _prefill(q[row.start : row.end], k_pages, v_pages, row)
 
 
 def _bias(unseen: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(unseen.shape, dtype=dtype).masked_fill_(unseen, float("-inf"))
 
 
-def _decode(q: Tensor, keys: Tensor, values: Tensor, rows: _Decode, bias: Tensor | None) -> Tensor:
+def _decode(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, rows: _Decode, bias: Tensor | None
+) -> Tensor:
     batch, heads, dim = q.shape
-    kv_heads, length = keys.shape[1], rows.unseen.shape[1]
-    k = keys.index_select(0, rows.where).view(batch, length, kv_heads, dim).transpose(1, 2)
-    v = values.index_select(0, rows.where).view(batch, length, kv_heads, dim).transpose(1, 2)
+    kv_heads, length = k_pages.shape[2], rows.unseen.shape[1]
+    k, v = (
+        gathered(pages, rows.where, q.dtype).view(batch, length, kv_heads, dim).transpose(1, 2)
+        for pages in (k_pages, v_pages)
+    )
     folded = q.reshape(batch, kv_heads, heads // kv_heads, dim)
     return functional.scaled_dot_product_attention(folded, k, v, attn_mask=bias).reshape(q.shape)
 
@@ -136,11 +139,12 @@ def _decode_bias(plan: AttentionPlan, window: int | None, dtype: torch.dtype) ->
     return _bias(decode.unseen, dtype)[:, None, None, :]
 
 
-def _prefill(q: Tensor, keys: Tensor, values: Tensor, row: _Prefill) -> Tensor:
+def _prefill(q: Tensor, k_pages: Tensor, v_pages: Tensor, row: _Prefill) -> Tensor:
     count, heads, dim = q.shape
-    kv_heads = keys.shape[1]
-    k = keys.index_select(0, row.where).transpose(0, 1)[None]
-    v = values.index_select(0, row.where).transpose(0, 1)[None]
+    kv_heads = k_pages.shape[2]
+    k, v = (
+        gathered(pages, row.where, q.dtype).transpose(0, 1)[None] for pages in (k_pages, v_pages)
+    )
     groups = heads // kv_heads
     folded = q.view(count, kv_heads, groups, dim).permute(1, 2, 0, 3).reshape(1, kv_heads, -1, dim)
     bias = _bias(row.unseen, q.dtype).repeat(groups, 1)

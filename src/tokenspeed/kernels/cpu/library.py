@@ -29,7 +29,7 @@ __all__ = [
 
 Argument = int | float | None
 
-CALL_WORDS = 18
+CALL_WORDS = 19
 """TS_CPU_CALL_WORDS."""
 
 _POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
@@ -52,10 +52,10 @@ _SIGNATURES = {
     "argmax": [_INT, _POINTER, _SIZE, _SIZE, _POINTER, _INT],
     "finite": [_INT, _POINTER, _SIZE, _SIZE, _POINTER, _INT],
     "take": [_INT, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER],
-    "kv_write": [_INT, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER, _POINTER],
+    "kv_write": [_INT, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER, _POINTER, _INT],
     "attention": [
         *(_INT, _POINTER, _POINTER, _POINTER, _SIZE, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE),
-        *(_SIZE, _SIZE, _SIZE, _SIZE, _SIZE, _POINTER, _INT),
+        *(_SIZE, _SIZE, _SIZE, _SIZE, _SIZE, _POINTER, _INT, _INT),
     ],
 }  # fmt: skip
 

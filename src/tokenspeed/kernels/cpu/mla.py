@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tokenspeed.kernels.contract import MlaPlan
+from tokenspeed.kernels.pages import gathered
 
 __all__ = ["mla_decode", "mla_prefill"]
 
@@ -58,7 +59,7 @@ def mla_decode(q: Tensor, kv_pages: Tensor, plan: MlaPlan, scale: float) -> tupl
     for rows in plan.once(_rows):
         batch, count = rows.tokens.shape
         width = q.shape[2]
-        keys = kv_pages.flatten(0, 1).index_select(0, rows.where.flatten()).float()
+        keys = gathered(kv_pages, rows.where.flatten(), torch.float32)
         keys = keys.view(batch, -1, width)
         folded = q[rows.tokens.flatten()].view(batch, -1, width).float()
         scores = torch.bmm(folded, keys.transpose(1, 2)).mul_(scale)
@@ -106,7 +107,7 @@ def mla_prefill(q: Tensor, kv_pages: Tensor, up: Tensor, plan: MlaPlan, scale: f
     heads, nope = plan.heads, q.shape[-1] - plan.rope
     out = torch.zeros(*q.shape[:2], up.shape[1] - nope, dtype=q.dtype, device=q.device)
     for row in plan.once(_prefills):
-        keys = kv_pages.flatten(0, 1).index_select(0, row.where)
+        keys = gathered(kv_pages, row.where, q.dtype)
         turned = keys[None, :, plan.latent :]
         bias = torch.zeros(row.unseen.shape, dtype=q.dtype, device=q.device)
         bias.masked_fill_(row.unseen, float("-inf"))

@@ -16,10 +16,11 @@ from tokenspeed.kernels.cpu import attention as composed
 from tokenspeed.kernels.cpu import dense
 from tokenspeed.kernels.cpu.library import call, library_path, product_tokens
 from tokenspeed.kernels.packing import PackedWeight
+from tokenspeed.kernels.pages import EIGHT_BITS, scatter
 
 __all__ = ["BACKEND"]
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, EIGHT_BITS: 2}
 _DIM_MAX = 256
 _QUERIES_MAX = 8
 """Of a row: with more, torch's fused attention over gathered pages is the faster one."""
@@ -164,14 +165,14 @@ def kv_write(k_pages: Tensor, v_pages: Tensor, k: Tensor, v: Tensor, locations: 
 
 def _write(pages: Tensor, x: Tensor, locations: Tensor) -> None:
     if not pages.is_contiguous():  # columns of wider pages: a latent, and its rotary key
-        pages.flatten(0, 1).index_copy_(0, locations, x)
+        scatter(pages, locations, x)
         return
     tokens, heads, dim = x.shape
     if x.stride()[1:] != (dim, 1):
         x = x.contiguous()
     call(
         "kv_write", _DTYPES[x.dtype], x.data_ptr(), x.stride(0), tokens, heads * dim,
-        locations.data_ptr(), pages.data_ptr(),
+        locations.data_ptr(), pages.data_ptr(), _DTYPES[pages.dtype],
     )  # fmt: skip
 
 
@@ -189,7 +190,7 @@ def paged_attention(
         "attention", _DTYPES[q.dtype], q.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(),
         table.shape[0], plan.query_start.data_ptr(), plan.context_lens.data_ptr(), table.data_ptr(),
         table.stride(0), plan.page_size, heads, k_pages.shape[2], dim, window or 0, _QUERIES_MAX,
-        out.data_ptr(), torch.get_num_threads(),
+        out.data_ptr(), _DTYPES[k_pages.dtype], torch.get_num_threads(),
     )  # fmt: skip
     if plan.once(_longest) > _QUERIES_MAX:
         for row in plan.once(composed.long_rows, window, _QUERIES_MAX):
@@ -229,4 +230,5 @@ BACKEND = Backend(
         "paged_attention": paged_attention,
     },
     supports=_supports,
+    kv_dtypes=("float8_e4m3fn",),
 )

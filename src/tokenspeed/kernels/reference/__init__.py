@@ -40,4 +40,5 @@ BACKEND = Backend(
         "moe_mlp": moe_mlp,
     },
     supports=lambda _problem: None,
+    kv_dtypes=("float8_e4m3fn",),
 )

@@ -14,6 +14,7 @@ from attrs import frozen
 from torch import Tensor
 
 from tokenspeed.kernels.contract import AttentionPlan
+from tokenspeed.kernels.pages import EIGHT_BITS, as_bytes
 from tokenspeed.kernels.triton.mla import INTERPRETED, LOG2_E, precision
 from tokenspeed.kernels.triton.tiles import Tiles, cores, fold, merge, tiled
 
@@ -99,14 +100,33 @@ def rope(
 
 
 @triton.jit
+def _eight_bits(x):
+    """float32 as the bits of float8_e4m3fn: to the nearest, ties to even, at most 448.
+
+    By whole numbers: what a conversion does beyond 448, and below 2^-6, is not the same everywhere.
+    """
+    bits = x.to(tl.uint32, bitcast=True)
+    size = tl.minimum(tl.abs(x), 448.0)
+    own = size.to(tl.uint32, bitcast=True)
+    code = ((own + 0x7FFFF + ((own >> 20) & 1)) >> 20) - (120 << 3)
+    # The last bit of a sum with 2^14 is worth 2^-9, as that of what has no exponent is.
+    small = (size + 16384.0).to(tl.uint32, bitcast=True) - 0x46800000
+    code = tl.where(size < 0.015625, small, code)
+    code = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7F, code)
+    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
 def _put(x, pages, token, at, room, heads, dim, x_token, x_head, p_page, p_key, p_head, size,
-         HEADS: tl.constexpr, DIM: tl.constexpr):  # fmt: skip
+         HEADS: tl.constexpr, DIM: tl.constexpr, EIGHT_BITS: tl.constexpr):  # fmt: skip
     head = tl.arange(0, HEADS)[:, None]
     lane = tl.arange(0, DIM)[None, :]
     # A place that does not exist is not written.
     inside = (head < tl.where((at >= 0) & (at < room), heads, 0)) & (lane < dim)
     values = tl.load(x + token * x_token + head * x_head + lane, mask=inside, other=0.0)
     place = (at // size) * p_page + (at % size) * p_key
+    if EIGHT_BITS:
+        values = _eight_bits(values.to(tl.float32))
     tl.store(pages + place + head * p_head + lane, values, mask=inside)
 
 
@@ -114,14 +134,14 @@ def _put(x, pages, token, at, room, heads, dim, x_token, x_head, p_page, p_key, 
 def _write(
     k, v, k_pages, v_pages, locations, room, heads, k_dim, v_dim, size,
     k_token, k_head, v_token, v_head, kp_page, kp_key, kp_head, vp_page, vp_key, vp_head,
-    HEADS: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr,
+    HEADS: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr, EIGHT_BITS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     at = tl.load(locations + token)
     _put(k, k_pages, token, at, room, heads, k_dim, k_token, k_head, kp_page, kp_key, kp_head, size,
-         HEADS, K_DIM)  # fmt: skip
+         HEADS, K_DIM, EIGHT_BITS)  # fmt: skip
     _put(v, v_pages, token, at, room, heads, v_dim, v_token, v_head, vp_page, vp_key, vp_head, size,
-         HEADS, V_DIM)  # fmt: skip
+         HEADS, V_DIM, EIGHT_BITS)  # fmt: skip
 
 
 def kv_write(k_pages: Tensor, v_pages: Tensor, k: Tensor, v: Tensor, locations: Tensor) -> None:
@@ -129,13 +149,16 @@ def kv_write(k_pages: Tensor, v_pages: Tensor, k: Tensor, v: Tensor, locations: 
     tokens, heads, dim = k.shape
     locations = locations.contiguous()
     k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (k, v))
+    eight_bits = k_pages.dtype == EIGHT_BITS
+    if eight_bits:
+        k_pages, v_pages = as_bytes(k_pages), as_bytes(v_pages)
     if tokens:
         _write[(tokens,)](
             k, v, k_pages, v_pages, locations, k_pages.shape[0] * k_pages.shape[1], heads, dim,
             v.shape[2], k_pages.shape[1],
             *k.stride()[:2], *v.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3],
             HEADS=triton.next_power_of_2(heads), K_DIM=triton.next_power_of_2(dim),
-            V_DIM=triton.next_power_of_2(v.shape[2]),
+            V_DIM=triton.next_power_of_2(v.shape[2]), EIGHT_BITS=eight_bits,
         )  # fmt: skip
 
 
@@ -166,6 +189,7 @@ def _keys(
     else:
         keys = tl.load(key)
         values = tl.load(value)
+    keys, values = keys.to(query.dtype), values.to(query.dtype)
     if WIDEN:
         scores = tl.dot(query.to(tl.float32), tl.trans(keys.to(tl.float32))) * scale
     else:

@@ -21,6 +21,8 @@ def _supports(problem: Problem) -> str | None:
         return f"runs on {' and '.join(DEVICES)}, not on {problem.device}"
     if problem.dtype not in ("float32", "bfloat16", "float16"):
         return f"computes in float32, bfloat16 or float16, not {problem.dtype}"
+    if problem.kv_dtype is not None and (problem.capability or (9, 0)) < (8, 9):
+        return "reads float8 from capability 8.9 on"
     return unsupported(problem) if problem.op == "mla_decode" else None
 
 
@@ -49,5 +51,6 @@ BACKEND = Backend(
         "moe_mlp": moe_mlp,
     },
     supports=_supports,
+    kv_dtypes=("float8_e4m3fn",),
     cost_us=_cost_us,
 )

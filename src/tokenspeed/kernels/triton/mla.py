@@ -18,6 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tokenspeed.kernels.contract import MlaPlan, Problem
+from tokenspeed.kernels.pages import gathered
 from tokenspeed.kernels.triton.tiles import Tiles, fold, merge, tiled
 
 __all__ = ["cost_us", "mla_decode", "mla_prefill", "precision", "unsupported"]
@@ -123,6 +124,7 @@ def _attend(
         key = page.to(tl.int64) * page_stride + (at % PAGE) * key_stride
         latent = tl.load(pages + key[:, None] + lane[None, :], mask=there[:, None], other=0.0)
         rope = tl.load(pages + key[:, None] + rope_lane[None, :], mask=there[:, None], other=0.0)
+        latent, rope = latent.to(q.dtype.element_ty), rope.to(q.dtype.element_ty)
         best, total, mixed = _step(
             latent, rope, at, limit, q_latent, q_rope, best, total, mixed, scale,
             PRECISION, WIDEN,
@@ -307,7 +309,7 @@ def mla_prefill(q: Tensor, kv_pages: Tensor, up: Tensor, plan: MlaPlan, scale: f
     if not tokens or not len(found.where):
         return out
     q = q if q.stride(2) == 1 else q.contiguous()
-    keys = kv_pages.flatten(0, 1).index_select(0, found.where)
+    keys = gathered(kv_pages, found.where, q.dtype)
     lanes = [max(16, triton.next_power_of_2(size)) for size in (nope, plan.rope, value)]
     narrow = q.element_size() == 2
     rows = 128 if narrow and sum(lanes) <= 320 else 64

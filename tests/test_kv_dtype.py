@@ -1,0 +1,80 @@
+"""KV in 8 bits: half the bytes, and schedules change ids as little as they do otherwise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+
+import tiny
+from serving import everything_back
+from test_models import fed
+from tokenspeed import models
+from tokenspeed.engine import Engine
+from tokenspeed.request import SamplingParams
+from tokenspeed.spmd import Mesh
+
+OUTPUT = 10
+PROMPTS = [[7 * i % 90 + 3 for i in range(40)], [5, 9, 33, 70], [7 * i % 90 + 3 for i in range(29)]]
+
+
+@pytest.fixture(scope="module", params=["llama", "deepseek"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config: dict[str, Any] = tiny.DEEPSEEK if request.param == "deepseek" else {}
+    path = tiny.write(tmp_path_factory.mktemp(request.param), **config)
+    vocab = {chr(33 + i): i for i in range(94)}
+    tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [])).save(str(path / "tokenizer.json"))
+    return path
+
+
+def built(folder: Path, kv_dtype: str) -> models.Model:
+    return models.build(models.open_checkpoint(folder), Mesh.single(), kv_dtype=kv_dtype)
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> list[list[int]]:
+    """Greedy ids, each by a step that writes all keys before it and reads them."""
+    model, outputs = built(folder, "float8"), []
+    for prompt in PROMPTS:
+        ids = list(prompt)
+        for _ in range(OUTPUT):
+            ids.append(int(fed(model, torch.tensor(ids), chunk=len(ids))[-1].argmax()))
+        outputs.append(ids[len(prompt) :])
+    return outputs
+
+
+def test_a_token_takes_a_byte_for_each_number_and_is_rounded(folder: Path) -> None:
+    eight, whole = built(folder, "float8"), built(folder, "auto")
+    assert eight.kv.token_bytes * 4 == whole.kv.token_bytes
+    assert {part.dtype for part in eight.kv.allocate(3, 4)[0]} == {torch.float8_e4m3fn}
+    ids = torch.tensor(PROMPTS[0])
+    rounded, exact = (fed(model, ids, chunk=len(ids)).softmax(-1) for model in (eight, whole))
+    assert 1e-5 < float((rounded - exact).abs().max()) < 0.1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"overlap": 1, "prefill_chunk": 7},
+        {"pages": 16},
+        {"host_pages": 64, "pages": 16},
+        {"speculate": "ngram"},
+    ],
+    ids=str,
+)
+def test_every_way_to_serve_gives_the_same_ids(
+    folder: Path, expected: list[list[int]], settings: dict[str, Any]
+) -> None:
+    params = SamplingParams(temperature=0, max_tokens=OUTPUT, ignore_eos=True)
+    sizes = {"pages": 48, "page_size": 4, "slots": 3, "prefill_chunk": 24} | settings
+    with Engine.from_pretrained(folder, dtype="float32", kv_dtype="float8", **sizes) as engine:
+        for _ in range(2):  # the second time from the cache
+            done = engine.generate(PROMPTS, params)
+            assert [list(one.token_ids) for one in done] == expected
+        stats = engine.stats()
+        assert stats.prefix_cache_hits > 0
+        assert (stats.host_stores > 0) == ("host_pages" in settings)
+        assert everything_back(engine)
