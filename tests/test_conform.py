@@ -43,7 +43,6 @@ needs_compiler = pytest.mark.skipif(compiled.compiler() is None, reason="no C++ 
         "tiny",
         "pages",
         "toolong",
-        "keys",
         "priorities",
         "draftslot",
         "draftone",
@@ -53,6 +52,7 @@ needs_compiler = pytest.mark.skipif(compiled.compiler() is None, reason="no C++ 
         *(
             pytest.param(name, marks=pytest.mark.slow)
             for name in (
+                "keys",
                 "oneslot",
                 "host",
                 "draftpages",

@@ -73,6 +73,7 @@ TypeOK ==
   /\ box \in [top : A \cup {None}, low : [seen : SUBSET A, mark : Nat \X BOOLEAN]]
   /\ n \in Int /\ n \in -1..3
 Sums == UNION {{x, 1 - x} : x \in Range(fn)} \subseteq {0, 1} /\ Max({0} \cup Range(fn)) <= 1
+Few == Cardinality({m \in msgs : m.kind = "set"}) <= 1
 Small == Len(log) <= 1 /\ Cardinality(msgs) <= 1
 Counts == Counter!Spec
 Never == ~(n = 3 /\ Len(log) = 2)
