@@ -20,11 +20,12 @@ from click.testing import CliRunner
 from rich.console import Console
 
 import tiny
-from tokenspeed.bench import mesh, ops, quality
+from tokenspeed.bench import mesh, quality
 from tokenspeed.bench.conversations import BLOCK, generate, live_blocks, read
 from tokenspeed.bench.http import HttpSide, served
 from tokenspeed.bench.jobs import Job, timed
-from tokenspeed.bench.kernels import CELLS, Cell, Measured, Report, Timing
+from tokenspeed.bench.kernels import CELLS, Cell
+from tokenspeed.bench.report import Measured, Report, Timing
 from tokenspeed.bench.roofline import plot
 from tokenspeed.bench.scheduler import Sizes
 from tokenspeed.bench.serve import Workload, compare
@@ -240,23 +241,25 @@ def test_ops_are_measured_on_a_gpu_or_not_at_all(cell: str, named: str) -> None:
 
 def test_what_is_wrong_is_said_beside_its_time() -> None:
     times = {
-        "good": ops.Timing(us=20.0, error=1e-3),
-        "bad": ops.Timing(us=1.0, error=0.5),
-        "torch": ops.Timing(us=30.0, error=None),
+        "good": Timing(us=20.0, error=1e-3),
+        "bad": Timing(us=1.0, error=0.5),
+        "odd": Timing(us=5.0, error=float("nan")),
+        "torch": Timing(us=30.0),
     }
-    cell = ops.Measured(op="rope", floor_us=10.0, times=times)
-    report = ops.OpsReport(
-        machine="m", copy_gb_s=4000.0, matmul_tflop_s=700.0, cells={"rope_t64": cell}
-    )
-    table = report.table()
+    table = of_cells(rope_t64=measured(10.0, times)).table()
     shown = {str(column.header): next(iter(column.cells)) for column in table.columns}
     assert shown == {
         "cell": "rope_t64",
-        "floor": "10.0",
-        "bad": "1.0 (0.1x) WRONG 5.0e-01",
-        "good": "20.0 (2.0x)",
-        "torch": "30.0 (3.0x)",
+        "load only": "10.0",
+        "bad": "1.0 (0.10x) WRONG 5.0e-01",
+        "good": "20.0 (2.00x)",
+        "odd": "5.0 (0.50x) WRONG nan",
+        "torch": "30.0 (3.00x)",
     }
+    text = io.StringIO()
+    Console(file=text, width=120).print(of_cells(c=measured(None, times)).table())
+    assert "30.0 " in text.getvalue(), "no floor, no ratio"
+    assert "x)" not in text.getvalue()
 
 
 def test_a_cell_counts_its_pages_and_a_shared_one_counts_them_once() -> None:
@@ -266,8 +269,17 @@ def test_a_cell_counts_its_pages_and_a_shared_one_counts_them_once() -> None:
     assert CELLS["b4_q4_h16_64K"] == Cell((65536,) * 4, 4, 16)
 
 
+def measured(floor_us: float | None, times: dict[str, Timing], name: str = "") -> Measured:
+    cell = CELLS.get(name, Cell((1,), 1, 1))
+    return Measured(
+        op="any", floor_us=floor_us, bytes=cell.bytes_moved, flops=cell.flops, times=times
+    )
+
+
 def of_cells(**cells: Measured) -> Report:
     return Report(
+        floor="load only",
+        error_max=2e-3,
         machine="m",
         copy_gb_s=4000.0,
         matmul_tflop_s=700.0,
@@ -280,7 +292,7 @@ def test_a_roofline_has_what_is_right_where_it_belongs() -> None:
     right, wrong = Timing(us=100.0, error=1e-3), Timing(us=1.0, error=float("nan"))
     timings = {"b4_q1_h16_64K": right, "b8_q4_h64_64K": right}
     cells = {
-        name: Measured(load_us=1.0, key_bytes=1, backends={"good": timing, "bad": wrong})
+        name: measured(1.0, {"good": timing, "bad": wrong}, name)
         for name, timing in timings.items()
     }
     drawn = ElementTree.fromstring(plot(of_cells(**cells)))
@@ -291,19 +303,6 @@ def test_a_roofline_has_what_is_right_where_it_belongs() -> None:
     across, up = ([float(one.attrib[at]) for one in circles] for at in ("cx", "cy"))
     assert across[0] < across[1], "more queries do more with each byte"
     assert up[0] > up[1], "and so reach more"
-
-
-def test_a_wrong_result_is_called_wrong() -> None:
-    cell = Measured(
-        load_us=10.0,
-        key_bytes=1,
-        backends={"good": Timing(us=15.0, error=1e-3), "bad": Timing(us=5.0, error=float("nan"))},
-    )
-    report = of_cells(c=cell)
-    text = io.StringIO()
-    Console(file=text, width=120).print(report.table())
-    assert "15.0 (1.50x)" in text.getvalue()
-    assert "5.0 (0.50x) WRONG nan" in text.getvalue()
 
 
 def with_tokenizer(folder: Path) -> Path:

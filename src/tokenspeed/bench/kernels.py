@@ -3,29 +3,30 @@
 Rule: everything is measured in one run, on random data. Each call of a CUDA graph has other queries
 and other pages than the last, together more than the L2 holds, so that keys come from memory; the
 median of nine replays counts, divided by the calls. Plans are made before: they cost a step once,
-not each layer. Before a backend is timed its result is compared with the reference, in float64,
-from memory that held NaN.
+not each layer. Before a backend, or a package that is a peer, is timed its result is compared with
+the reference, in float64, from memory that held NaN.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, final
+from typing import final
 
 import torch
-from attrs import asdict, frozen
-from rich.table import Table
+from attrs import frozen
 from torch import Tensor
 
 from tokenspeed.bench.gpu import COLD_BYTES, copy_gb_s, matmul_tflop_s, timed_us
 from tokenspeed.bench.machine import machine
+from tokenspeed.bench.peers import latent
+from tokenspeed.bench.report import Calls, Measured, Report, Timing, tried
 from tokenspeed.errors import ConfigError
 from tokenspeed.kernels import MlaPlan, mla_decode, mla_decode_plan, registry
 from tokenspeed.kernels.cuda.mla import load_only, unsupported
 from tokenspeed.kernels.mla import mla_problem
 
-__all__ = ["CELLS", "ERROR_MAX", "Cell", "Report", "measure"]
+__all__ = ["CELLS", "Cell", "measure"]
 
 Tell = Callable[[str, int, int], None]
 """Called with (what is measured, done, total)."""
@@ -83,73 +84,11 @@ CELLS = {
 """By name: sequences, query tokens, heads, KV length."""
 
 
-@final
-@frozen(kw_only=True)
-class Timing:
-    """One backend on one cell: microseconds a call, and the relative error in float64."""
-
-    us: float
-    error: float
-
-
-@final
-@frozen(kw_only=True)
-class Measured:
-    """One cell. load_us: the pages loaded by cuda_sm90, without arithmetic, where it runs."""
-
-    load_us: float | None
-    key_bytes: int
-    backends: dict[str, Timing]
-
-
-@final
-@frozen(kw_only=True)
-class Report:
-    """What a run found, with the ceilings of the same run.
-
-    Where arithmetic counts a GPU is limited by its power: matmul_after_tflop_s is the rate of the
-    same product once all cells are done.
-    """
-
-    machine: str
-    copy_gb_s: float
-    matmul_tflop_s: float
-    matmul_after_tflop_s: float
-    cells: dict[str, Measured]
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
-
-    def table(self) -> Table:
-        """A row a cell."""
-        names = sorted({name for cell in self.cells.values() for name in cell.backends})
-        title = (
-            f"mla_decode, bf16, us; copy {self.copy_gb_s:.0f} GB/s read and written, "
-            f"matmul {self.matmul_tflop_s:.0f}, then {self.matmul_after_tflop_s:.0f} TFLOP/s; "
-            f"{self.machine}"
-        )
-        rows = Table("cell", "load only", *names, title=title, title_justify="left")
-        for name, cell in self.cells.items():
-            floor = "-" if cell.load_us is None else f"{cell.load_us:.1f}"
-            rows.add_row(name, floor, *(_shown(cell, backend) for backend in names))
-        return rows
-
-
-def _shown(cell: Measured, name: str) -> str:
-    if name not in cell.backends:
-        return "-"
-    timing = cell.backends[name]
-    ratio = "" if cell.load_us is None else f" ({timing.us / cell.load_us:.2f}x)"
-    wrong = "" if timing.error <= ERROR_MAX else f" WRONG {timing.error:.1e}"
-    return f"{timing.us:.1f}{ratio}{wrong}"
-
-
 Call = tuple[Tensor, Tensor, MlaPlan]
 
 
 def measure(names: Sequence[str], backends: Sequence[str], tell: Tell) -> Report:
-    """Time backends on cells, both by name; none of one means all.
+    """Time backends on cells, both by name; none of one means all, and of backends peers too.
 
     Raises:
         ConfigError: a name is unknown, or there is no CUDA device.
@@ -169,9 +108,11 @@ def measure(names: Sequence[str], backends: Sequence[str], tell: Tell) -> Report
     found: dict[str, Measured] = {}
     for done, name in enumerate(wanted):
         tell(name, done, len(wanted))
-        found[name] = _measured(CELLS[name], pool, runners)
+        found[name] = _measured(CELLS[name], pool, runners, with_peers=not backends)
     tell("done", len(wanted), len(wanted))
     return Report(
+        floor="load only",
+        error_max=ERROR_MAX,
         machine=machine(),
         copy_gb_s=copied,
         matmul_tflop_s=before,
@@ -217,7 +158,7 @@ def _calls(cell: Cell, pool: Tensor) -> list[Call]:
     return calls
 
 
-def _measured(cell: Cell, pool: Tensor, backends: Sequence[str]) -> Measured:
+def _measured(cell: Cell, pool: Tensor, backends: Sequence[str], *, with_peers: bool) -> Measured:
     calls = _calls(cell, pool)
     problem = mla_problem(*calls[0][:3])
     floor = None
@@ -227,20 +168,28 @@ def _measured(cell: Cell, pool: Tensor, backends: Sequence[str]) -> Measured:
     for name in backends:
         if registry.refusal(problem, name) is not None:
             continue
+        own = [partial(mla_decode, *call, SCALE) for call in calls]
         with registry.using(mla_decode=name):
-            error = _error(cell, calls[-1])
-            us = timed_us([partial(mla_decode, *call, SCALE) for call in calls])
-        found[name] = Timing(us=us, error=error)
-    return Measured(load_us=floor, key_bytes=cell.key_bytes, backends=found)
+            found[name] = Timing(error=_error(cell, calls[-1], own), us=timed_us(own))
+    for name, make in latent(calls, SCALE).items() if with_peers else ():
+        found[name] = tried(make, partial(_error, cell, calls[-1]), timed_us)
+    return Measured(
+        op="mla_decode", floor_us=floor, bytes=cell.bytes_moved, flops=cell.flops, times=found
+    )
 
 
-def _error(cell: Cell, call: Call) -> float:
-    """||out - reference|| / ||reference|| in float64, the worst of three rows."""
+def _error(cell: Cell, call: Call, calls: Calls) -> float:
+    """||out - reference|| / ||reference|| in float64 of the last of calls, the worst of three rows.
+
+    What it gives is [tokens, heads, latent], perhaps with rows and their queries apart, or that and
+    what does not matter here.
+    """
     q, pool, plan = call
     # What is allocated next lies where these lay.
     torch.full((*q.shape[:2], LATENT), float("nan"), dtype=q.dtype, device="cuda")
     torch.full((300, 64, LATENT), float("nan"), device="cuda")
-    out, _ = mla_decode(q, pool, plan, SCALE)
+    made = calls[-1]()
+    out = (made[0] if isinstance(made, tuple) else made).reshape(*q.shape[:2], LATENT)
     worst = 0.0
     for row in sorted({0, 1, len(cell.lens) - 1} & set(range(len(cell.lens)))):
         mine = slice(row * cell.q_len, (row + 1) * cell.q_len)

@@ -13,8 +13,7 @@ from functools import partial
 from typing import Any, final
 
 import torch
-from attrs import asdict, field, frozen
-from rich.table import Table
+from attrs import field, frozen
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.bias import causal_lower_right
@@ -22,6 +21,8 @@ from torch.nn.attention.bias import causal_lower_right
 from tokenspeed import kernels
 from tokenspeed.bench.gpu import COLD_BYTES, copy_gb_s, eager_us, matmul_tflop_s, timed_us
 from tokenspeed.bench.machine import machine
+from tokenspeed.bench.peers import Peers, attention
+from tokenspeed.bench.report import Calls, Measured, Report, Timing, tried
 from tokenspeed.errors import ConfigError
 from tokenspeed.kernels import AttentionPlan, Draws, Problem, Routing, mla_decode_plan, registry
 from tokenspeed.kernels.cpu.mla import mla_prefill as torch_prefill
@@ -29,12 +30,10 @@ from tokenspeed.kernels.cpu.sampling import draw as torch_draw
 from tokenspeed.kernels.mla import mla_problem
 from tokenspeed.kernels.registry import capability
 
-__all__ = ["CELLS", "ERROR_MAX", "Measured", "OpsReport", "Timing", "measure"]
+__all__ = ["CELLS", "measure"]
 
 Tell = Callable[[str, int, int], None]
 """Called with (what is measured, done, total)."""
-
-Calls = list[Callable[[], Any]]
 
 PAGE = 16
 HEADS, KV_HEADS, DIM = 32, 8, 128
@@ -49,7 +48,8 @@ ERROR_MAX = 1e-2
 @frozen(kw_only=True)
 class Work:
     """One cell, ready to run. calls: each with other data; bytes, flops: of one call; peers: other
-    ways to the same, and `waiting` those of them that cannot be captured."""
+    ways to the same, and `waiting` those of them that cannot be captured; packages: other packages,
+    whose results are compared."""
 
     op: str
     problem: Problem
@@ -58,6 +58,7 @@ class Work:
     flops: int = 0
     peers: dict[str, Calls] = field(factory=dict)
     waiting: frozenset[str] = frozenset()
+    packages: Peers = field(factory=dict)
 
 
 def _problem(op: str, dtype: str = "bfloat16") -> Problem:
@@ -85,8 +86,7 @@ def _attention(batch: int, queries: int, context: int) -> Work:
     sets = max(2, -(-COLD_BYTES // (batch * row_bytes)))
     k, v = (_random(sets * batch * wide, PAGE, KV_HEADS, DIM) for _ in range(2))
     order = torch.randperm(len(k), device="cuda").to(torch.int32).view(sets, batch, wide)
-    calls: Calls = []
-    peer: Calls = []
+    calls, peer, given = [], [], []
     for at, own in enumerate(order):
         q = _random(batch * queries, HEADS, DIM)
         plan = AttentionPlan(
@@ -98,12 +98,10 @@ def _attention(batch: int, queries: int, context: int) -> Work:
         )
         calls.append(partial(kernels.paged_attention, q, k, v, plan))
         mine = slice(at * batch * wide, (at + 1) * batch * wide)
-        pieces = [
-            x[mine].view(batch, wide * PAGE, KV_HEADS, DIM)[:, :length].transpose(1, 2)
-            for x in (k, v)
-        ]
+        one, other = (x[mine].view(batch, wide * PAGE, KV_HEADS, DIM)[:, :length] for x in (k, v))
         folded = q.view(batch, queries, HEADS, DIM).transpose(1, 2)
-        peer.append(partial(_sdpa, folded, *pieces))
+        peer.append(partial(_sdpa, folded, one.transpose(1, 2), other.transpose(1, 2)))
+        given.append((q, k, v, plan, (one, other)))
     seen = queries * context + queries * (queries + 1) // 2
     return Work(
         op="paged_attention",
@@ -112,6 +110,7 @@ def _attention(batch: int, queries: int, context: int) -> Work:
         bytes=batch * (length * KV_HEADS * DIM * 4 + queries * HEADS * DIM * 4),
         flops=4 * batch * seen * HEADS * DIM,
         peers={"torch sdpa": peer},
+        packages=attention(given),
     )
 
 
@@ -120,8 +119,7 @@ def _latent(queries: int, context: int, heads: int = 16) -> Work:
     length = context + queries
     wide = -(-length // PAGE)
     pages, up = _random(2 * wide, PAGE, LATENT + ROPE), _random(heads, 2 * NOPE, LATENT) / 16
-    calls: Calls = []
-    peer: Calls = []
+    calls, peer = [], []
     for table in torch.randperm(2 * wide, device="cuda").to(torch.int32).view(2, 1, wide):
         plan = mla_decode_plan(
             _ints([0, queries]), _ints([length]), table.contiguous(), page_size=PAGE, heads=heads,
@@ -263,63 +261,7 @@ CELLS: dict[str, Callable[[], Work]] = {
 """By name: what is done, for how many rows or tokens, behind how many cached ones."""
 
 
-@final
-@frozen(kw_only=True)
-class Timing:
-    """Microseconds a call, and how far it is from the reference; None of a peer."""
-
-    us: float
-    error: float | None
-
-
-@final
-@frozen(kw_only=True)
-class Measured:
-    """One cell: its op, its floor, and everybody's time."""
-
-    op: str
-    floor_us: float
-    times: dict[str, Timing]
-
-
-@final
-@frozen(kw_only=True)
-class OpsReport:
-    """What a run found, with the ceilings of the same run."""
-
-    machine: str
-    copy_gb_s: float
-    matmul_tflop_s: float
-    cells: dict[str, Measured]
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
-
-    def table(self) -> Table:
-        """A row a cell; in brackets, times the floor."""
-        names = sorted({name for cell in self.cells.values() for name in cell.times})
-        title = (
-            f"bf16, us; copy {self.copy_gb_s:.0f} GB/s read and written, "
-            f"matmul {self.matmul_tflop_s:.0f} TFLOP/s; {self.machine}"
-        )
-        rows = Table("cell", "floor", *names, title=title, title_justify="left")
-        for name, cell in self.cells.items():
-            shown = (_shown(cell, other) for other in names)
-            rows.add_row(name, f"{cell.floor_us:.1f}", *shown)
-        return rows
-
-
-def _shown(cell: Measured, name: str) -> str:
-    if name not in cell.times:
-        return "-"
-    timing = cell.times[name]
-    right = timing.error is None or timing.error <= ERROR_MAX
-    wrong = "" if right else f" WRONG {timing.error:.1e}"
-    return f"{timing.us:.1f} ({timing.us / cell.floor_us:.1f}x){wrong}"
-
-
-def measure(names: Sequence[str], tell: Tell) -> OpsReport:
+def measure(names: Sequence[str], tell: Tell) -> Report:
     """Time every backend that supports them on cells, by name; none means all.
 
     Raises:
@@ -336,12 +278,25 @@ def measure(names: Sequence[str], tell: Tell) -> OpsReport:
     for done, name in enumerate(wanted):
         tell(name, done, len(wanted))
         work = CELLS[name]()
-        floor = max(work.bytes / copied / 1e3, work.flops / multiplied / 1e6)
-        found[name] = Measured(op=work.op, floor_us=floor, times=_times(work))
+        found[name] = Measured(
+            op=work.op,
+            floor_us=max(work.bytes / copied / 1e3, work.flops / multiplied / 1e6),
+            bytes=work.bytes,
+            flops=work.flops,
+            times=_times(work),
+        )
         del work
         torch.cuda.empty_cache()
     tell("done", len(wanted), len(wanted))
-    return OpsReport(machine=machine(), copy_gb_s=copied, matmul_tflop_s=multiplied, cells=found)
+    return Report(
+        floor="floor",
+        error_max=ERROR_MAX,
+        machine=machine(),
+        copy_gb_s=copied,
+        matmul_tflop_s=multiplied,
+        matmul_after_tflop_s=matmul_tflop_s(),
+        cells=found,
+    )
 
 
 def _times(work: Work) -> dict[str, Timing]:
@@ -356,8 +311,16 @@ def _times(work: Work) -> dict[str, Timing]:
             found[name] = Timing(us=timed_us(work.calls), error=error)
     for name, calls in work.peers.items():
         run = eager_us if name in work.waiting else timed_us
-        found[name] = Timing(us=run(calls), error=None)
+        found[name] = Timing(us=run(calls))
+    compare = lambda calls: _error(_shaped(calls[0](), expected), expected)  # noqa: E731
+    for name, make in work.packages.items():
+        found[name] = tried(make, compare, timed_us)
     return found
+
+
+def _shaped(made: Any, like: Any) -> Any:
+    """What a package gives, its rows and their queries not apart."""
+    return (made[0] if isinstance(made, tuple) else made).reshape(like.shape)
 
 
 def _error(got: Any, wanted: Any) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from math import log10
 
-from tokenspeed.bench.kernels import CELLS, ERROR_MAX, Report
+from tokenspeed.bench.report import Report
 from tokenspeed.fsm.svg import document, element, label
 
 __all__ = ["plot", "roofline"]
@@ -22,12 +22,11 @@ Place = Callable[[float, float], tuple[float, float]]
 def plot(report: Report) -> str:
     """What a run measured, as SVG; results that are wrong are not in it."""
     points: dict[str, dict[str, tuple[float, float]]] = {}
-    for name, measured in report.cells.items():
-        cell = CELLS[name]
-        for backend, timing in measured.backends.items():
-            if timing.error <= ERROR_MAX:
+    for name, cell in report.cells.items():
+        for backend, timing in cell.times.items():
+            if report.right(timing):
                 reached = cell.flops / timing.us / 1e6
-                points.setdefault(backend, {})[name] = cell.flops / cell.bytes_moved, reached
+                points.setdefault(backend, {})[name] = cell.flops / cell.bytes, reached
     rate = max(report.matmul_tflop_s, report.matmul_after_tflop_s)
     return roofline(points, report.copy_gb_s, rate, f"mla_decode, bf16: {report.machine}")
 
