@@ -59,7 +59,7 @@ def _engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The flags that make an EngineConfig; their names are its fields."""
     defaults = {a.name: a.default for a in attrs.fields(EngineConfig)}
     options = [
-        click.option("--dtype", type=click.Choice(DTYPES), help="of weights and activations"),
+        click.option("--dtype", type=click.Choice(DTYPES), help="weights, activations"),
         click.option("--kv-dtype", type=click.Choice(KV_DTYPES), help="of KV pages"),
         click.option("--quantize", type=click.Choice(QUANTIZE), help="matrices of few bits"),
         click.option("--device", help="cpu, cuda, cuda:1 ..."),
@@ -86,7 +86,7 @@ def _engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--load-format", type=click.Choice(LOAD_FORMATS), help="dummy: random weights"
         ),
-        click.option("--trace-lifecycle", help="write every step of the lifecycle here, as NDJSON"),
+        click.option("--trace-lifecycle", help="each step of the lifecycle, as NDJSON"),
         click.option("--kv-events", help="write the prefix cache's events here, as vLLM's NDJSON"),
         click.option("--record-scheduler", help="write the scheduler's calls, for replay"),
     ]
