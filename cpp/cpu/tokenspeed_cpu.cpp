@@ -250,6 +250,15 @@ void ts_cpu_kv_write(int dtype, const void* x, int64_t token_stride, int64_t tok
   kernels().kv_write(x, token_stride, tokens, width, locations, pages, dtype, kv_dtype);
 }
 
+int ts_cpu_attends_long(int dtype, int kv_dtype, int64_t dim) {
+#if defined(TOKENSPEED_CPU_AMX)
+  return &kernels() == &kAmx && dtype == 1 && kv_dtype == 1 && dim % kGroup == 0;
+#else
+  static_cast<void>(dtype + kv_dtype + dim);
+  return 0;
+#endif
+}
+
 void ts_cpu_attention(int dtype, const void* q, const void* k_pages, const void* v_pages,
                       int64_t rows, const int32_t* query_start, const int32_t* context_lens,
                       const int32_t* page_table, int64_t table_stride, int64_t page_size,
@@ -262,6 +271,12 @@ void ts_cpu_attention(int dtype, const void* q, const void* k_pages, const void*
     kernels().attention(call, dtype, kv_dtype, begin, end);
   };
   share(query_start[rows] * kv_heads, 1, threads, work);
+  if (!ts_cpu_attends_long(dtype, kv_dtype, dim)) return;
+  for (int64_t row = 0; row < rows; ++row) {
+    if (query_start[row + 1] - query_start[row] <= queries_max) continue;
+    auto part = [&](int64_t begin, int64_t end) { kernels().attend_long(call, row, begin, end); };
+    share(kernels().long_items(call, row), 1, threads, part);
+  }
 }
 
 int ts_cpu_number(const char* name) {

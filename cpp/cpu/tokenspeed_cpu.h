@@ -68,7 +68,9 @@ TS_CPU_API void ts_cpu_kv_write(int dtype, const void* x, int64_t token_stride, 
 
 /* Causal attention of q[tokens, heads, dim] to pages[pages, page_size, kv_heads, dim]. Query j of
  * n of a row sees positions up to context + j, the last `window` of them where it is positive. Rows
- * of more than queries_max queries are left out. */
+ * of more than queries_max queries are left out, unless ts_cpu_attends_long says that such rows
+ * have a kernel of their own; dim is 256 at most. */
+TS_CPU_API int ts_cpu_attends_long(int dtype, int kv_dtype, int64_t dim);
 TS_CPU_API void ts_cpu_attention(int dtype, const void* q, const void* k_pages, const void* v_pages,
                                  int64_t rows, const int32_t* query_start,
                                  const int32_t* context_lens, const int32_t* page_table,

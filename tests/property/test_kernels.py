@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from attrs import evolve
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from strategies import ON_GPU, TOLERANCE, dtypes, moved, seeds, steps, tensor
 from tokenspeed import kernels
 from tokenspeed.kernels import AttentionPlan, registry
-from tokenspeed.kernels.cpu.library import product_tokens
+from tokenspeed.kernels.cpu.library import attends_long, product_tokens
 from tokenspeed.kernels.packing import unpack
 from tokenspeed.kernels.pages import EIGHT_BITS, rounded
 
@@ -276,6 +277,69 @@ def test_long_rows_and_short_ones_are_attended_in_parts(
         for seed, shape in enumerate(((6, 4, 8), (3 * wide, 64, 1, 8), (3 * wide, 64, 1, 8)))
     )
     agree("paged_attention", backend, q, k, v, plan, window)
+
+
+@pytest.mark.skipif("native" not in backends("paged_attention"), reason="_cpu is not built")
+@given(
+    dtypes,
+    seeds,
+    st.lists(st.integers(1, 90), min_size=1, max_size=3),
+    st.sampled_from([0, 1, 63, 64, 200]),
+    st.sampled_from([(1, 1), (9, 3), (10, 1)]),
+    st.sampled_from([24, 32, 64, 96]),
+    st.none() | st.integers(1, 100),
+    st.sampled_from([1, 16, 48]),
+)
+def test_native_attention_of_long_rows(
+    dtype: torch.dtype,
+    seed: int,
+    counts: list[int],
+    context: int,
+    heads: tuple[int, int],
+    dim: int,
+    window: int | None,
+    page: int,
+) -> None:
+    """Pages behind the window may be anybody's; what long rows have more of changes nothing."""
+    wide = -(-(context + max(counts)) // page)
+    hole = len(counts) * wide
+    order = torch.randperm(hole, generator=torch.Generator().manual_seed(seed))
+    plan = AttentionPlan(
+        query_start=torch.tensor([0, *counts]).cumsum(0).to(torch.int32),
+        context_lens=torch.full((len(counts),), context, dtype=torch.int32),
+        page_table=order.to(torch.int32).view(len(counts), wide),
+        page_size=page,
+    )
+    q = tensor(seed, sum(counts), heads[0], dim, dtype=dtype)
+    k, v = (tensor(seed + i, hole + 1, page, heads[1], dim, dtype=dtype) for i in (1, 2))
+    with registry.using(paged_attention="reference"):
+        wanted = kernels.paged_attention(q, k, v, plan, window)
+    k[hole], v[hole] = torch.nan, torch.nan
+    if window is not None:
+        behind_is_nan(plan, window, hole)
+    with registry.using(paged_attention="native"):
+        got = kernels.paged_attention(q, k, v, plan, window)
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(got.float(), wanted.float(), atol=tolerance, rtol=tolerance)
+    first = counts[0] - 20
+    number = int(dtype == torch.bfloat16)
+    if first < 9 or not attends_long(number, number, dim):
+        return
+    less = AttentionPlan(
+        query_start=torch.tensor([0, first], dtype=torch.int32),
+        context_lens=plan.context_lens[:1],
+        page_table=plan.page_table[:1],
+        page_size=page,
+    )
+    more = evolve(
+        less, query_start=torch.tensor([0, 20]).int(), context_lens=less.context_lens + first
+    )
+    with registry.using(paged_attention="native"):
+        parts = [
+            kernels.paged_attention(q[:first], k, v, less, window),
+            kernels.paged_attention(q[first : first + 20], k, v, more, window),
+        ]
+    assert torch.equal(torch.cat(parts), got[: counts[0]])
 
 
 @pytest.mark.skipif("triton" not in registry.names, reason="Triton runs in another process")

@@ -17,6 +17,7 @@ from tokenspeed.errors import KernelError
 
 __all__ = [
     "CALL_WORDS",
+    "attends_long",
     "call",
     "isa",
     "library_path",
@@ -80,6 +81,8 @@ def _library() -> ctypes.CDLL:
     library.ts_cpu_isa.argtypes, library.ts_cpu_isa.restype = [], ctypes.c_char_p
     library.ts_cpu_product_tokens.argtypes = [_INT]
     library.ts_cpu_product_tokens.restype = _SIZE
+    library.ts_cpu_attends_long.argtypes = [_INT, _INT, _SIZE]
+    library.ts_cpu_attends_long.restype = _INT
     library.ts_cpu_replay.argtypes, library.ts_cpu_replay.restype = [_POINTER, _SIZE], None
     return library
 
@@ -96,6 +99,12 @@ def product_tokens(dtype: int) -> int:
     """For how many tokens `product` is worth calling; the dtype as tokenspeed_cpu.h counts them."""
     found: int = _library().ts_cpu_product_tokens(dtype)
     return found
+
+
+@cache
+def attends_long(dtype: int, kv_dtype: int, dim: int) -> bool:
+    """Whether `attention` takes rows of many queries too."""
+    return bool(_library().ts_cpu_attends_long(dtype, kv_dtype, dim))
 
 
 @cache

@@ -2,7 +2,7 @@
 
 Rule: what the C functions take for granted (dtypes, strides, sizes) is made sure of here. A call
 costs a few microseconds, which is what an op of a decode step costs. Long rows of attention are
-matrix products and stay with torch.
+matrix products and stay with torch where the machine has no tiles for them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from tokenspeed.kernels.contract import AttentionPlan, Backend, Problem
 from tokenspeed.kernels.cpu import attention as composed
 from tokenspeed.kernels.cpu import dense
-from tokenspeed.kernels.cpu.library import call, library_path, product_tokens
+from tokenspeed.kernels.cpu.library import attends_long, call, library_path, product_tokens
 from tokenspeed.kernels.packing import PackedWeight
 from tokenspeed.kernels.pages import EIGHT_BITS, scatter
 
@@ -23,7 +23,8 @@ __all__ = ["BACKEND"]
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, EIGHT_BITS: 2}
 _DIM_MAX = 256
 _QUERIES_MAX = 8
-"""Of a row: with more, torch's fused attention over gathered pages is the faster one."""
+"""Of a row: with more it is products of matrices, by a kernel of its own or, where the machine has
+none, by torch's fused attention over gathered pages."""
 
 
 def embedding(ids: Tensor, weight: Tensor) -> Tensor:
@@ -192,7 +193,8 @@ def paged_attention(
         table.stride(0), plan.page_size, heads, k_pages.shape[2], dim, window or 0, _QUERIES_MAX,
         out.data_ptr(), _DTYPES[k_pages.dtype], torch.get_num_threads(),
     )  # fmt: skip
-    if plan.once(_longest) > _QUERIES_MAX:
+    ours = attends_long(_DTYPES[q.dtype], _DTYPES[k_pages.dtype], dim)
+    if plan.once(_longest) > _QUERIES_MAX and not ours:
         for row in plan.once(composed.long_rows, window, _QUERIES_MAX):
             composed.attend_row(q, k_pages, v_pages, row, out)
     return out
