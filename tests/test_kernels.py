@@ -229,6 +229,20 @@ def test_a_wrong_override_is_refused(words: str) -> None:
     assert registry.of("silu_mul", torch.zeros(1)) is CPU.functions["silu_mul"], "all or none"
 
 
+def test_a_gpu_that_nobody_else_serves_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    """Once a problem; on a CPU, and where it is asked for, the reference is no surprise."""
+    registry = Registry((REFERENCE,))
+    old = Problem("paged_attention", "cuda", "bfloat16", (8, 0), kv_dtype="float8_e4m3fn")
+    for _ in range(2):
+        registry.find(old)
+    assert caplog.text.count("runs on the reference, slowly") == 1
+    assert "'paged_attention', device='cuda'" in caplog.text
+    registry.find(Problem("rope", "cpu", "bfloat16"))
+    with registry.using(rope="reference"):
+        registry.find(Problem("rope", "cuda", "bfloat16"))
+    assert len(caplog.records) == 1
+
+
 def test_when_nobody_can_each_says_why() -> None:
     registry = Registry((backend("one", refuses="is tired"), CPU))
     with pytest.raises(KernelError, match=r"one is tired; cpu runs on the CPU, not on cuda"):

@@ -181,6 +181,9 @@ def test_memory_is_counted() -> None:
     embedding, head = vocab * hidden, vocab * hidden // 3 + hidden
     assert found["bytes_per_rank"] == (layers * layer + embedding + head) * BF16
     assert found["kv_bytes_per_token_per_rank"] == layers * 2 * dim * BF16
+    eight = printed("smollm2", "--mesh", "tp=3", "--kv-dtype", "float8")
+    assert eight["kv_bytes_per_token_per_rank"] == layers * 2 * dim
+    assert eight["bytes_per_rank"] == found["bytes_per_rank"]
     alone = printed("smollm2")
     assert (
         alone["bytes_per_rank"]

@@ -266,17 +266,25 @@ def kernels(explain: str | None) -> None:
 @click.option("--mesh", default="", help="axes and their sizes, as tp=4,ep=4  [default: one rank]")
 @click.option("--tokens", type=int, help="of a step, of all ranks together  [default: 32 each]")
 @click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True)
+@click.option("--kv-dtype", type=click.Choice(KV_DTYPES), default="auto", show_default=True)
 @click.option("--link", "links", multiple=True, help="AXIS=µs,GB/s  [default: NVLink and network]")
 @click.option("--json", "as_json", is_flag=True, help="JSON on stdout instead of the table")
 def shard(
-    model: str, mesh: str, tokens: int | None, dtype: str, links: tuple[str, ...], as_json: bool
+    model: str,
+    mesh: str,
+    tokens: int | None,
+    dtype: str,
+    kv_dtype: str,
+    links: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """What each layer of MODEL sends on a mesh, what that costs, and what a rank holds.
 
     MODEL is a folder with a config.json, such a file, a GGUF file, the default model, or the name
     of a shape that is shipped; no weights are read.
     """
-    found = _room("tokenspeed.bench.shard").measure(model, mesh, tokens, dtype, links)
+    measure = _room("tokenspeed.bench.shard").measure
+    found = measure(model, mesh, tokens, dtype, links, kv_dtype=kv_dtype)
     if as_json:
         click.echo(json.dumps(found.as_json(), indent=2))
     else:

@@ -11,6 +11,7 @@ import torch
 
 from tokenspeed import models
 from tokenspeed.errors import ConfigError
+from tokenspeed.kernels import EIGHT_BITS
 from tokenspeed.spmd.cost import Costs
 from tokenspeed.spmd.report import AXES, Report, batch_of, parse_links, parse_mesh, report, rows_of
 from tokenspeed.spmd.trace import Bucket
@@ -19,7 +20,13 @@ __all__ = ["measure"]
 
 
 def measure(
-    model: str, mesh: str, tokens: int | None, dtype: str, links: Sequence[str] = ()
+    model: str,
+    mesh: str,
+    tokens: int | None,
+    dtype: str,
+    links: Sequence[str] = (),
+    *,
+    kv_dtype: str = "auto",
 ) -> Report:
     """Compile a configuration for a mesh and a step, and say what it does.
 
@@ -28,8 +35,9 @@ def measure(
             of a shape that is shipped.
         mesh: as `tp=4,ep=4`; along dp and ep ranks have rows of their own.
         tokens: of the step, of all ranks together; None: 32 for each rank that has its own rows.
-        dtype: of parameters, activations and KV.
+        dtype: of parameters and activations.
         links: as `dp=10,50`: latency in microseconds and 10^9 bytes/s.
+        kv_dtype: of KV pages: "auto", that of activations, or "float8".
 
     Raises:
         CheckpointError: there is no such model.
@@ -54,4 +62,5 @@ def measure(
         axes,
         lambda seen: models.compile_config(config, seen, bucket=bucket, batch=batch, costs=costs),
         models.Family.of(config).cached(config),
+        bucket.dtype if kv_dtype == "auto" else EIGHT_BITS,
     )

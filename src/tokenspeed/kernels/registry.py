@@ -134,6 +134,10 @@ class Registry:
         found = self._chosen.get(problem)
         if found is None:
             name = self.explain(problem).backend
+            if name == "reference" and problem.device != "cpu" and problem.op not in self._forced:
+                log.warning(
+                    "%s runs on the reference, slowly: see `tokenspeed kernels --explain`", problem
+                )
             backend = next(b for b in self._backends if b.name == name)
             found = self._chosen[problem] = backend.functions[problem.op]
         return found

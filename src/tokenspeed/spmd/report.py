@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, final
 
+import torch
 from attrs import frozen
 from rich.console import Group
 from rich.table import Table
@@ -237,6 +238,7 @@ def report(
     mesh: Mesh,
     compiled: Callable[[Mesh], Program],
     kv: Iterable[tuple[tuple[int, ...], Layout]],
+    kv_dtype: torch.dtype,
 ) -> Report:
     """Compile a model for one rank of each stage, and read off what they do.
 
@@ -245,13 +247,14 @@ def report(
         mesh: any rank's.
         compiled: the model on a mesh, as a rank sees it.
         kv: the parts of what a layer keeps of a token, and how they lie.
+        kv_dtype: of these.
     """
     began = time.perf_counter()
     stages = {mesh.at(rank).coordinate(AXIS): mesh.at(rank) for rank in range(mesh.ranks)}
     programs = [compiled(stages[stage]) for stage in sorted(stages)]
     compile_s = time.perf_counter() - began
     bucket = programs[0].bucket
-    kv_bytes = bucket.dtype.itemsize * sum(
+    kv_bytes = kv_dtype.itemsize * sum(
         _elements(shape, lies.within(mesh), mesh) for shape, lies in kv
     )
     indices = [layer for program in programs for layer in program.held_layers]
