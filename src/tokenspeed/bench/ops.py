@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, final
 
 import torch
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.bias import causal_lower_right
@@ -24,10 +24,19 @@ from tokenspeed.bench.machine import machine
 from tokenspeed.bench.peers import Peers, attention
 from tokenspeed.bench.report import Calls, Measured, Report, Timing, tried
 from tokenspeed.errors import ConfigError
-from tokenspeed.kernels import AttentionPlan, Draws, Problem, Routing, mla_decode_plan, registry
+from tokenspeed.kernels import (
+    EIGHT_BITS,
+    AttentionPlan,
+    Draws,
+    Problem,
+    Routing,
+    mla_decode_plan,
+    registry,
+)
 from tokenspeed.kernels.cpu.mla import mla_prefill as torch_prefill
 from tokenspeed.kernels.cpu.sampling import draw as torch_draw
 from tokenspeed.kernels.mla import mla_problem
+from tokenspeed.kernels.pages import kv_dtype
 from tokenspeed.kernels.registry import capability
 
 __all__ = ["CELLS", "measure"]
@@ -78,13 +87,15 @@ def _sdpa(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return functional.scaled_dot_product_attention(q, keys, values, bias, enable_gqa=True)
 
 
-def _attention(batch: int, queries: int, context: int) -> Work:
-    """Rows of so many queries behind so many cached tokens; the peer has its keys in one piece."""
+def _attention(batch: int, queries: int, context: int, kv: torch.dtype = torch.bfloat16) -> Work:
+    """Rows of so many queries behind so many cached tokens; the peer has its keys in one piece, and
+    in bfloat16."""
     length = context + queries
     wide = -(-length // PAGE)
-    row_bytes = wide * PAGE * KV_HEADS * DIM * 4
+    token_bytes = 2 * KV_HEADS * DIM * kv.itemsize
+    row_bytes = wide * PAGE * token_bytes
     sets = max(2, -(-COLD_BYTES // (batch * row_bytes)))
-    k, v = (_random(sets * batch * wide, PAGE, KV_HEADS, DIM) for _ in range(2))
+    k, v = (_random(sets * batch * wide, PAGE, KV_HEADS, DIM).to(kv) for _ in range(2))
     order = torch.randperm(len(k), device="cuda").to(torch.int32).view(sets, batch, wide)
     calls, peer, given = [], [], []
     for at, own in enumerate(order):
@@ -98,19 +109,21 @@ def _attention(batch: int, queries: int, context: int) -> Work:
         )
         calls.append(partial(kernels.paged_attention, q, k, v, plan))
         mine = slice(at * batch * wide, (at + 1) * batch * wide)
-        one, other = (x[mine].view(batch, wide * PAGE, KV_HEADS, DIM)[:, :length] for x in (k, v))
+        one, other = (
+            x[mine].bfloat16().view(batch, wide * PAGE, KV_HEADS, DIM)[:, :length] for x in (k, v)
+        )
         folded = q.view(batch, queries, HEADS, DIM).transpose(1, 2)
         peer.append(partial(_sdpa, folded, one.transpose(1, 2), other.transpose(1, 2)))
         given.append((q, k, v, plan, (one, other)))
     seen = queries * context + queries * (queries + 1) // 2
     return Work(
         op="paged_attention",
-        problem=_problem("paged_attention"),
+        problem=evolve(_problem("paged_attention"), kv_dtype=kv_dtype(torch.bfloat16, kv)),
         calls=calls,
-        bytes=batch * (length * KV_HEADS * DIM * 4 + queries * HEADS * DIM * 4),
+        bytes=batch * (length * token_bytes + queries * HEADS * DIM * 4),
         flops=4 * batch * seen * HEADS * DIM,
         peers={"torch sdpa": peer},
-        packages=attention(given),
+        packages=attention(given) if kv == torch.bfloat16 else {},
     )
 
 
@@ -241,9 +254,14 @@ CELLS: dict[str, Callable[[], Work]] = {
         f"decode_b{batch}_{kibi}K": partial(_attention, batch, 1, kibi * 1024 - 1)
         for batch, kibi in ((1, 64), (4, 64), (8, 8), (64, 2), (256, 1))
     },
+    **{
+        f"decode_b{batch}_{kibi}K_fp8": partial(_attention, batch, 1, kibi * 1024 - 1, EIGHT_BITS)
+        for batch, kibi in ((1, 64), (8, 8), (64, 2))
+    },
     "verify_b8_q4_8K": partial(_attention, 8, 4, 8192 - 4),
     "prefill_4K": partial(_attention, 1, 4096, 0),
     "prefill_512_behind_16K": partial(_attention, 1, 512, 16384),
+    "prefill_512_behind_16K_fp8": partial(_attention, 1, 512, 16384, EIGHT_BITS),
     "latent_prefill_4K": partial(_latent, 4096, 0),
     "latent_prefill_512_behind_16K": partial(_latent, 512, 16384),
     **{f"experts_t{tokens}": partial(_experts, tokens) for tokens in (1, 4, 8, 16, 64, 512, 4096)},
