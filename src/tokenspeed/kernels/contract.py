@@ -8,7 +8,8 @@ sums are taken in float32 at least. Tensors of an op lie on one device and have 
 well: what is written is rounded to the nearest (ties to even, at most 448), and read as it is. On a
 CPU values out of bounds are refused. On a GPU looking at them would wait for it: there nothing is
 read or written out of bounds: what does not exist is as if it were some other one, zeros, or left
-out; of `embedding` torch's own assertion fails.
+out; of `embedding` torch's own assertion fails. A token that no row of a plan has
+may get any result.
 
     embedding(ids int64[T], weight[V, D]) -> [T, D]
     linear(x[T, I], weight[O, I], bias[O] | None) -> [T, O]

@@ -19,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tokenspeed.kernels.contract import MlaPlan, Problem
 from tokenspeed.kernels.pages import gathered
-from tokenspeed.kernels.triton.tiles import Tiles, fold, merge, tiled
+from tokenspeed.kernels.triton.tiles import Tiles, cores, fold, merge, tiled
 
 __all__ = ["cost_us", "mla_decode", "mla_prefill", "precision", "unsupported"]
 
@@ -158,11 +158,9 @@ def _shape(plan: MlaPlan) -> _Shape:
     rows = min(64, max(16, triton.next_power_of_2(wanted)))
     tiles = triton.cdiv(wanted, rows)
     keys_max = plan.page_table.shape[1] * plan.page_size
-    cores, shared, boxes = 1, 1 << 30, False
+    shared, boxes = 1 << 30, False
     if plan.kv_lens.is_cuda:
         properties = torch.cuda.get_device_properties(plan.kv_lens.device)
-        # Two programs of full tiles follow each other: rows may differ in length.
-        cores = 2 * properties.multi_processor_count
         # torch gives a block's default; what it may ask for is the multiprocessor's, less 1 KB.
         shared = properties.shared_memory_per_multiprocessor - 1024
         boxes = torch.version.hip is None and properties.major >= 9
@@ -170,7 +168,8 @@ def _shape(plan: MlaPlan) -> _Shape:
     columns = 2 * (plan.latent + plan.rope)
     keys = next((k for k in (64, 32) if columns * (2 * k + rows) <= shared), 16)
     most = min(PARTS_MAX, max(1, keys_max // KEYS_MIN))
-    parts = max(1, min(most, cores // max(1, len(plan.kv_lens) * tiles)))
+    # Two programs of full tiles follow each other: rows may differ in length.
+    parts = max(1, min(most, 2 * cores(plan.kv_lens) // max(1, len(plan.kv_lens) * tiles)))
     # Smaller tiles are quicker without.
     boxes = boxes and rows == 64 and keys == 64 and plan.page_size % keys == 0
     return _Shape(rows, tiles, keys, parts, 8 if rows > 32 else 4, boxes)
