@@ -14,12 +14,12 @@ CONSTANTS
   Window,   \* tokens that one sees, itself included
   Hole      \* in a table: a page that was given back; no page
 
-ASSUME Window \in Nat \ {0} /\ Hole \notin Page
+ASSUME Window \in Nat \ {0, 1} /\ Hole \notin Page   \* who sees itself alone reads no KV
 
 Behind(n)    == IF n + 1 < Window THEN 0 ELSE n + 1 - Window   \* what the token after n does not see
 Seen(i, n)   == i * PageSize > Behind(n)         \* is any of page i seen by the token after n
 Held(r)      == {i \in DOMAIN tab[r] : tab[r][i] # Hole}
-SeenPages(n) == IF n = 1 THEN 1 ELSE (n - 2) \div PageSize + 2   \* that n tokens may lie in
+SeenPages(n) == (n - 2) \div PageSize + 2   \* that n >= 2 tokens may lie in
 FitsWindow(r) ==
   LET whole == PagesFor(Len(Content[r]) - 1) IN
   Min(whole, SeenPages(Window)) <= Cardinality(Page)

@@ -83,6 +83,16 @@ def edges_taken(model: Model, reached: Iterable[State]) -> set[tuple[str, tuple[
     return seen
 
 
+@pytest.mark.parametrize("window", [0, 1])
+def test_a_window_that_sees_no_kv_is_refused(tmp_path: Path, window: int) -> None:
+    config = tmp_path / "narrow.cfg"
+    text = (SPECS / "windowlong.cfg").read_text()
+    assert text.count("Window = 2") == 1
+    config.write_text(text.replace("Window = 2", f"Window = {window}"))
+    with pytest.raises(SpecError, match=r"Window\.tla:17:.*this ASSUME is false"):
+        load_model(SPECS / "MCWindow.tla", config)
+
+
 @needs_compiler
 def test_the_table_is_exactly_what_can_happen(tmp_path: Path) -> None:
     """No dead entry in `Edges`, and no move outside it, in all states of a model that preempts."""
