@@ -10,8 +10,10 @@
 #include "kernels.hpp"
 #include "pool.hpp"
 
-#if defined(TOKENSPEED_CPU_AMX)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#endif
+#if defined(TOKENSPEED_CPU_AMX)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -19,15 +21,23 @@
 namespace tokenspeed::cpu {
 namespace {
 
+#if defined(__x86_64__)
+// A feature by its place in what cpuid says, for names that not all compilers know.
+enum Register { kA, kB, kC, kD };
+bool has(unsigned leaf, unsigned part, Register where, int bit) {
+  unsigned found[4] = {};
+  return __get_cpuid_count(leaf, part, &found[kA], &found[kB], &found[kC], &found[kD]) &&
+         (found[where] >> bit & 1) != 0;
+}
+#endif
+
 #if defined(TOKENSPEED_CPU_AMX)
 // Tiles are 8 KB that the system saves for a thread, so a process must ask before it uses them (the
 // kernel's Documentation/arch/x86/xstate.rst).
 bool may_use_tiles() {
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;
+  const bool bf16 = has(7, 1, kA, 5) && has(7, 0, kD, 22), tiles = has(7, 0, kD, 24);
   constexpr long kAskPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XTILEDATA
-  return (d & kBf16) && (d & kTiles) && syscall(SYS_arch_prctl, kAskPermission, kTileData) == 0;
+  return bf16 && tiles && syscall(SYS_arch_prctl, kAskPermission, kTileData) == 0;
 }
 #endif
 
@@ -38,11 +48,11 @@ std::vector<const Kernels*> sets() {
   const bool avx512 = __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 #if defined(TOKENSPEED_CPU_AMX)
-  if (avx512 && __builtin_cpu_supports("avx512bf16") && may_use_tiles()) found.push_back(&kAmx);
+  if (avx512 && may_use_tiles()) found.push_back(&kAmx);
 #endif
   if (avx512) found.push_back(&kAvx512Vnni);
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c")) {
+  const bool f16c = has(1, 0, kC, 29);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c) {
     found.push_back(&kAvx2);
   }
 #endif
@@ -251,12 +261,7 @@ void ts_cpu_kv_write(int dtype, const void* x, int64_t token_stride, int64_t tok
 }
 
 int ts_cpu_attends_long(int dtype, int kv_dtype, int64_t dim) {
-#if defined(TOKENSPEED_CPU_AMX)
-  return &kernels() == &kAmx && dtype == 1 && kv_dtype == 1 && dim % kGroup == 0;
-#else
-  static_cast<void>(dtype + kv_dtype + dim);
-  return 0;
-#endif
+  return kernels().attend_long != nullptr && dtype == 1 && kv_dtype == 1 && dim % kGroup == 0;
 }
 
 void ts_cpu_attention(int dtype, const void* q, const void* k_pages, const void* v_pages,
