@@ -330,7 +330,10 @@ def _times(work: Work) -> dict[str, Timing]:
     for name, calls in work.peers.items():
         run = eager_us if name in work.waiting else timed_us
         found[name] = Timing(us=run(calls))
-    compare = lambda calls: _error(_shaped(calls[0](), expected), expected)  # noqa: E731
+
+    def compare(calls: Calls) -> float:
+        return _error(_shaped(calls[0](), expected), expected)
+
     for name, make in work.packages.items():
         found[name] = tried(make, compare, timed_us)
     return found

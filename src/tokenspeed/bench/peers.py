@@ -31,6 +31,9 @@ Paged = tuple[Tensor, Tensor, Tensor, AttentionPlan, tuple[Tensor, Tensor]]
 """Queries, pages and plan of `paged_attention`, rows of as many queries each; and the same keys and
 values in one piece, [rows, length, K, d]."""
 
+_Known = dict[str, tuple[str, Callable[[Any], Calls]]]
+"""Peers by name: the package to import, and what makes the calls of it."""
+
 WORKSPACE_BYTES = 1 << 28
 
 
@@ -52,10 +55,6 @@ def attention(given: Sequence[Paged]) -> Peers:
         "flash_attn_2": ("flash_attn", partial(_flash_2, given)),
     }
     return _installed(known)
-
-
-_Known = dict[str, tuple[str, Callable[[Any], Calls]]]
-"""Peers by name: the package to import, and what makes the calls of it."""
 
 
 def _installed(known: _Known) -> Peers:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tokenspeed.errors import ContractError
 from tokenspeed.kernels.contract import AttentionPlan, Draws, Routing
-from tokenspeed.kernels.packing import GROUP, PackedWeight
+from tokenspeed.kernels.packing import PackedWeight
 from tokenspeed.kernels.pages import EIGHT_BITS
 
 __all__ = [
@@ -101,8 +101,7 @@ def multiplies(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None) ->
     """linear(x[T, I], weight[O, I], bias[O] | None), and the same with a packed weight."""
     if isinstance(weight, PackedWeight):
         op, outputs, inputs, data = "linear_packed", weight.rows, weight.columns, weight.data
-        size = -(-outputs // 16) * (inputs // GROUP) * 64 * (weight.bits + 1)
-        shaped(op, "weight.data", data, size)
+        shaped(op, "weight.data", data, weight.size_bytes)
         alike(op, x, torch.uint8, **{"weight.data": data})
     else:
         op = "linear"

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from tokenspeed.errors import ConfigError, KernelError
 from tokenspeed.kernels.contract import OPS, Problem
+from tokenspeed.kernels.cpu.library import isa, library_path
 from tokenspeed.kernels.registry import capability, registry
 
 __all__ = ["explained", "parse", "table"]
@@ -91,7 +92,8 @@ def table() -> Table:
     """Every op and who runs it here, by dtype, and the plugins that failed to load."""
     dtypes = ("bfloat16", "float32")
     device = _here().type
-    rows = Table("op", *dtypes, title=f"on {device}", title_justify="left")
+    ours = f", native kernels for {isa()}" if device == "cpu" and library_path() else ""
+    rows = Table("op", *dtypes, title=f"on {device}{ours}", title_justify="left")
     for op in OPS:
         rows.add_row(op, *(_runner(f"{op} dtype={dtype}") for dtype in dtypes))
     _failed(rows)

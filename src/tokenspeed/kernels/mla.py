@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from tokenspeed.errors import ContractError
-from tokenspeed.kernels.checks import known_pages, queries
+from tokenspeed.kernels.checks import alike, holding, known_pages, queries
 from tokenspeed.kernels.contract import MlaPlan, Problem
-from tokenspeed.kernels.pages import EIGHT_BITS, kv_dtype
+from tokenspeed.kernels.pages import kv_dtype
 from tokenspeed.kernels.registry import capability, registry
 
 __all__ = ["mla_decode", "mla_decode_plan", "mla_prefill", "mla_problem"]
@@ -106,7 +106,7 @@ def mla_decode(q: Tensor, kv_pages: Tensor, plan: MlaPlan, scale: float) -> tupl
         wanted = f"shape [tokens, {plan.heads}, {width}]"
         raise ContractError("mla_decode", "q", str(list(q.shape)), wanted)
     _check_pages("mla_decode", kv_pages, plan)
-    _check_kinds("mla_decode", {"q": q, "kv_pages": kv_pages}, plan)
+    _check_kinds("mla_decode", q, kv_pages, plan)
     run = registry.find(mla_problem(q, kv_pages, plan))
     return cast(tuple[Tensor, Tensor], run(q, kv_pages, plan, scale))
 
@@ -130,7 +130,7 @@ def mla_prefill(q: Tensor, kv_pages: Tensor, up: Tensor, plan: MlaPlan, scale: f
         wanted = f"shape [{plan.heads}, more than {nope}, {plan.latent}]"
         raise ContractError("mla_prefill", "up", str(list(up.shape)), wanted)
     _check_pages("mla_prefill", kv_pages, plan)
-    _check_kinds("mla_prefill", {"q": q, "kv_pages": kv_pages, "up": up}, plan)
+    _check_kinds("mla_prefill", q, kv_pages, plan, up=up)
     run = registry.find(mla_problem(q, kv_pages, plan, "mla_prefill"))
     return cast(Tensor, run(q, kv_pages, up, plan, scale))
 
@@ -142,16 +142,13 @@ def _check_pages(op: str, kv_pages: Tensor, plan: MlaPlan) -> None:
         raise ContractError(op, "kv_pages", str(list(kv_pages.shape)), wanted)
 
 
-def _check_kinds(op: str, given: dict[str, Tensor], plan: MlaPlan) -> None:
-    dtype = given["q"].dtype
-    for name, value in given.items():
-        narrow = name == "kv_pages" and value.dtype == EIGHT_BITS
-        if (value.dtype != dtype and not narrow) or value.device != plan.kv_lens.device:
-            either = f"{dtype} or {EIGHT_BITS}" if name == "kv_pages" else f"{dtype}"
-            wanted = f"{either} on {plan.kv_lens.device}, where the plan is"
-            raise ContractError(op, name, f"{value.dtype} on {value.device}", wanted)
-    if plan.kv_lens.device.type == "cpu":
-        plan.once(_check_places, op, len(given["q"]), len(given["kv_pages"]))
+def _check_kinds(op: str, q: Tensor, kv_pages: Tensor, plan: MlaPlan, **others: Tensor) -> None:
+    if q.device != plan.kv_lens.device:
+        raise ContractError(op, "q", f"on {q.device}", f"on {plan.kv_lens.device}, as the plan")
+    holding(op, q, kv_pages=kv_pages)
+    alike(op, q, q.dtype, **others)
+    if q.device.type == "cpu":
+        plan.once(_check_places, op, len(q), len(kv_pages))
 
 
 def _check_places(plan: MlaPlan, op: str, tokens: int, pages: int) -> None:

@@ -40,6 +40,12 @@ class PackedWeight:
     columns: int
     bits: int
 
+    @property
+    def size_bytes(self) -> int:
+        """Of `data`, if it is what the others say."""
+        groups = -(-self.rows // _LANES) * (self.columns // GROUP)
+        return groups * (_LANES * GROUP * self.bits // 8 + _TAIL)
+
 
 def pack(weight: Tensor, bits: int) -> PackedWeight:
     """Round a weight[rows, columns] to `bits`, 4 or 8.

@@ -9,9 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["EIGHT_BITS", "as_bytes", "gathered", "kv_dtype", "rounded", "scatter"]
+__all__ = ["EIGHT_BITS", "NARROW", "as_bytes", "gathered", "kv_dtype", "rounded", "scatter"]
 
 EIGHT_BITS = torch.float8_e4m3fn
+NARROW = (str(EIGHT_BITS).removeprefix("torch."),)
+"""What a backend that takes these pages too has as `kv_dtypes`."""
 _MOST = torch.finfo(EIGHT_BITS).max
 
 

@@ -198,9 +198,10 @@ class Registry:
 def _asked(
     question: Callable[[Problem], T | None], problem: Problem, otherwise: T | None
 ) -> T | None:
-    """What a backend answers. One that fails is a stranger's, mostly, and ends nobody's step."""
+    """What a backend answers."""
     try:
         return question(problem)
+    # A stranger's code: whatever it raises, another backend runs the step.
     except Exception:
         log.exception("a kernel backend failed to say what it makes of %s", problem)
         return otherwise

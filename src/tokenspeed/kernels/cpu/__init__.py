@@ -10,6 +10,7 @@ from tokenspeed.kernels.cpu.mla import mla_decode, mla_prefill
 from tokenspeed.kernels.cpu.moe import moe_mlp
 from tokenspeed.kernels.cpu.native import BACKEND as NATIVE
 from tokenspeed.kernels.cpu.sampling import draw
+from tokenspeed.kernels.pages import NARROW
 
 __all__ = ["BACKEND", "NATIVE"]
 
@@ -40,5 +41,5 @@ BACKEND = Backend(
         "moe_mlp": moe_mlp,
     },
     supports=_supports,
-    kv_dtypes=("float8_e4m3fn",),
+    kv_dtypes=NARROW,
 )

@@ -16,7 +16,7 @@ from tokenspeed.kernels.cpu import attention as composed
 from tokenspeed.kernels.cpu import dense
 from tokenspeed.kernels.cpu.library import attends_long, call, library_path, product_tokens
 from tokenspeed.kernels.packing import PackedWeight
-from tokenspeed.kernels.pages import EIGHT_BITS, scatter
+from tokenspeed.kernels.pages import EIGHT_BITS, NARROW, scatter
 
 __all__ = ["BACKEND"]
 
@@ -232,5 +232,5 @@ BACKEND = Backend(
         "paged_attention": paged_attention,
     },
     supports=_supports,
-    kv_dtypes=("float8_e4m3fn",),
+    kv_dtypes=NARROW,
 )

@@ -1,6 +1,7 @@
 """The reference: the contract in plain torch, in float32 at least. Rule: right before fast."""
 
 from tokenspeed.kernels.contract import Backend
+from tokenspeed.kernels.pages import NARROW
 from tokenspeed.kernels.reference.attention import kv_write, paged_attention, rope
 from tokenspeed.kernels.reference.dense import (
     add_rms_norm,
@@ -40,5 +41,5 @@ BACKEND = Backend(
         "moe_mlp": moe_mlp,
     },
     supports=lambda _problem: None,
-    kv_dtypes=("float8_e4m3fn",),
+    kv_dtypes=NARROW,
 )

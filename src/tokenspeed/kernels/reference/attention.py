@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tokenspeed.kernels.contract import AttentionPlan
-from tokenspeed.kernels.pages import as_bytes, rounded
+from tokenspeed.kernels.pages import scatter
 
 __all__ = ["kv_write", "paged_attention", "rope"]
 
@@ -30,10 +30,8 @@ def rope(
 
 def kv_write(k_pages: Tensor, v_pages: Tensor, k: Tensor, v: Tensor, locations: Tensor) -> None:
     """See contract.py."""
-    size = k_pages.shape[1]
-    for pages, x in ((k_pages, k), (v_pages, v)):
-        held = rounded(x, pages.dtype).contiguous()
-        as_bytes(pages)[locations // size, locations % size] = as_bytes(held)
+    scatter(k_pages, locations, k)
+    scatter(v_pages, locations, v)
 
 
 def paged_attention(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from tokenspeed.kernels.contract import Backend, Problem
+from tokenspeed.kernels.pages import NARROW
 from tokenspeed.kernels.triton.attention import kv_write, paged_attention, rope
 from tokenspeed.kernels.triton.dense import add_rms_norm, embedding, linear, rms_norm, silu_mul
 from tokenspeed.kernels.triton.mla import cost_us, mla_decode, mla_prefill, unsupported
@@ -51,6 +52,6 @@ BACKEND = Backend(
         "moe_mlp": moe_mlp,
     },
     supports=_supports,
-    kv_dtypes=("float8_e4m3fn",),
+    kv_dtypes=NARROW,
     cost_us=_cost_us,
 )
