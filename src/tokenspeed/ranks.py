@@ -389,21 +389,29 @@ def build_on_mesh(
         _must_cut(checkpoint.config, mesh, config.mesh)  # what does not fit starts no rank
     leader = Leader(config, str(checkpoint.path)) if mesh.ranks > 1 else None
     try:
-        model = models.build(
-            checkpoint,
-            mesh,
-            dtype=config.dtype,
-            kv_dtype=config.kv_dtype,
-            device=config.device if leader is None else leader.device,
-            quantize=config.quantize,
-            progress=progress,
-            communicator=None if leader is None else leader.communicator,
-        )
+        if leader is None:
+            return _built(checkpoint, mesh, config, config.device, progress=progress), None
+        kind = {"communicator": leader.communicator, "progress": progress}
+        return _built(checkpoint, mesh, config, leader.device, **kind), leader
     except BaseException:
         if leader is not None:
             leader.close()
         raise
-    return model, leader
+
+
+def _built(
+    checkpoint: models.Checkpoint, mesh: Mesh, config: EngineConfig, device: str, **kind: Any
+) -> models.Model:
+    """A rank's part, as the settings say: on every rank alike."""
+    return models.build(
+        checkpoint,
+        mesh,
+        dtype=config.dtype,
+        kv_dtype=config.kv_dtype,
+        quantize=config.quantize,
+        device=device,
+        **kind,
+    )
 
 
 def _must_cut(config: models.ModelConfig, mesh: Mesh, given: str) -> None:
@@ -501,15 +509,8 @@ def _compute(rank: int, channel: Channel, inbox: Queue[Message], store: Store | 
     registry.override("kernels", config.kernels)
     _set_threads(config, mesh)
     communicator = connect(mesh, device, hello.meeting, store)
-    model = models.build(
-        models.open_model(hello.checkpoint, config.load_format),
-        mesh,
-        dtype=config.dtype,
-        kv_dtype=config.kv_dtype,
-        device=device,
-        quantize=config.quantize,
-        communicator=communicator,
-    )
+    checkpoint = models.open_model(hello.checkpoint, config.load_format)
+    model = _built(checkpoint, mesh, config, device, communicator=communicator)
     sizes = inbox.get()
     if isinstance(sizes, End):
         return
