@@ -14,7 +14,6 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-import tokenizers
 import torch
 from click.testing import CliRunner
 from rich.console import Console
@@ -307,10 +306,7 @@ def test_a_roofline_has_what_is_right_where_it_belongs() -> None:
 
 def with_tokenizer(folder: Path) -> Path:
     """A tiny model with a tokenizer of single characters."""
-    tiny.write(folder)
-    vocab = {chr(33 + i): i for i in range(94)}
-    tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [])).save(str(folder / "tokenizer.json"))
-    return folder
+    return tiny.letters(tiny.write(folder))
 
 
 def test_another_server_is_measured_by_the_same_client(tmp_path: Path) -> None:

@@ -8,12 +8,11 @@ from pathlib import Path
 import httpx
 import pytest
 import tokenizers
-import torch
 
 import tiny
 from models_here import DATA
 from serving import TEXT, everything_back, served
-from test_models import fed
+from test_models import greedy_ids
 from tokenspeed import models
 from tokenspeed.engine import Engine
 from tokenspeed.request import Request, SamplingParams
@@ -25,22 +24,14 @@ PROMPTS = [[7 * i % 90 + 3 for i in range(40)], [5, 9, 33, 70], [7 * i % 90 + 3 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tiny.write(tmp_path_factory.mktemp("deepseek"), **tiny.DEEPSEEK)
-    vocab = {chr(33 + i): i for i in range(94)}
-    tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [])).save(str(path / "tokenizer.json"))
-    return path
+    return tiny.letters(tiny.write(tmp_path_factory.mktemp("deepseek"), **tiny.DEEPSEEK))
 
 
 @pytest.fixture(scope="module")
 def expected(folder: Path) -> list[list[int]]:
     """Greedy ids, each by a forward over all that is before it, with nothing cached."""
     model = models.build(models.open_checkpoint(folder), Mesh.single())
-    outputs = []
-    for prompt in PROMPTS:
-        ids = list(prompt)
-        for _ in range(OUTPUT):
-            ids.append(int(fed(model, torch.tensor(ids), chunk=len(ids))[-1].argmax()))
-        outputs.append(ids[len(prompt) :])
+    outputs = [greedy_ids(model, prompt, OUTPUT) for prompt in PROMPTS]
     assert len({tuple(ids) for ids in outputs}) == 3, "all alike would hide errors"
     return outputs
 

@@ -6,28 +6,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
 
 import tiny
 from serving import everything_back
-from test_models import fed
+from test_deepseek_serve import OUTPUT, PROMPTS
+from test_models import fed, greedy_ids
 from tokenspeed import models
+from tokenspeed.config import EngineConfig
 from tokenspeed.engine import Engine
+from tokenspeed.ranks import build_on_mesh
 from tokenspeed.request import SamplingParams
 from tokenspeed.spmd import Mesh
-
-OUTPUT = 10
-PROMPTS = [[7 * i % 90 + 3 for i in range(40)], [5, 9, 33, 70], [7 * i % 90 + 3 for i in range(29)]]
 
 
 @pytest.fixture(scope="module", params=["llama", "deepseek"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config: dict[str, Any] = tiny.DEEPSEEK if request.param == "deepseek" else {}
-    path = tiny.write(tmp_path_factory.mktemp(request.param), **config)
-    vocab = {chr(33 + i): i for i in range(94)}
-    tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [])).save(str(path / "tokenizer.json"))
-    return path
+    return tiny.letters(tiny.write(tmp_path_factory.mktemp(request.param), **config))
 
 
 def built(folder: Path, kv_dtype: str) -> models.Model:
@@ -37,17 +33,14 @@ def built(folder: Path, kv_dtype: str) -> models.Model:
 @pytest.fixture(scope="module")
 def expected(folder: Path) -> list[list[int]]:
     """Greedy ids, each by a step that writes all keys before it and reads them."""
-    model, outputs = built(folder, "float8"), []
-    for prompt in PROMPTS:
-        ids = list(prompt)
-        for _ in range(OUTPUT):
-            ids.append(int(fed(model, torch.tensor(ids), chunk=len(ids))[-1].argmax()))
-        outputs.append(ids[len(prompt) :])
-    return outputs
+    model = built(folder, "float8")
+    return [greedy_ids(model, prompt, OUTPUT) for prompt in PROMPTS]
 
 
 def test_a_token_takes_a_byte_for_each_number_and_is_rounded(folder: Path) -> None:
-    eight, whole = built(folder, "float8"), built(folder, "auto")
+    whole = built(folder, "auto")
+    settings = EngineConfig(dtype="float32", kv_dtype="float8")
+    eight, _ = build_on_mesh(models.open_checkpoint(folder), settings, lambda _done, _all: None)
     assert eight.kv.token_bytes * 4 == whole.kv.token_bytes
     assert {part.dtype for part in eight.kv.allocate(3, 4)[0]} == {torch.float8_e4m3fn}
     ids = torch.tensor(PROMPTS[0])

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 from attrs import frozen
 from click.testing import CliRunner
 
@@ -47,10 +46,7 @@ SIZES = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with a tokenizer of single characters."""
-    path = tiny.write(tmp_path_factory.mktemp("tiny"))
-    vocab = {chr(33 + i): i for i in range(94)}
-    tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [])).save(str(path / "tokenizer.json"))
-    return path
+    return tiny.letters(tiny.write(tmp_path_factory.mktemp("tiny")))
 
 
 def start(folder: Path, **settings: Any) -> Engine:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
 from click.testing import CliRunner
 from hypothesis import given
@@ -354,8 +353,7 @@ def test_a_model_without_weights_is_served(tmp_path: Path) -> None:
         (done,) = engine.generate("Hello", SamplingParams(temperature=0, max_tokens=5))
         assert engine.tokenizer.decode(engine.tokenizer.encode("Hello", special=False)) == "Hello"
         assert done.usage.prompt_tokens == 5
-    vocab = {chr(33 + i): i for i in range(94)}
-    tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [])).save(str(tmp_path / "tokenizer.json"))
+    tiny.letters(tmp_path)
     assert models.DummyCheckpoint(tmp_path).tokenizer.json_path == tmp_path / "tokenizer.json"
 
 

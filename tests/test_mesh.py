@@ -17,7 +17,6 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-import tokenizers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -44,10 +43,7 @@ PARAMS = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tiny.write(tmp_path_factory.mktemp("llama"))
-    vocab = {chr(33 + i): i for i in range(94)}
-    tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [])).save(str(path / "tokenizer.json"))
-    return path
+    return tiny.letters(tiny.write(tmp_path_factory.mktemp("llama")))
 
 
 def outputs(engine: Engine) -> list[tuple[int, ...]]:

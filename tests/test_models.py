@@ -129,6 +129,14 @@ def fed(model: models.Model, ids: Tensor, chunk: int) -> Tensor:
     return torch.cat(rows)
 
 
+def greedy_ids(model: models.Model, prompt: list[int], count: int) -> list[int]:
+    """What comes next, each by a forward over all that is before it, with nothing cached."""
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(int(fed(model, torch.tensor(ids), chunk=len(ids))[-1].argmax()))
+    return ids[len(prompt) :]
+
+
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("chunk", [1, 50])
 def test_logits_equal_transformers(name: str, chunk: int, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 from safetensors.torch import save_file
 
@@ -62,4 +63,11 @@ def write(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
         for source in leaf.sources
     }
     save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def letters(folder: Path) -> Path:
+    """The same checkpoint, with a tokenizer of single characters."""
+    vocab = {chr(33 + i): i for i in range(94)}
+    tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [])).save(str(folder / "tokenizer.json"))
     return folder

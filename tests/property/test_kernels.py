@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 from attrs import evolve
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -128,6 +128,8 @@ def test_linear_packed(
     st.integers(0, 5),
     st.booleans(),
 )
+@example(torch.bfloat16, 0, 49, 40, 576, 0, True)
+@example(torch.bfloat16, 0, 70, 33, 9000, 0, False)
 def test_native_products(
     dtype: torch.dtype,
     seed: int,
@@ -226,56 +228,7 @@ def test_paged_attention(
     q = tensor(seed, tokens, heads[0], dim, dtype=dtype)
     k = tensor(seed + 1, pages, plan.page_size, heads[1], dim, dtype=dtype)
     v = tensor(seed + 2, pages, plan.page_size, heads[1], dim, dtype=dtype)
-    if eight:
-        k, v = (rounded(x, EIGHT_BITS) for x in (k, v))
-    agree("paged_attention", backend, q, k, v, plan, window)
-
-
-@pytest.mark.parametrize("backend", registry.offering("paged_attention"))
-@given(dtypes, seeds, steps(), st.sampled_from([(1, 1), (9, 3)]), st.none() | st.integers(1, 50))
-def test_pages_of_8_bits_are_read_as_they_are(
-    backend: str,
-    dtype: torch.dtype,
-    seed: int,
-    step: tuple[AttentionPlan, int, int],
-    heads: tuple[int, int],
-    window: int | None,
-) -> None:
-    """Attention to the same numbers, which 16 bits and 32 hold as well."""
-    plan, pages, tokens = step
-    q = tensor(seed, tokens, heads[0], 16, dtype=dtype)
-    shape = (pages, plan.page_size, heads[1], 16)
-    k, v = (rounded(tensor(seed + i, *shape, dtype=dtype), EIGHT_BITS) for i in (1, 2))
-    q, k, v, plan = (moved(x, backend) for x in (q, k, v, plan))
-    with registry.using(paged_attention=backend):
-        got = kernels.paged_attention(q, k, v, plan, window)
-    wanted = kernels.paged_attention(q, k.to(dtype), v.to(dtype), plan, window)
-    assert got.dtype == dtype
-    error = TOLERANCE[dtype]
-    torch.testing.assert_close(got.float(), wanted.float(), atol=error, rtol=error)
-
-
-@pytest.mark.parametrize("backend", backends("paged_attention"))
-@pytest.mark.parametrize("window", [None, 700])
-def test_long_rows_and_short_ones_are_attended_in_parts(
-    backend: str, window: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Keys enough to be divided, beside a row that has fewer than there are parts."""
-    if backend == "triton":
-        monkeypatch.setattr("tokenspeed.kernels.triton.attention.cores", lambda _like: 16)
-    lengths, counts = [1100, 3, 513], [1, 2, 3]
-    wide = -(-max(lengths) // 64)
-    order = torch.randperm(3 * wide, generator=torch.Generator().manual_seed(1))
-    plan = AttentionPlan(
-        query_start=torch.tensor([0, *counts]).cumsum(0).to(torch.int32),
-        context_lens=torch.tensor(lengths, dtype=torch.int32) - torch.tensor(counts).int(),
-        page_table=order.to(torch.int32).view(3, wide),
-        page_size=64,
-    )
-    q, k, v = (
-        tensor(seed, *shape, dtype=torch.float32)
-        for seed, shape in enumerate(((6, 4, 8), (3 * wide, 64, 1, 8), (3 * wide, 64, 1, 8)))
-    )
+    k, v = (held(x, eight) for x in (k, v))
     agree("paged_attention", backend, q, k, v, plan, window)
 
 
@@ -289,7 +242,9 @@ def test_long_rows_and_short_ones_are_attended_in_parts(
     st.sampled_from([24, 32, 64, 96]),
     st.none() | st.integers(1, 100),
     st.sampled_from([1, 16, 48]),
+    st.booleans(),
 )
+@example(torch.bfloat16, 0, [70], 64, (9, 3), 64, None, 16, True)
 def test_native_attention_of_long_rows(
     dtype: torch.dtype,
     seed: int,
@@ -299,6 +254,7 @@ def test_native_attention_of_long_rows(
     dim: int,
     window: int | None,
     page: int,
+    eight: bool,
 ) -> None:
     """Pages behind the window may be anybody's; what long rows have more of changes nothing."""
     wide = -(-(context + max(counts)) // page)
@@ -313,8 +269,9 @@ def test_native_attention_of_long_rows(
     q = tensor(seed, sum(counts), heads[0], dim, dtype=dtype)
     k, v = (tensor(seed + i, hole + 1, page, heads[1], dim, dtype=dtype) for i in (1, 2))
     with registry.using(paged_attention="reference"):
-        wanted = kernels.paged_attention(q, k, v, plan, window)
+        wanted = kernels.paged_attention(q, held(k, eight), held(v, eight), plan, window)
     k[hole], v[hole] = torch.nan, torch.nan
+    k, v = held(k, eight), held(v, eight)
     if window is not None:
         behind_is_nan(plan, window, hole)
     with registry.using(paged_attention="native"):
@@ -323,7 +280,7 @@ def test_native_attention_of_long_rows(
     torch.testing.assert_close(got.float(), wanted.float(), atol=tolerance, rtol=tolerance)
     first = counts[0] - 20
     number = int(dtype == torch.bfloat16)
-    if first < 9 or not attends_long(number, number, dim):
+    if first < 9 or not attends_long(number, 2 if eight else number, dim):
         return
     less = AttentionPlan(
         query_start=torch.tensor([0, first], dtype=torch.int32),
@@ -357,6 +314,11 @@ def test_triton_tiles_have_every_query_once(counts: list[int], each: int, paddin
     assert found == [(row, query) for row, count in enumerate(counts) for query in range(count)]
 
 
+def held(x: Tensor, eight: bool) -> Tensor:
+    """As pages hold it."""
+    return rounded(x, EIGHT_BITS) if eight else x
+
+
 def behind_is_nan(plan: AttentionPlan, window: int, hole: int) -> None:
     """Puts a page into the table wherever no query of the row sees anything."""
     for row, context in enumerate(plan.context_lens.tolist()):
@@ -364,23 +326,25 @@ def behind_is_nan(plan: AttentionPlan, window: int, hole: int) -> None:
 
 
 @pytest.mark.parametrize("backend", registry.offering("paged_attention"))
-@given(seeds, steps(), st.sampled_from([(1, 1), (9, 3)]), st.integers(1, 50))
+@given(seeds, steps(), st.sampled_from([(1, 1), (9, 3)]), st.integers(1, 50), st.booleans())
 def test_a_window_hides_what_is_behind_it(
     backend: str,
     seed: int,
     step: tuple[AttentionPlan, int, int],
     heads: tuple[int, int],
     window: int,
+    eight: bool,
 ) -> None:
     """Against a full matrix; where nothing is seen, pages may be anybody's."""
     plan, pages, tokens = step
     q = tensor(seed, tokens, heads[0], 8, dtype=torch.float32)
     k, v = (
-        tensor(seed + i, pages + 1, plan.page_size, heads[1], 8, dtype=torch.float32)
+        held(tensor(seed + i, pages + 1, plan.page_size, heads[1], 8, dtype=q.dtype), eight).float()
         for i in (1, 2)
     )
     wanted = full_matrix(q, k, v, plan, window)
     k[pages], v[pages] = torch.nan, torch.nan
+    k, v = (held(x, eight) for x in (k, v))
     behind_is_nan(plan, window, hole=pages)
     with registry.using(paged_attention=backend):
         got = kernels.paged_attention(*(moved(x, backend) for x in (q, k, v, plan)), window)
@@ -467,7 +431,7 @@ def nearest(x: float) -> int:
 def test_pages_of_8_bits_hold_the_nearest_numbers(
     backend: str, dtype: torch.dtype, values: list[float]
 ) -> None:
-    """By exhaustion, in whole pages and in columns of wider ones."""
+    """Found among all of them; in whole pages and in columns of wider ones."""
     x = torch.tensor(values).to(dtype).view(2, 1, 8)
     where = torch.tensor([5, 2])
     pages = torch.zeros(3, 2, 1, 16).to(EIGHT_BITS)
@@ -480,3 +444,25 @@ def test_pages_of_8_bits_hold_the_nearest_numbers(
         codes = got.flatten(0, 2).contiguous().view(torch.uint8)[where].flatten().tolist()
         for value, code in zip(x.double().flatten().tolist(), codes, strict=True):
             assert code == nearest(value) or (math.isnan(value) and code & 0x7F == 0x7F), value
+
+
+# Triton's interpreter takes it for 480; a GPU does not.
+READING_NAN = set(registry.offering("paged_attention")) - ({"triton"} - ON_GPU)
+
+
+@pytest.mark.parametrize("backend", sorted(READING_NAN))
+@pytest.mark.parametrize("column", [3, 21])
+def test_a_nan_in_pages_of_8_bits_is_read_as_one(backend: str, column: int) -> None:
+    """In the middle of a vector, and behind the last whole one."""
+    q, k, v = (tensor(i, 3, 2, 24, dtype=torch.float32) for i in range(3))
+    k[1, 1, column] = torch.nan
+    plan = AttentionPlan(
+        query_start=torch.tensor([0, 1]).int(),
+        context_lens=torch.tensor([2]).int(),
+        page_table=torch.tensor([[0]]).int(),
+        page_size=3,
+    )
+    pages = (held(x, True)[None] for x in (k, v))
+    with registry.using(paged_attention=backend):
+        got = kernels.paged_attention(*(moved(x, backend) for x in (q[:1], *pages, plan)))
+    assert got.isnan().all(dim=-1).tolist() == [[False, True]]
