@@ -70,7 +70,7 @@ def test_a_compiler_that_fails_is_named_with_what_it_said(
     tool = scripted(tmp_path / "broken", "echo no space left on device >&2; exit 1")
     monkeypatch.setenv("CXX", tool)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with pytest.raises(TokenSpeedError, match=r"broken refused .*\n.*no space left"):
+    with pytest.raises(TokenSpeedError, match=r"broken refused model\.cpp:\n.*no space left"):
         check(SPEC, two_phase(tmp_path, 3))
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 

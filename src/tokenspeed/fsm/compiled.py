@@ -155,8 +155,8 @@ def _digest(*parts: str) -> str:
 def _compile(command: Command) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        told = " ".join(map(str, command[:1] + command[-3:]))
-        raise TokenSpeedError(f"{told} failed:\n{done.stderr[:4000]}")
+        name = Path(command[-3]).name
+        raise TokenSpeedError(f"{command[0]} refused {name}:\n{done.stderr[:4000]}")
 
 
 def _executed(program: Path, options: dict[str, object], progress: Progress) -> dict[str, Any]:
