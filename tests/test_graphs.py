@@ -6,6 +6,7 @@ inputs, and what is padded, is the same.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor
 import tiny
 from models_here import DATA, needs_deepseek_tiny, with_tokenizer
 from stepping import Feed, Stepper
-from tokenspeed import models
+from tokenspeed import kernels, models
 from tokenspeed.plan import StepPlan
 from tokenspeed.spmd import Executor, Mesh, replay
 
@@ -75,12 +76,15 @@ def build(folder: Path) -> models.Model:
 
 
 def generated(steps: Stepper) -> list[list[int]]:
-    """Rows that come one after the other, so that every number of rows decodes together."""
+    """Rows that come one after the other, and leave again, so that every number of rows decodes
+    together, few of them also after many."""
     for slot in range(SLOTS):
         steps.join(slot, [(slot * 7 + i * 3) % 90 + 1 for i in range(slot + 1)])
         steps.generate([slot], 1)
         for _ in range(4):
             steps.run(*(Feed(own, from_device=own != slot) for own in range(slot + 1)))
+    for rows in range(SLOTS - 1, 0, -1):
+        steps.run(*(Feed(own) for own in range(rows)))
     return [steps.output(slot) for slot in range(SLOTS)]
 
 
@@ -105,16 +109,43 @@ def test_latent_attention_and_experts_are_replayed(tmp_path: Path, recorded: lis
 def test_what_cannot_be_captured_is_computed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    def refuse(_run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+    def refuse(_run: Callable[[], Tensor], _pool: Any) -> tuple[Tensor, Callable[[], None]]:
         raise RuntimeError("somebody waits for the device")
 
     model = build(tiny.write(tmp_path))
     wanted = generated(stepper(model))
     monkeypatch.setattr(replay, "capture", refuse)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
     monkeypatch.setattr("tokenspeed.spmd.executor.recorder", lambda *_, **__: replay.Graphs(PAGE))
     assert generated(stepper(model, graphs=True)) == wanted
     told = [record for record in caplog.records if "could not be captured" in record.message]
     assert len(told) == 1, "once, not a step"
+
+
+def test_what_could_not_be_captured_is_tried_again_with_other_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[bool] = []
+
+    def capture(run: Callable[[], Tensor], _pool: Any) -> tuple[Tensor, Callable[[], None]]:
+        problem = kernels.Problem("rope", "cpu", "float32")
+        tried.append(kernels.registry.explain(problem).backend == "reference")
+        if not tried[-1]:
+            raise RuntimeError("somebody waits for the device")
+        return called(run)
+
+    monkeypatch.setattr(replay, "capture", capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr("tokenspeed.spmd.executor.recorder", lambda *_, **__: replay.Graphs(PAGE))
+    checkpoint = models.open_checkpoint(tiny.write(tmp_path))
+    steps = stepper(models.build(checkpoint, Mesh.single(), device="cpu"), graphs=True)
+    steps.join(0, [1, 2, 3])
+    steps.generate([0], 1)
+    for backend in ("native", "reference", "native"):
+        with kernels.registry.using(rope=backend):
+            for _ in range(3):
+                steps.run(Feed(0))
+    assert tried == [False, True, False], "once with each choice"
 
 
 class FakeCuda:
@@ -124,12 +155,15 @@ class FakeCuda:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.device, self.current, self.fails = 0, "step's", False
         self.made: list[str] = []
+        self.pools: list[Any] = []
         for name in ("stream", "graph"):
             patch.setattr(torch.cuda, name, contextmanager(getattr(self, name)))
         patch.setattr(torch.cuda, "current_stream", lambda: self.current)
         patch.setattr(torch.cuda, "current_device", lambda: self.device)
         patch.setattr(torch.cuda, "Stream", self.new)
         patch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+        handles = itertools.count()
+        patch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, next(handles)))
 
     def new(self) -> str:
         self.made.append(f"{len(self.made)} of device {self.device}")
@@ -142,8 +176,11 @@ class FakeCuda:
         finally:
             self.current = before
 
-    def graph(self, _graph: Any, *, stream: str, capture_error_mode: str) -> Iterator[None]:
+    def graph(
+        self, _graph: Any, pool: Any, stream: str, *, capture_error_mode: str
+    ) -> Iterator[None]:
         assert capture_error_mode == "thread_local", "copies go on beside it"
+        self.pools.append(pool)
         before, self.current = self.current, stream
         yield
         if self.fails:
@@ -165,6 +202,26 @@ def test_a_capture_is_on_a_stream_of_its_device_and_leaves_the_step_on_its_own(
     with pytest.raises(RuntimeError, match="void"):
         replay.capture(lambda: cuda.current)
     assert cuda.current == "step's"
+    replay._beside.cache_clear()
+
+
+def test_graphs_share_a_pool_until_one_fails_or_all_are_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cuda, logits = FakeCuda(monkeypatch), torch.zeros(2)
+    replay._beside.cache_clear()
+    graphs, others = replay.Graphs(PAGE), replay.Graphs(PAGE)
+    for recorder in (graphs, graphs, others):
+        recorder.record(lambda: logits)
+    assert cuda.pools == [(0, 0), (0, 0), (0, 1)], "that of another executor is another one"
+    cuda.fails = True
+    assert graphs.record(lambda: logits) == (logits, None)
+    assert graphs.rows(1) == 0, "into a pool in which a capture failed torch captures no more"
+    cuda.fails = False
+    graphs.forget()
+    assert graphs.rows(1) == 1
+    graphs.record(lambda: logits)
+    assert cuda.pools[-1] == (0, 2), "a pool whose graphs are gone is none to torch"
     replay._beside.cache_clear()
 
 

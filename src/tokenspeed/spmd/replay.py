@@ -45,6 +45,8 @@ log = logging.getLogger("tokenspeed.executor")
 T = TypeVar("T")
 Run = Callable[[], Tensor]
 Replay = Callable[[], None]
+Pool = Any
+"""What torch.cuda.graph_pool_handle returns, the type of which has no public name."""
 
 CALLS_ROWS_MAX = 16
 """With more, the calls of a step on a CPU are little beside its work."""
@@ -73,6 +75,10 @@ class Recorder(Protocol):
             Its result, and what fills that anew from what lies where the step read its inputs;
             None: steps of so many rows cannot be recorded.
         """
+        ...
+
+    def forget(self) -> None:
+        """Nothing recorded is replayed from here on, and other kernels may run now."""
         ...
 
 
@@ -115,16 +121,25 @@ class Calls:
             return result, None
         return result, found.replay
 
+    def forget(self) -> None:
+        """See Recorder."""
+        self._workspace = kernels.Workspace()
+
 
 @final
 class Graphs:
-    """Steps of a GPU as CUDA graphs, one for each bucket of rows."""
+    """Steps of a GPU as CUDA graphs, one for each bucket of rows.
+
+    They share their memory: they run one after the other, and nobody reads one's logits when the
+    next one runs. Nothing else outlives a graph, for a step writes the KV where it lies.
+    """
 
     pads = True
 
     def __init__(self, page_size: int) -> None:
         self._page_size = page_size
         self._failed = False
+        self._pool: Pool | None = None
 
     def rows(self, rows: int) -> int:
         """See Recorder."""
@@ -134,7 +149,9 @@ class Graphs:
         """See Recorder. The step runs before it is captured, which compiles what it launches."""
         result = run()
         try:
-            captured, replay = capture(run)
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            captured, replay = capture(run, self._pool)
         except Exception:  # a kernel of somebody else's, say, that waits for the device
             log.exception("a decode step could not be captured; steps run without CUDA graphs")
             self._failed = True
@@ -142,17 +159,27 @@ class Graphs:
         replay()
         return captured, replay
 
+    def forget(self) -> None:
+        """See Recorder. A pool takes no more once its graphs are gone or a capture in it failed."""
+        self._failed = False
+        self._pool = None
 
-def capture(run: Callable[[], T]) -> tuple[T, Replay]:
+
+def capture(run: Callable[[], T], pool: Pool | None = None) -> tuple[T, Replay]:
     """What a function launches, as a CUDA graph; its result is not there before the replay.
 
     What other threads do meanwhile, on streams of their own, is not looked at.
+
+    Args:
+        run: launches.
+        pool: of memory, which graphs that were captured with it share: a replay of one overwrites
+            what another one returned. None: the graph has memory of its own.
     """
     graph, stream = torch.cuda.CUDAGraph(), _beside(torch.cuda.current_device())
     # A capture that ends in an error leaves torch on the stream that it captured.
     with (
         torch.cuda.stream(torch.cuda.current_stream()),
-        torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+        torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"),
     ):
         result = run()
     return result, graph.replay
@@ -265,6 +292,8 @@ class DecodeSteps:
         """Other kernels may run now."""
         self._changes = kernels.registry.changes
         self._recorded.clear()
+        if self._recorder is not None:
+            self._recorder.forget()
 
     def _run(self, batch: Batch) -> Tensor:
         return self._step(self._params, batch, KV(self._pages))[0]
