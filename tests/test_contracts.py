@@ -197,6 +197,7 @@ BROKEN: list[Change] = [
     ("kv_write", "locations", lambda x: x + 1, "locations is 6 somewhere; expected 0 to 5"),
     ("kv_write", "locations", lambda x: x - 1, "locations is -1 somewhere"),
     ("kv_write", "locations", lambda x: x.int(), "locations is torch.int32"),
+    ("kv_write", "locations", lambda x: x[[1, 0, 1]], "0 more than once; expected distinct"),
     ("kv_write", "k_pages", torch.Tensor.half, "k_pages is torch.float16; .* or torch.float8_e4"),
     ("kv_write", "v_pages", lambda x: x.to(torch.float8_e4m3fn), "v_pages is torch.float8_e4m3fn"),
     ("kv_write", "k_pages", apart, "pages in one piece"),

@@ -21,6 +21,7 @@ from tokenspeed.kernels.pages import EIGHT_BITS
 __all__ = [
     "alike",
     "attends",
+    "distinct",
     "draws",
     "embeds",
     "holding",
@@ -82,6 +83,16 @@ def within(op: str, name: str, x: Tensor, low: int, end: int) -> None:
         least = int(numbers.min())
         found = str(least if least < low else int(numbers.max()))
         raise ContractError(op, name, f"{found} somewhere", f"{low} to {end - 1}")
+
+
+def distinct(op: str, name: str, x: Tensor) -> None:
+    """Refuse numbers of which two are equal, on a CPU."""
+    if x.device.type != "cpu":
+        return
+    numbers = np.sort(x.numpy())
+    again = numbers[1:][numbers[1:] == numbers[:-1]]
+    if len(again):
+        raise ContractError(op, name, f"{again[0]} more than once", "distinct numbers")
 
 
 def _floats(op: str, name: str, x: Tensor) -> None:
@@ -187,6 +198,7 @@ def writes(k_pages: Tensor, v_pages: Tensor, k: Tensor, v: Tensor, locations: Te
         if own.stride(3) != 1 or (pages > 1 and own.stride(0) != size * own.stride(1)):
             raise ContractError("kv_write", name, f"strides {own.stride()}", "pages in one piece")
     within("kv_write", "locations", locations, 0, pages * size)
+    distinct("kv_write", "locations", locations)
 
 
 def attends(

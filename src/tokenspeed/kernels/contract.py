@@ -34,8 +34,9 @@ may get any result.
         drawn is the first id, in the order of ids, at which the sum of what is kept exceeds u of
         the whole. No score is a NaN, and one is finite. A row's token depends on that row alone
     kv_write(k_pages, v_pages, k[T, K, d], v[T, K, e], locations int64[T]) -> None
-        location = page * page_size + offset; locations are distinct. Pages lie in one piece,
-        or are columns of such pages
+        location = page * page_size + offset. Pages lie in one piece, or are columns of such pages.
+        Locations are distinct, for tokens are written in no order: a CPU refuses equal ones, on a
+        GPU each number there is that of one of these tokens, and which one is not promised.
     paged_attention(q[T, H, d], k_pages, v_pages, plan, window) -> [T, H, d]
         softmax(q k / sqrt(d)) v over positions 0..p of the row, p the query's own (causal), or over
         the last `window` of these where it is a number (Beltagy et al., 2020); heads share keys in
