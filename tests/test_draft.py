@@ -264,8 +264,8 @@ def test_without_drafts_none_are_taken() -> None:
     ("token", "reason"),
     [
         (-1, "a token out of bounds; expected 0 to"),
-        (2**31, "a number beyond 32 bits; expected fewer"),
-        (2**32 + 5, "a number beyond 32 bits; expected fewer"),
+        (2**31, "2147483648 at index [01]; expected -2147483648 to 2147483647"),
+        (2**32 + 5, "4294967301 at index [01]; expected -2147483648 to 2147483647"),
     ],
 )
 def test_what_is_no_token_is_not_guessed(token: int, reason: str) -> None:

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <new>
 #include <span>
 #include <string>
@@ -119,10 +120,11 @@ struct Name {
 [[noreturn]] inline void refuse_kind(const std::string& name, const std::string& given) {
   throw py::type_error(name + ": got " + given + "; expected integers, which nothing is cut to");
 }
-[[noreturn]] inline void refuse_size(const std::string& name, const std::string& what,
-                                     std::size_t bytes) {
-  throw py::value_error(name + ": got " + what + " beyond " + std::to_string(8 * bytes) +
-                        " bits; expected fewer, since nothing is cut");
+template <class T>
+[[noreturn]] void refuse_size(const std::string& name, const std::string& given) {
+  using Limits = std::numeric_limits<T>;
+  throw py::value_error(name + ": got " + given + "; expected " + std::to_string(Limits::min()) +
+                        " to " + std::to_string(Limits::max()));
 }
 
 // Any integer of Python's or numpy's, if T holds it; `too_large` is called with what T does not
@@ -148,7 +150,7 @@ struct Whole {
 
   bool load(py::handle source) {
     value = integer<T>(name.text, source,
-                       [](const std::string& given) { refuse_size(name.text, given, sizeof(T)); });
+                       [](const std::string& given) { refuse_size<T>(name.text, given); });
     return true;
   }
 };
@@ -194,9 +196,14 @@ class Input {
     const auto same = [kind](std::int64_t whole, Element cut) {
       return whole == static_cast<std::int64_t>(cut) && (kind != 'u' || whole >= 0);
     };
-    if (!std::is_same_v<Element, bool> &&
-        !std::equal(wide.data(), wide.data() + wide.size(), made.data(), same)) {
-      refuse_size(name.text, "a number", sizeof(Element));
+    if (std::is_same_v<Element, bool>) return made;
+    const std::int64_t* const end = wide.data() + wide.size();
+    const std::int64_t* const cut = std::mismatch(wide.data(), end, made.data(), same).first;
+    if (cut != end) {
+      const auto place = " at index " + std::to_string(cut - wide.data());
+      const auto large = static_cast<std::uint64_t>(*cut);
+      refuse_size<Element>(name.text,
+                           (kind == 'u' ? std::to_string(large) : std::to_string(*cut)) + place);
     }
     return made;
   }
