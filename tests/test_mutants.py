@@ -195,11 +195,11 @@ def test_a_guard_that_always_says_yes_is_missed(workshop: Workshop, guard: str) 
 def saying_yes(guard: str) -> list[str]:
     """The edit that makes a guard's answer the one that permits."""
     name = guard.removeprefix("~").removesuffix("(r)")
-    text = (SOURCES / "control.cpp").read_text(encoding="utf-8")
+    text = (SOURCES / "control_guards.cpp").read_text(encoding="utf-8")
     head = re.search(rf"bool Control::{name}\(.*\) const noexcept {{\n", text)
     assert head is not None, name
     yes = "false" if guard.startswith("~") else "true"
-    return ["control.cpp", head[0], f"{head[0]}  return {yes};\n"]
+    return ["control_guards.cpp", head[0], f"{head[0]}  return {yes};\n"]
 
 
 def test_a_cached_page_goes_before_a_request_does(workshop: Workshop) -> None:
