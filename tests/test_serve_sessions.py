@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+import tiny
 from models_here import needs_smollm2
 from serving import CHAT, MESSAGES, TEXT, everything_back, fixtures, served
 from tokenspeed.config import EngineConfig
@@ -112,6 +114,49 @@ def test_pages_of_the_next_turn_are_fetched_ahead() -> None:
             assert refused.status_code == 400
             assert refused.json()["error"]["param"] == "session_ttl_s"
         assert httpx.post(where, json={"session_ttl_s": 5}).status_code == 200
+
+
+TOOLS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+CALL = "<tool_call>look</tool_call>"
+
+
+@pytest.mark.parametrize(
+    ("hints", "busy", "warm"),
+    [
+        ({}, False, True),
+        ({}, True, False),
+        ({"session_id": "agent", "session_ttl_s": 60}, True, True),
+    ],
+)
+def test_a_turn_that_calls_a_tool_stays_warm_as_any_other(
+    tmp_path: Path, hints: dict[str, Any], busy: bool, warm: bool
+) -> None:
+    """The server knows no tool call, so nothing but `session_ttl_s` keeps its pages from others."""
+    folder = tiny.letters(tiny.write(tmp_path, max_position_embeddings=1024))
+    (folder / "chat_template.jinja").write_text(TOOLS)
+    config = EngineConfig(dtype="float32", slots=2, pages=40, page_size=8, prefill_chunk=64)
+    with Engine.from_pretrained(str(folder), config=config) as engine, served(engine) as url:
+
+        def ask(*told: tuple[str, str], **more: Any) -> Any:
+            messages = [{"role": role, "content": content} for role, content in told]
+            body = {"model": engine.model_name, "messages": messages, "max_tokens": 8, **more}
+            answer = httpx.post(url + CHAT, json=body)
+            assert answer.status_code == 200, answer.text
+            assert everything_back(engine)
+            return answer.json()
+
+        asked = ("user", "x" * 64)
+        first = ask(asked, ("assistant", CALL), ("tool", "1"), **hints)
+        said = first["choices"][0]["message"]["content"]
+        if busy:
+            for other in "yz":
+                ask(("user", other * 150))
+        usage = ask(
+            asked, ("assistant", CALL), ("tool", "1"), ("assistant", said), ("tool", "2"), **hints
+        )["usage"]
+        known = first["usage"]["total_tokens"] - 1  # the last one was not fed
+        found = usage["prompt_tokens_details"]["cached_tokens"]
+        assert found == (known // 8 * 8 if warm else 0)
 
 
 @pytest.mark.parametrize("field", ["session_ttl_s", "session_supersede"])
