@@ -29,8 +29,6 @@ from tokenspeed.spmd.report import batch_of
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs are needed")
 
 MESHES: list[dict[str, int]] = [{"tp": 2}, {"ep": 2}, {"pp": 2}, {"dp": 2}]
-ON_TRITON = {"kv_lora_rank": 32, "qk_rope_head_dim": 16}
-"""Sizes that its latent attention takes: the reference waits for the GPU, so it is in no graph."""
 
 
 def _rank(rank: int, jobs: Any, results: Any) -> None:
@@ -128,7 +126,7 @@ def _in_a_graph(
 def test_a_decode_step_with_its_collectives_is_a_cuda_graph(
     tmp_path: Path, gpus: Any, model: str, axes: dict[str, int], rows: str
 ) -> None:
-    changes = {**MODELS[model], **(ON_TRITON if model == "deepseek_v3" else {})}
+    changes = {**MODELS[model], **(tiny.ON_TRITON if model == "deepseek_v3" else {})}
     folder = tiny.write(tmp_path, num_key_value_heads=4, **changes)
     mesh = Mesh.of(**axes)
     found = on_both(gpus, _in_a_graph, folder, mesh.axes, rows, tmp_path / "ranks")

@@ -48,6 +48,9 @@ DEEPSEEK: dict[str, Any] = {
 }
 """What makes the same a DeepSeek: absorbed up to 17 queries, expanded from there on."""
 
+ON_TRITON = {"kv_lora_rank": 32, "qk_rope_head_dim": 16}
+"""Sizes that its latent attention takes: the reference waits for the GPU, so it is in no graph."""
+
 
 def write(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
     """A checkpoint in float32 with weights large enough for logits that differ."""
