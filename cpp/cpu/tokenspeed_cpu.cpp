@@ -62,16 +62,16 @@ std::vector<const Kernels*> sets() {
 
 // TOKENSPEED_CPU_ISA names a lesser set: for tests. Of one that the machine has not, the last.
 const Kernels& kernels() {
-  static const Kernels& chosen = []() -> const Kernels& {
+  static const Kernels* const chosen = [] {
     const char* name = std::getenv("TOKENSPEED_CPU_ISA");
     const std::vector<const Kernels*> found = sets();
-    if (name == nullptr) return *found.front();
+    if (name == nullptr) return found.front();
     for (const Kernels* one : found) {
-      if (std::strcmp(name, one->isa) == 0) return *one;
+      if (std::strcmp(name, one->isa) == 0) return one;
     }
-    return *found.back();
+    return found.back();
   }();
-  return chosen;
+  return *chosen;
 }
 
 // Room that a thread keeps from call to call.

@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tokenspeed.kernels import AttentionPlan, MlaPlan, mla_decode_plan
+from tokenspeed.kernels import AttentionPlan, Draws, MlaPlan, mla_decode_plan
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
@@ -37,7 +37,16 @@ def moved(value: Any, backend: str) -> Any:
     if isinstance(value, AttentionPlan | MlaPlan):
         fields = {a.name: getattr(value, a.name) for a in attrs.fields(type(value)) if a.init}
         return type(value)(**{name: moved(own, backend) for name, own in fields.items()})
-    return value.cuda() if isinstance(value, Tensor) else value
+    if isinstance(value, Draws):
+        return Draws(moved(value.table, backend))
+    return lying(value, "cuda") if isinstance(value, Tensor) else value
+
+
+def lying(x: Tensor, device: str) -> Tensor:
+    """A copy that lies in its memory as x does, among copies of all that lies there."""
+    memory = torch.empty(0, dtype=torch.uint8).set_(x.untyped_storage()).to(device, copy=True)
+    own = torch.empty(0, dtype=x.dtype, device=device)
+    return own.set_(memory.untyped_storage(), x.storage_offset(), x.size(), x.stride())
 
 
 @st.composite
