@@ -80,7 +80,7 @@ struct Kernels {
                     std::int64_t end);
   // A row that it leaves out, in bfloat16, by items of another kind; null where a set has no way.
   std::int64_t (*long_items)(const Attention& call, std::int64_t row);
-  void (*attend_long)(const Attention& call, std::int64_t row, std::int64_t begin,
+  void (*attend_long)(const Attention& call, std::int64_t row, int kv_dtype, std::int64_t begin,
                       std::int64_t end);
 };
 

@@ -261,7 +261,7 @@ void ts_cpu_kv_write(int dtype, const void* x, int64_t token_stride, int64_t tok
 }
 
 int ts_cpu_attends_long(int dtype, int kv_dtype, int64_t dim) {
-  return kernels().attend_long != nullptr && dtype == 1 && kv_dtype == 1 && dim % kGroup == 0;
+  return kernels().attend_long != nullptr && dtype == 1 && kv_dtype > 0 && dim % kGroup == 0;
 }
 
 void ts_cpu_attention(int dtype, const void* q, const void* k_pages, const void* v_pages,
@@ -279,7 +279,9 @@ void ts_cpu_attention(int dtype, const void* q, const void* k_pages, const void*
   if (!ts_cpu_attends_long(dtype, kv_dtype, dim)) return;
   for (int64_t row = 0; row < rows; ++row) {
     if (query_start[row + 1] - query_start[row] <= queries_max) continue;
-    auto part = [&](int64_t begin, int64_t end) { kernels().attend_long(call, row, begin, end); };
+    auto part = [&](int64_t begin, int64_t end) {
+      kernels().attend_long(call, row, kv_dtype, begin, end);
+    };
     share(kernels().long_items(call, row), 1, threads, part);
   }
 }

@@ -1,8 +1,9 @@
 /* CPU kernels behind a plain C ABI: no torch, no Python, no OpenMP.
  *
  * Rule: a function says its shapes here and checks nothing; whoever calls it has. dtype: 0 float32,
- * 1 bfloat16; kv_dtype, of pages, is the same or 2 for float8_e4m3fn. Strides are in elements. threads: that may take part, the caller's included. What a
- * token gets does not depend on the tokens beside it.
+ * 1 bfloat16; kv_dtype, of pages, is the same or 2 for float8_e4m3fn. Strides are in elements.
+ * threads: that may take part, the caller's included. What a token gets does not depend on the
+ * tokens beside it.
  */
 #ifndef TOKENSPEED_CPU_H
 #define TOKENSPEED_CPU_H
@@ -61,8 +62,8 @@ TS_CPU_API void ts_cpu_rope(int dtype, const void* x, int64_t token_stride, int6
                             int64_t tokens, int64_t heads, int64_t dim, const int64_t* positions,
                             const float* cos_sin, void* out, int interleaved);
 
-/* pages[locations[t]] = x[t], rows of `width` elements; into 8 bits to the nearest, ties to even, at
- * most 448. */
+/* pages[locations[t]] = x[t], rows of `width` elements; into 8 bits to the nearest, ties to even,
+ * at most 448. */
 TS_CPU_API void ts_cpu_kv_write(int dtype, const void* x, int64_t token_stride, int64_t tokens,
                                 int64_t width, const int64_t* locations, void* pages, int kv_dtype);
 
