@@ -16,7 +16,7 @@ from torch import Tensor
 from tokenspeed.kernels.contract import AttentionPlan
 from tokenspeed.kernels.pages import EIGHT_BITS, as_bytes
 from tokenspeed.kernels.triton.mla import INTERPRETED, LOG2_E, precision
-from tokenspeed.kernels.triton.tiles import Tiles, cores, fold, merge, tiled
+from tokenspeed.kernels.triton.tiles import Tiles, cores, fold, merge, shared_bytes, tiled
 
 __all__ = ["kv_write", "paged_attention", "rope"]
 
@@ -163,41 +163,51 @@ def kv_write(k_pages: Tensor, v_pages: Tensor, k: Tensor, v: Tensor, locations: 
 
 
 @triton.jit
-def _keys(
-    query, k_head, v_head, own_table, pages, from_key, stop, limit, window, k_page, k_key, v_page,
-    v_key, best, total, mixed, scale, PAGE: tl.constexpr, DIM: tl.constexpr, LANES: tl.constexpr,
-    KEYS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+def _pages_at(own_table, from_key, stop, pages, KEYS: tl.constexpr, PAGE: tl.constexpr):
+    """The pages of some keys; whatever the table says, of those there are."""
+    lane = tl.arange(0, KEYS)
+    at = from_key // PAGE + lane // PAGE if KEYS % PAGE == 0 else (from_key + lane) // PAGE
+    page = tl.load(own_table + at, mask=from_key + lane < stop, other=0)
+    return tl.minimum(tl.maximum(page, 0), pages - 1).to(tl.int64)
+
+
+@triton.jit
+def _over_keys(
+    query, k_from, v_from, own_table, pages, context_at, most, token, begin, stop, sure, seen_from,
+    k_page, k_key, v_page, v_key, window, scale,
+    PAGE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    KEYS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Some keys, folded into what came before; masked where not every query sees all of them."""
-    at = from_key + tl.arange(0, KEYS)
+    """The keys [begin, stop) of a row, folded; `begin` is where a page begins, or a step."""
+    best = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    mixed = tl.zeros((ROWS, LANES), tl.float32)
     lane = tl.arange(0, LANES)
-    if MASKED:
-        there = at < stop
-        page = tl.load(own_table + at // PAGE, mask=there, other=0)
-    else:
-        page = tl.load(own_table + at // PAGE)
-    page = tl.minimum(tl.maximum(page, 0), pages - 1).to(tl.int64)
-    key = k_head + (page * k_page + (at % PAGE) * k_key)[:, None] + lane[None, :]
-    value = v_head + (page * v_page + (at % PAGE) * v_key)[:, None] + lane[None, :]
-    if MASKED:
-        kv_in = there[:, None] & (lane < DIM)[None, :]
-        keys = tl.load(key, mask=kv_in, other=0.0)
-        values = tl.load(value, mask=kv_in, other=0.0)
-    elif LANES > DIM:
-        keys = tl.load(key, mask=(lane < DIM)[None, :], other=0.0)
-        values = tl.load(value, mask=(lane < DIM)[None, :], other=0.0)
-    else:
-        keys = tl.load(key)
-        values = tl.load(value)
-    keys, values = keys.to(query.dtype), values.to(query.dtype)
-    if WIDEN:
-        scores = tl.dot(query.to(tl.float32), tl.trans(keys.to(tl.float32))) * scale
-    else:
-        scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * scale
-    if MASKED:
-        seen = (at[None, :] < limit[:, None]) & (at[None, :] >= (limit - window)[:, None])
-        scores = tl.where(seen & there[None, :], scores, float("-inf"))
-    return fold(scores, values, best, total, mixed, PRECISION, WIDEN)
+    page = _pages_at(own_table, begin, stop, pages, KEYS, PAGE)
+    for from_key in tl.range(begin, stop, KEYS):
+        at = from_key + tl.arange(0, KEYS)
+        there = (at < stop)[:, None]
+        if LANES > DIM:
+            there = there & (lane < DIM)[None, :]
+        # Where steps are whole pages it is known beforehand where in its page a key lies.
+        within = tl.arange(0, KEYS) % PAGE if KEYS % PAGE == 0 else at % PAGE
+        key = k_from + ((within * k_key)[:, None] + lane[None, :]) + (page * k_page)[:, None]
+        value = v_from + ((within * v_key)[:, None] + lane[None, :]) + (page * v_page)[:, None]
+        keys = tl.load(key, mask=there, other=0.0).to(query.dtype)
+        values = tl.load(value, mask=there, other=0.0).to(query.dtype)
+        # A step ahead, so that loads need not wait for what tells where from.
+        page = _pages_at(own_table, from_key + KEYS, stop, pages, KEYS, PAGE)
+        if WIDEN:
+            scores = tl.dot(query.to(tl.float32), tl.trans(keys.to(tl.float32)))
+        else:
+            scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION)
+        if (from_key + KEYS > sure) | (from_key < seen_from):
+            # Loaded again: a branch without a load would become selections in every step.
+            limit = tl.minimum(tl.maximum(tl.load(context_at), 0), most) + token + 1
+            seen = (at[None, :] < limit[:, None]) & (at[None, :] >= (limit - window)[:, None])
+            scores = tl.where(seen & (at < stop)[None, :], scores, float("-inf"))
+        best, total, mixed = fold(scores, values, best, total, mixed, scale, PRECISION, WIDEN)
+    return best, total, mixed
 
 
 @triton.jit
@@ -206,9 +216,10 @@ def _attend(
     columns, pages, all_rows, heads, groups, each, q_token, q_head,
     k_page, k_key, k_head, v_page, v_key, v_head, window, parts, least, scale,
     PAGE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
-    KEYS: tl.constexpr, WINDOWED: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    KEYS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0)
+    # The tiles that see most keys begin first.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1)
     part = tl.program_id(2)
     row = tl.load(rows + tile).to(tl.int64)
@@ -220,7 +231,6 @@ def _attend(
     mine = tl.arange(0, ROWS)
     token = first + mine // groups
     inside = (mine < each * groups) & (token < count)
-    limit = context + token + 1
     head = kv_head * groups + mine % groups
     lane = tl.arange(0, LANES)
     in_dim = lane < DIM
@@ -228,35 +238,20 @@ def _attend(
     q_in = inside[:, None] & in_dim[None, :]
     query = tl.load(q + place[:, None] + lane[None, :], mask=q_in, other=0.0)
     # What the first query sees no more, and the last one sees not yet, is not read.
-    low = tl.maximum(context + first + 1 - window, 0)
+    low = tl.maximum(context + first + 1 - window, 0) // PAGE * PAGE
     high = tl.where(first < count, context + tl.minimum(first + each, count), 0)
     high = tl.minimum(high, columns * PAGE)
     share = tl.cdiv(tl.cdiv(tl.maximum(high - low, 0), KEYS), parts) * KEYS
     share = tl.maximum(share, least)
     begin = low + part * share
     stop = tl.minimum(begin + share, high)
-    best = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    mixed = tl.zeros((ROWS, LANES), tl.float32)
-    own_table = table + row * columns
-    k_head = k_pages + kv_head * k_head
-    v_head = v_pages + kv_head * v_head
-    if not WINDOWED:
-        # What every query sees needs no mask.
-        whole = tl.maximum(tl.minimum(context + first + 1, stop) - begin, 0) // KEYS * KEYS
-        for from_key in tl.range(begin, begin + whole, KEYS):
-            best, total, mixed = _keys(
-                query, k_head, v_head, own_table, pages, from_key, stop, limit, window, k_page,
-                k_key, v_page, v_key, best, total, mixed, scale, PAGE, DIM, LANES, KEYS, False,
-                PRECISION, WIDEN,
-            )  # fmt: skip
-        begin += whole
-    for from_key in tl.range(begin, stop, KEYS):
-        best, total, mixed = _keys(
-            query, k_head, v_head, own_table, pages, from_key, stop, limit, window, k_page,
-            k_key, v_page, v_key, best, total, mixed, scale, PAGE, DIM, LANES, KEYS, True,
-            PRECISION, WIDEN,
-        )  # fmt: skip
+    # Keys from `seen_from` on and before `sure` every query sees: they need no mask.
+    best, total, mixed = _over_keys(
+        query, k_pages + kv_head * k_head, v_pages + kv_head * v_head, table + row * columns, pages,
+        context_lens + row, columns * PAGE, token, begin, stop,
+        tl.minimum(context + first + 1, stop), context + tl.minimum(first + each, count) - window,
+        k_page, k_key, v_page, v_key, window, scale, PAGE, DIM, ROWS, LANES, KEYS, PRECISION, WIDEN,
+    )  # fmt: skip
     some = total > 0
     mixed = mixed / tl.where(some, total, 1.0)[:, None]
     to = part.to(tl.int64) * all_rows + (start + token).to(tl.int64) * heads + head
@@ -268,7 +263,11 @@ def _attend(
 
 @frozen
 class Cut:
-    """How a step is cut: rows of a tile, query tokens of it, keys of a step of the loop, parts."""
+    """How a step is cut: rows of a tile, query tokens of it, keys of a step of the loop, parts.
+
+    stages: steps of keys that have room in shared memory; Triton asks for the next ones behind the
+    products of a step, so that with two of them it waits for the whole way of each.
+    """
 
     rows: int
     each: int
@@ -278,22 +277,35 @@ class Cut:
     stages: int
 
 
-def cut(plan: AttentionPlan, q: Tensor, kv_heads: int, window: int | None) -> Cut:
+def cut(plan: AttentionPlan, q: Tensor, pages: Tensor, window: int | None) -> Cut:
     """By the mean of queries a row, which alone is known without waiting for the device."""
     tokens, heads, dim = q.shape
+    kv_heads, size = pages.shape[2], q.element_size()
     groups = heads // kv_heads
     mean = triton.cdiv(tokens, max(1, len(plan.context_lens)))
-    most = 128 if q.element_size() == 2 and dim <= 128 else 64
+    most = 128 if size == 2 and dim <= 128 else 64
     rows = max(16, min(most, triton.next_power_of_2(mean * groups)), triton.next_power_of_2(groups))
     each = rows // groups
     lanes = max(16, triton.next_power_of_2(dim))
-    keys = max(16, min(64, 8192 * 2 // (lanes * q.element_size())))
+    keys = max(16, min(64, 8192 * 2 // (lanes * size)))
+    if rows == 16:
+        # Small steps, so that many programs run at once: 8 KB of keys.
+        keys = max(min(32, keys), min(64, 8192 // (lanes * pages.element_size())))
+    programs = 1 if rows >= 128 else 2 if rows > 16 or keys * lanes > 4096 else 4
+    # Three steps have room where that leaves it to as many programs, of 128 keys in large tiles.
+    room = (shared_bytes(q) + 1024) // programs - 1024
+    wanted = [(2 * keys, 3)] if rows == 128 else []
+    keys, stages = next(
+        (k, s)
+        for k, s in (*wanted, (keys, 3), (keys, 2))
+        if s == 2 or (rows + 2 * k * s) * lanes * size <= room
+    )
     tiles = len(plan.context_lens) * triton.cdiv(mean, each) * kv_heads
     keys_max = plan.page_table.shape[1] * plan.page_size
     if window is not None:
         keys_max = min(keys_max, window + each)
-    parts = min(PARTS_MAX, keys_max // KEYS_MIN, 3 * cores(q) // max(1, tiles))
-    return Cut(rows, each, keys, max(1, parts), 8 if rows >= 128 else 4, 2)
+    parts = min(PARTS_MAX, keys_max // KEYS_MIN, programs * cores(q) // max(1, tiles))
+    return Cut(rows, each, keys, max(1, parts), 8 if rows >= 128 else 4, stages)
 
 
 def _tiles(plan: AttentionPlan, tokens: int, each: int) -> Tiles:
@@ -312,7 +324,7 @@ def paged_attention(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if not tokens:
         return out
-    how = cut(plan, q, kv_heads, window)
+    how = cut(plan, q, k_pages, window)
     tiles = plan.once(_tiles, tokens, how.each)
     rows = tokens * heads
     part_out, part_lse = out, out
@@ -328,8 +340,8 @@ def paged_attention(
         _ALL if window is None else window, how.parts, KEYS_MIN if how.parts > 1 else 1,
         dim**-0.5 * LOG2_E,
         PAGE=plan.page_size, DIM=dim, ROWS=how.rows, LANES=max(16, triton.next_power_of_2(dim)),
-        KEYS=how.keys, WINDOWED=window is not None, PRECISION=precision(q), WIDEN=INTERPRETED,
-        num_warps=how.warps, num_stages=how.stages,
+        KEYS=how.keys, PRECISION=precision(q), WIDEN=INTERPRETED, num_warps=how.warps,
+        num_stages=how.stages,
     )  # fmt: skip
     if how.parts > 1:
         lse = torch.empty(rows, dtype=torch.float32, device=q.device)

@@ -19,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tokenspeed.kernels.contract import MlaPlan, Problem
 from tokenspeed.kernels.pages import gathered
-from tokenspeed.kernels.triton.tiles import Tiles, cores, fold, merge, tiled
+from tokenspeed.kernels.triton.tiles import Tiles, cores, fold, merge, shared_bytes, tiled
 
 __all__ = ["cost_us", "mla_decode", "mla_prefill", "precision", "unsupported"]
 
@@ -53,22 +53,48 @@ def cost_us(problem: Problem) -> float | None:
     rows = (problem.q_len or 1) * (problem.heads or 1)
     if problem.capability != (9, 0) or problem.dtype != "bfloat16":
         return None
-    return 54 if rows <= 16 else 10 + 70 * triton.cdiv(rows, 64)
+    return 51 if rows <= 16 else 12 + 45 * triton.cdiv(rows, 64)
 
 
 @triton.jit
 def _step(
-    latent, rope, at, limit, q_latent, q_rope, best, total, mixed, scale,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    latent, rope, start, limit, least, q_latent, q_rope, best, total, mixed, scale,
+    KEYS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """The scores of some keys, folded into what came before."""
+    """The scores of some keys, folded into what came before; all see those before `least`."""
     keys, turned = latent, rope
     if WIDEN:
         keys, turned = latent.to(tl.float32), rope.to(tl.float32)
-    scores = tl.dot(q_latent, tl.trans(keys), input_precision=PRECISION)
-    scores = tl.dot(q_rope, tl.trans(turned), scores, input_precision=PRECISION) * scale
-    scores = tl.where(at[None, :] < limit[:, None], scores, float("-inf"))
-    return fold(scores, latent, best, total, mixed, PRECISION, WIDEN)
+    scores = tl.dot(q_latent, tl.trans(keys), input_precision=PRECISION) * scale
+    scores += tl.dot(q_rope, turned, input_precision=PRECISION) * scale
+    if start + KEYS > least:
+        at = start + tl.arange(0, KEYS)
+        scores = tl.where(at[None, :] < limit[:, None], scores, float("-inf"))
+    return fold(scores, latent, best, total, mixed, 1.0, PRECISION, WIDEN)
+
+
+@triton.jit
+def _over_boxes(
+    boxes, rope_boxes, own_table, begin, whole, pages_count, limit, least, q_latent, q_rope,
+    best, total, mixed, scale, PAGE: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr,
+    KEYS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Full steps of keys, which the copy engine brings."""
+    page = tl.load(own_table + begin // PAGE, mask=begin < whole, other=-1)
+    for start in tl.range(begin, whole, KEYS, num_stages=2):
+        latent = boxes.load([page, start % PAGE, 0]).reshape([KEYS, LATENT])
+        rope = rope_boxes.load([page, start % PAGE, LATENT]).reshape([KEYS, ROPE])
+        rope = tl.trans(rope)
+        # Triton asks for the next keys before a branch, but behind products outside of one, when
+        # nothing is left to do meanwhile. What no branch held would wait for all of each step.
+        if (page >= 0) & (page < pages_count):
+            best, total, mixed = _step(
+                latent, rope, start, limit, least, q_latent, q_rope, best, total, mixed,
+                scale, KEYS, PRECISION, WIDEN,
+            )  # fmt: skip
+        following = start + KEYS
+        page = tl.load(own_table + following // PAGE, mask=following < whole, other=-1)
+    return best, total, mixed
 
 
 @triton.jit
@@ -103,32 +129,32 @@ def _attend(
     stop = tl.minimum(begin + each, length)
     # A tile that the row does not fill has no work.
     stop = tl.where((tl.program_id(0) % tiles) * ROWS < count * heads, stop, 0)
+    least = tl.minimum(length - count + 1, length)
+    own_table = table + row * columns
     if BOXES:
         # Keys behind the last one may be NaN: only what is full comes in boxes.
         whole = begin + tl.maximum(stop - begin, 0) // KEYS * KEYS
-        for start in range(begin, whole, KEYS):
-            page = tl.load(table + row * columns + start // PAGE)
-            latent = boxes.load([page, start % PAGE, 0]).reshape([KEYS, LATENT])
-            rope = rope_boxes.load([page, start % PAGE, LATENT]).reshape([KEYS, ROPE])
-            at = start + tl.arange(0, KEYS)
-            best, total, mixed = _step(
-                latent, rope, at, limit, q_latent, q_rope, best, total, mixed, scale,
-                PRECISION, WIDEN,
-            )  # fmt: skip
+        best, total, mixed = _over_boxes(
+            boxes, rope_boxes, own_table, begin, whole, pages_count, limit, least, q_latent, q_rope,
+            best, total, mixed, scale, PAGE, LATENT, ROPE, KEYS, PRECISION, WIDEN,
+        )  # fmt: skip
         begin = whole
+    at = begin + tl.arange(0, KEYS)
+    page = tl.load(own_table + at // PAGE, mask=at < stop, other=-1)
     # One step at most behind boxes, which leave no room for two.
     for start in tl.range(begin, stop, KEYS, num_stages=1 if BOXES else 2):
         at = start + tl.arange(0, KEYS)
-        page = tl.load(table + row * columns + at // PAGE, mask=at < stop, other=-1)
         there = (page >= 0) & (page < pages_count)
         key = page.to(tl.int64) * page_stride + (at % PAGE) * key_stride
         latent = tl.load(pages + key[:, None] + lane[None, :], mask=there[:, None], other=0.0)
         rope = tl.load(pages + key[:, None] + rope_lane[None, :], mask=there[:, None], other=0.0)
-        latent, rope = latent.to(q.dtype.element_ty), rope.to(q.dtype.element_ty)
+        latent, rope = latent.to(q.dtype.element_ty), tl.trans(rope.to(q.dtype.element_ty))
         best, total, mixed = _step(
-            latent, rope, at, limit, q_latent, q_rope, best, total, mixed, scale,
-            PRECISION, WIDEN,
+            latent, rope, start, limit, least, q_latent, q_rope, best, total, mixed, scale,
+            KEYS, PRECISION, WIDEN,
         )  # fmt: skip
+        following = at + KEYS
+        page = tl.load(own_table + following // PAGE, mask=following < stop, other=-1)
     some = total > 0
     mixed = mixed / tl.where(some, total, 1.0)[:, None]
     sums = tl.where(some, best + tl.log2(tl.where(some, total, 1.0)), float("-inf"))
@@ -142,7 +168,7 @@ def _attend(
 class _Shape:
     """How a plan is cut: rows of a tile, tiles of a row, keys of a step, parts, warps.
 
-    boxes: keys may come as boxes, by the copy engine of capability 9.0 and later.
+    boxes: keys come as boxes, by the copy engine of capability 9.0.
     """
 
     rows: int
@@ -153,33 +179,43 @@ class _Shape:
     boxes: bool
 
 
-def _shape(plan: MlaPlan) -> _Shape:
+def _shape(plan: MlaPlan, boxable: bool) -> _Shape:
     wanted = plan.q_len_max * plan.heads
     rows = min(64, max(16, triton.next_power_of_2(wanted)))
+    room = shared_bytes(plan.kv_lens)
+    columns = 2 * (plan.latent + plan.rope)
+
+    def fits(rows: int, keys: int) -> bool:
+        """Two steps of keys, the queries and the weights of a step, in 16 bits."""
+        return columns * (2 * keys + rows) + 2 * rows * keys <= room
+
+    keys = next((k for k in (64, 32) if fits(rows, k)), 16)
+    warps, programs, boxes = 8 if rows > 32 else 4, 2, False
+    if boxable:
+        # What fills a multiprocessor: two programs of 32 keys and few rows, or one of 64 keys.
+        at_once, most = (2, 16) if rows == 16 else (1, 64)
+        step = 64 // at_once
+        boxes = plan.page_size % step == 0 and fits(most, step)
+        if boxes:
+            rows, keys, warps, programs = most, step, 8 // at_once, at_once
     tiles = triton.cdiv(wanted, rows)
     keys_max = plan.page_table.shape[1] * plan.page_size
-    shared, boxes = 1 << 30, False
-    if plan.kv_lens.is_cuda:
-        properties = torch.cuda.get_device_properties(plan.kv_lens.device)
-        # torch gives a block's default; what it may ask for is the multiprocessor's, less 1 KB.
-        shared = properties.shared_memory_per_multiprocessor - 1024
-        boxes = torch.version.hip is None and properties.major >= 9
-    # Two steps of keys and the queries, in 16 bits.
-    columns = 2 * (plan.latent + plan.rope)
-    keys = next((k for k in (64, 32) if columns * (2 * k + rows) <= shared), 16)
-    most = min(PARTS_MAX, max(1, keys_max // KEYS_MIN))
-    # Two programs of full tiles follow each other: rows may differ in length.
-    parts = max(1, min(most, 2 * cores(plan.kv_lens) // max(1, len(plan.kv_lens) * tiles)))
-    # Smaller tiles are quicker without.
-    boxes = boxes and rows == 64 and keys == 64 and plan.page_size % keys == 0
-    return _Shape(rows, tiles, keys, parts, 8 if rows > 32 else 4, boxes)
+    parts = programs * cores(plan.kv_lens) // max(1, len(plan.kv_lens) * tiles)
+    parts = max(1, min(PARTS_MAX, keys_max // KEYS_MIN, parts))
+    return _Shape(rows, tiles, keys, parts, warps, boxes)
+
+
+def _boxable(kv_pages: Tensor) -> bool:
+    """Whether the copy engine of capability 9.0 can bring pages."""
+    if not kv_pages.is_cuda or torch.version.hip is not None or kv_pages.element_size() != 2:
+        return False
+    aligned = kv_pages.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in kv_pages.stride()[:2])
+    return aligned and torch.cuda.get_device_capability(kv_pages.device)[0] == 9
 
 
 def _in_boxes(kv_pages: Tensor, shape: _Shape, columns: int) -> TensorDescriptor | None:
-    """Pages as boxes of a step's keys and so many columns; None where they cannot be."""
-    strides = kv_pages.stride()[:2]
-    aligned = kv_pages.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in strides)
-    if not shape.boxes or not aligned or kv_pages.element_size() != 2:
+    """Pages as boxes of a step's keys and so many columns; None where they do not come so."""
+    if not shape.boxes:
         return None
     box = [1, shape.keys, columns]
     return TensorDescriptor(kv_pages, list(kv_pages.shape), list(kv_pages.stride()), box)
@@ -187,11 +223,11 @@ def _in_boxes(kv_pages: Tensor, shape: _Shape, columns: int) -> TensorDescriptor
 
 def mla_decode(q: Tensor, kv_pages: Tensor, plan: MlaPlan, scale: float) -> tuple[Tensor, Tensor]:
     """See contract.py."""
-    shape = plan.once(_shape)
     if q.stride(2) != 1:
         q = q.contiguous()
     if kv_pages.stride(2) != 1:
         kv_pages = kv_pages.contiguous()
+    shape = plan.once(_shape, _boxable(kv_pages))
     rows = q.shape[0] * plan.heads
     out = torch.empty(*q.shape[:2], plan.latent, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
@@ -225,7 +261,8 @@ def _expanded(
     NOPE_LANES: tl.constexpr, ROPE_LANES: tl.constexpr, VALUE_LANES: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(1)
+    # The tiles that see most keys begin first.
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)
     head = tl.program_id(0)
     row = tl.load(rows + tile)
     first = tl.load(firsts + tile)
@@ -235,7 +272,6 @@ def _expanded(
     length = (tl.load(kv_starts + row + 1) - origin).to(tl.int32)
     token = first + tl.arange(0, ROWS)
     inside = token < count
-    limit = length - count + token + 1
     nope = tl.arange(0, NOPE_LANES)
     rope = tl.arange(0, ROPE_LANES)
     value = tl.arange(0, VALUE_LANES)
@@ -250,6 +286,8 @@ def _expanded(
     total = tl.zeros((ROWS,), tl.float32)
     mixed = tl.zeros((ROWS, VALUE_LANES), tl.float32)
     stop = tl.where(first < count, length - count + tl.minimum(first + each, count), 0)
+    # Every query sees the keys before this one.
+    sure = tl.minimum(length - count + first + 1, stop)
     own = wide + head.to(tl.int64) * wide_head + origin * wide_key
     turned = keys + origin * key_stride + LATENT
     for begin in tl.range(0, stop, KEYS):
@@ -263,9 +301,12 @@ def _expanded(
         if WIDEN:
             k_nope, k_rope = k_nope.to(tl.float32), k_rope.to(tl.float32)
         scores = tl.dot(q_nope, tl.trans(k_nope), input_precision=PRECISION)
-        scores = tl.dot(q_rope, tl.trans(k_rope), scores, input_precision=PRECISION) * scale
-        scores = tl.where(at[None, :] < limit[:, None], scores, float("-inf"))
-        best, total, mixed = fold(scores, v, best, total, mixed, PRECISION, WIDEN)
+        scores = tl.dot(q_rope, tl.trans(k_rope), scores, input_precision=PRECISION)
+        if begin + KEYS > sure:
+            # Loaded again: a branch without a load would become selections in every step.
+            limit = tl.load(kv_starts + row + 1) - origin.to(tl.int32) - count + token + 1
+            scores = tl.where(at[None, :] < limit[:, None], scores, float("-inf"))
+        best, total, mixed = fold(scores, v, best, total, mixed, scale, PRECISION, WIDEN)
     mixed = mixed / tl.where(total > 0, total, 1.0)[:, None]
     to = (start + token).to(tl.int64)[:, None] * out_token + (heads_from + head) * out_head
     tl.store(out + to + value[None, :], mixed, mask=inside[:, None] & (value < VALUE)[None, :])
@@ -308,11 +349,18 @@ def mla_prefill(q: Tensor, kv_pages: Tensor, up: Tensor, plan: MlaPlan, scale: f
     if not tokens or not len(found.where):
         return out
     q = q if q.stride(2) == 1 else q.contiguous()
+    if scale < 0:
+        # What folds scores takes none.
+        q, scale = -q, -scale
     keys = gathered(kv_pages, found.where, q.dtype)
     lanes = [max(16, triton.next_power_of_2(size)) for size in (nope, plan.rope, value)]
     narrow = q.element_size() == 2
     rows = 128 if narrow and sum(lanes) <= 320 else 64
     tiles = plan.once(_row_tiles, tokens, rows)
+    keys_each = 64 if narrow else 32
+    # What is on its way while other keys are multiplied takes a third of three places.
+    taken = rows * sum(lanes[:2]) + 3 * keys_each * sum(lanes)
+    stages = 3 if taken * q.element_size() <= shared_bytes(q) else 2
     step = max(1, EXPANDED_MAX // (up.shape[1] * len(keys)))
     for first in range(0, heads, step):
         some = up[first : first + step]
@@ -323,7 +371,7 @@ def mla_prefill(q: Tensor, kv_pages: Tensor, up: Tensor, plan: MlaPlan, scale: f
             out.stride(0), out.stride(1), scale * LOG2_E,
             NOPE=nope, ROPE=plan.rope, VALUE=value, LATENT=latent,
             NOPE_LANES=lanes[0], ROPE_LANES=lanes[1], VALUE_LANES=lanes[2],
-            ROWS=rows, KEYS=64 if narrow else 32, PRECISION=precision(q), WIDEN=INTERPRETED,
-            num_warps=8 if rows == 128 else 4, num_stages=2,
+            ROWS=rows, KEYS=keys_each, PRECISION=precision(q), WIDEN=INTERPRETED,
+            num_warps=8 if rows == 128 else 4, num_stages=stages,
         )  # fmt: skip
     return out

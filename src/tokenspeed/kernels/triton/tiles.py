@@ -13,7 +13,7 @@ import triton.language as tl
 from attrs import frozen
 from torch import Tensor
 
-__all__ = ["Tiles", "cores", "fold", "merge", "tiled"]
+__all__ = ["Tiles", "cores", "fold", "merge", "shared_bytes", "tiled"]
 
 NOWHERE = 1 << 30
 """The first query of a tile that has none."""
@@ -53,15 +53,28 @@ def cores(like: Tensor) -> int:
     return int(torch.cuda.get_device_properties(like.device).multi_processor_count)
 
 
+def shared_bytes(like: Tensor) -> int:
+    """Shared memory that a program may ask for on the device that a tensor is on."""
+    if not like.is_cuda:
+        return 1 << 30
+    properties = torch.cuda.get_device_properties(like.device)
+    # torch gives a block's default; what it may ask for is the multiprocessor's, less 1 KB.
+    return int(properties.shared_memory_per_multiprocessor) - 1024
+
+
 @triton.jit
 def fold(
-    scores, values, best, total, mixed, PRECISION: tl.constexpr, WIDEN: tl.constexpr
+    scores, values, best, total, mixed, scale, PRECISION: tl.constexpr, WIDEN: tl.constexpr
 ):  # fmt: skip
-    """Some keys more: the maximum, the sum of weights and the weighted sum of values with them."""
-    higher = tl.maximum(best, tl.max(scores, axis=1))
+    """Some keys more: the maximum, the sum of weights and the weighted sum of values with them.
+
+    What is folded are scores times `scale`, which is not negative: one multiplication and the
+    difference to the maximum are one instruction then.
+    """
+    higher = tl.maximum(best, tl.max(scores, axis=1) * scale)
     # Where nothing is seen yet the difference would be NaN.
     base = tl.where(higher == float("-inf"), 0.0, higher)
-    weights = tl.exp2(scores - base[:, None])
+    weights = tl.exp2(scores * scale - base[:, None])
     fade = tl.exp2(best - base)
     rounded = weights.to(values.dtype)
     if WIDEN:
@@ -106,7 +119,8 @@ def merge(part_out: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor) -> None:
     """
     parts, rows, width = part_out.shape
     padded = triton.next_power_of_2(parts)
-    lanes = min(8192 // padded, 128, triton.next_power_of_2(width))
+    # Many rows fill the device whatever a program takes of them.
+    lanes = min(8192 // padded, 128 if rows < 512 else 512, triton.next_power_of_2(width))
     _merge[(rows, triton.cdiv(width, lanes))](
         part_out, part_lse, out, lse, rows, parts, width, PARTS=padded, LANES=lanes
     )
