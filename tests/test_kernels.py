@@ -38,7 +38,7 @@ from tokenspeed.kernels.contract import OPS
 from tokenspeed.kernels.cpu import BACKEND as CPU
 from tokenspeed.kernels.cuda import BACKEND as CUDA
 from tokenspeed.kernels.cuda import build
-from tokenspeed.kernels.cuda.mla import _functions
+from tokenspeed.kernels.cuda.mla import NARROW_PAGES, WIDE, _functions
 from tokenspeed.kernels.listing import parse
 from tokenspeed.kernels.reference import BACKEND as REFERENCE
 from tokenspeed.ranks import build_on_mesh
@@ -424,7 +424,7 @@ KINDS = {"int": ctypes.c_int, "int64_t": ctypes.c_int64, "float": ctypes.c_float
 
 def test_the_hopper_kernel_is_called_with_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Argument for argument, as its source says."""
-    source = Path(__file__).parents[1] / "cpp" / "cuda" / "mla_decode_sm90.cu"
+    source = Path(__file__).parents[1] / "cpp" / "cuda" / "mla_abi.cuh"
     found = re.findall(r'extern "C" int (\w+)\(([^)]*)\)', source.read_text())
     taken = {
         name: [
@@ -437,7 +437,7 @@ def test_the_hopper_kernel_is_called_with_what_it_takes(monkeypatch: pytest.Monk
     library = SimpleNamespace(**{name: SimpleNamespace() for name in taken})
     monkeypatch.setattr("tokenspeed.kernels.cuda.mla.library", lambda _name: library)
     _functions.cache_clear()
-    _functions()
+    _functions("any")
     _functions.cache_clear()
     assert {name: one.argtypes for name, one in vars(library).items()} == taken
 
@@ -464,16 +464,17 @@ def test_what_nvcc_says_is_in_the_error_and_nothing_half_built_stays(nothing_bui
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
-def test_nvcc_builds_the_hopper_kernel_once(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("name", [WIDE.library, NARROW_PAGES.library])
+def test_nvcc_builds_the_hopper_kernels_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     build._built.cache_clear()
     build.library.cache_clear()
-    assert build.library("mla_decode_sm90").mla_decode_sm90
+    assert build.library(name).mla_decode_sm90
     (built,) = tmp_path.rglob("*.so")
     before = built.stat().st_mtime_ns
     build.library.cache_clear()
-    build.library("mla_decode_sm90")
+    build.library(name)
     assert built.stat().st_mtime_ns == before
     build._built.cache_clear()

@@ -4,6 +4,7 @@
 
 #include <cuda.h>
 #include <cudaTypedefs.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include <stdint.h>
 
@@ -46,6 +47,18 @@ __device__ inline void wait(uint64_t* barrier, int parity) {
 // Among `threads` threads that name the same id.
 __device__ inline void sync_group(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// The same, and whether it is true of any of them.
+__device__ inline bool sync_any(int id, int threads, bool mine) {
+  int any;
+  asm volatile(
+      "{\n.reg .pred mine, any;\nsetp.ne.b32 mine, %1, 0;\n"
+      "barrier.cta.red.or.pred any, %2, %3, mine;\nselp.b32 %0, 1, 0, any;\n}"
+      : "=r"(any)
+      : "r"(int(mine)), "r"(id), "r"(threads)
+      : "memory");
+  return any != 0;
 }
 
 // What ordinary stores wrote to shared memory, tensor cores and copies see after this and a
@@ -117,10 +130,17 @@ __device__ inline void load_box(void* to, const CUtensorMap* map, uint64_t* barr
       : "memory");
 }
 
-// Of a tensor of rows of 64 columns, as [z, columns, rows, 64]: boxes of `count` times `rows` rows,
-// each row's eight 16 bytes swizzled by the row's number. Strides count values.
-inline int make_map(CUtensorMap* map, const void* base, const int64_t (&sizes)[3],
-                    const int64_t (&strides)[3], int rows, int count) {
+// [z, sets, rows, columns] in global memory; sizes and strides, in values, of the first three from
+// the third on. Columns are 128 bytes, or 64.
+struct Tensor {
+  const void* base;
+  int64_t sizes[3], strides[3];
+  int columns = 64, bytes = 2;  // of bfloat16, or of 1 for anything of 8 bits
+};
+
+// Boxes of `count` times `rows` rows of a tensor. The 16 bytes of a row are swizzled: by the row's
+// number where there are eight, by half of it where there are four.
+inline int make_map(CUtensorMap* map, const Tensor& of, int rows, int count) {
   static PFN_cuTensorMapEncodeTiled_v12000 encode = [] {
     void* found = nullptr;
     cudaDriverEntryPointQueryResult result;
@@ -129,16 +149,18 @@ inline int make_map(CUtensorMap* map, const void* base, const int64_t (&sizes)[3
     return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(found);
   }();
   if (encode == nullptr) return int(cudaErrorSymbolNotFound);
-  cuuint64_t extents[4] = {64}, bytes[3];
+  cuuint64_t extents[4] = {cuuint64_t(of.columns)}, bytes[3];
   for (int i = 0; i < 3; ++i) {
-    extents[i + 1] = cuuint64_t(sizes[i]);
-    bytes[i] = cuuint64_t(strides[i]) * 2;
+    extents[i + 1] = cuuint64_t(of.sizes[i]);
+    bytes[i] = cuuint64_t(of.strides[i]) * of.bytes;
   }
-  const cuuint32_t box[4] = {64, cuuint32_t(rows), cuuint32_t(count), 1}, steps[4] = {1, 1, 1, 1};
-  const CUresult result =
-      encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, const_cast<void*>(base), extents, bytes, box,
-             steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const cuuint32_t box[4] = {cuuint32_t(of.columns), cuuint32_t(rows), cuuint32_t(count), 1};
+  const cuuint32_t steps[4] = {1, 1, 1, 1};
+  const CUresult result = encode(
+      map, of.bytes == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4,
+      const_cast<void*>(of.base), extents, bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      of.columns * of.bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? 0 : int(cudaErrorInvalidValue);
 }
 
@@ -163,6 +185,11 @@ constexpr uint32_t kOperand = 0x40000040;
 
 __device__ constexpr uint32_t bytes_on(int bytes) {
   return uint32_t(bytes) >> 4;
+}
+
+// For eight rows that lie so many bytes from the next; rows of 64 bytes if narrow.
+__device__ constexpr uint32_t operand_apart(int bytes, bool narrow = false) {
+  return (narrow ? 0x80000000u : kOperand & ~0xffffu) | bytes_on(bytes);
 }
 
 // An address has a block's place in its cluster in its upper bits.
@@ -224,7 +251,7 @@ __device__ inline void wgmma_64x64(float (&d)[32], uint32_t a, uint32_t b, int a
         "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),
         "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),
         "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-      : "r"(a), "r"(b), "r"(add), "n"(kOperand), "n"((kOperand & ~0xffffu) | bytes_on(Apart)));
+      : "r"(a), "r"(b), "r"(add), "n"(kOperand), "n"(operand_apart(Apart)));
 }
 
 // Four matrices of 8 x 8 of bfloat16, of rows whose 16 bytes each lane points to.
@@ -240,6 +267,44 @@ __device__ inline void store_matrices(uint8_t* at, const uint32_t (&from)[4]) {
       "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address(at)),
       "r"(from[0]), "r"(from[1]), "r"(from[2]), "r"(from[3])
       : "memory");
+}
+
+// The same of the transposes, and of 8-bit values by pairs that belong to one row.
+__device__ inline void load_transposed(uint32_t (&to)[4], const uint8_t* at) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(address(at))
+               : "memory");
+}
+
+__device__ inline void store_transposed(uint8_t* at, const uint32_t (&from)[4]) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address(at)),
+      "r"(from[0]), "r"(from[1]), "r"(from[2]), "r"(from[3])
+      : "memory");
+}
+
+// Four values of e4m3 as two pairs in half precision, which has them all.
+__device__ inline void widen(uint32_t& low, uint32_t& high, uint32_t four) {
+  asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\n"
+      "cvt.rn.f16x2.e4m3x2 %0, low;\ncvt.rn.f16x2.e4m3x2 %1, high;\n}"
+      : "=r"(low), "=r"(high)
+      : "r"(four));
+}
+
+// Two numbers as e4m3, the first one in the low byte, and back.
+__device__ inline uint32_t narrow(__half2 two) {
+  uint16_t pair;
+  asm("cvt.rn.satfinite.e4m3x2.f16x2 %0, %1;"
+      : "=h"(pair)
+      : "r"(reinterpret_cast<const uint32_t&>(two)));
+  return pair;
+}
+
+__device__ inline __half2 widened(uint32_t pair) {
+  uint32_t two;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(two) : "h"(uint16_t(pair)));
+  return reinterpret_cast<const __half2&>(two);
 }
 
 // d[64, 128] = a[64, 16] b[16, 128] (+ d), a in registers, d from register `At` on.
@@ -273,6 +338,104 @@ __device__ inline void wgmma_64x128(float (&d)[Count], const uint32_t (&a)[4], u
         "+f"(d[At + 55]), "+f"(d[At + 56]), "+f"(d[At + 57]), "+f"(d[At + 58]), "+f"(d[At + 59]),
         "+f"(d[At + 60]), "+f"(d[At + 61]), "+f"(d[At + 62]), "+f"(d[At + 63])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(add), "n"(kOperand));
+}
+
+// d[64, 16 or 32 or 64] = a[64, 16] b[16 or 32 or 64, 16]^T (+ d) in half precision, a in
+// registers; eight rows of b lie `Apart` bytes from the next.
+template <int Apart>
+__device__ inline void wgmma_half(float (&d)[8], const uint32_t (&a)[4], uint32_t b, int add) {
+  asm volatile(
+      "{\n.reg .pred add;\n.reg .b64 b;\nsetp.ne.b32 add, %13, 0;\nmov.b64 b, {%12, %14};\n"
+      "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7"
+      "}, {%8, %9, %10, %11}, b, add, 1, 1, 0;\n}"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
+        "+f"(d[7])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(add), "n"(operand_apart(Apart)));
+}
+
+template <int Apart>
+__device__ inline void wgmma_half(float (&d)[16], const uint32_t (&a)[4], uint32_t b, int add) {
+  asm volatile(
+      "{\n.reg .pred add;\n.reg .b64 b;\nsetp.ne.b32 add, %21, 0;\nmov.b64 b, {%20, %22};\n"
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, "
+      "%8, %9, %10, %11, %12, %13, %14, %15"
+      "}, {%16, %17, %18, %19}, b, add, 1, 1, 0;\n}"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
+        "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
+        "+f"(d[14]), "+f"(d[15])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(add), "n"(operand_apart(Apart)));
+}
+
+template <int Apart>
+__device__ inline void wgmma_half(float (&d)[32], const uint32_t (&a)[4], uint32_t b, int add) {
+  asm volatile(
+      "{\n.reg .pred add;\n.reg .b64 b;\nsetp.ne.b32 add, %37, 0;\nmov.b64 b, {%36, %38};\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, "
+      "%8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, "
+      "%24, %25, %26, %27, %28, %29, %30, %31"
+      "}, {%32, %33, %34, %35}, b, add, 1, 1, 0;\n}"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
+        "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
+        "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),
+        "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),
+        "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(add), "n"(operand_apart(Apart)));
+}
+
+// d[64, 16 or 32 or 64] = a[64, 32] b[16 or 32 or 64, 32]^T (+ d) of numbers of e4m3, whose rows
+// are 128 bytes, or 64 if narrow.
+template <int ApartB, int ApartA, bool Narrow>
+__device__ inline void wgmma_eight(float (&d)[8], uint32_t a, uint32_t b, int add) {
+  asm volatile(
+      "{\n.reg .pred add;\n.reg .b64 a, b;\nsetp.ne.b32 add, %10, 0;\n"
+      "mov.b64 a, {%8, %11};\nmov.b64 b, {%9, %12};\n"
+      "wgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7"
+      "}, a, b, add, 1, 1;\n}"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
+        "+f"(d[7])
+      : "r"(a), "r"(b), "r"(add), "n"(operand_apart(ApartA, Narrow)),
+        "n"(operand_apart(ApartB, Narrow)));
+}
+
+template <int ApartB, int ApartA, bool Narrow>
+__device__ inline void wgmma_eight(float (&d)[16], uint32_t a, uint32_t b, int add) {
+  asm volatile(
+      "{\n.reg .pred add;\n.reg .b64 a, b;\nsetp.ne.b32 add, %18, 0;\n"
+      "mov.b64 a, {%16, %19};\nmov.b64 b, {%17, %20};\n"
+      "wgmma.mma_async.sync.aligned.m64n32k32.f32.e4m3.e4m3 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, "
+      "%8, %9, %10, %11, %12, %13, %14, %15"
+      "}, a, b, add, 1, 1;\n}"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
+        "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
+        "+f"(d[14]), "+f"(d[15])
+      : "r"(a), "r"(b), "r"(add), "n"(operand_apart(ApartA, Narrow)),
+        "n"(operand_apart(ApartB, Narrow)));
+}
+
+template <int ApartB, int ApartA, bool Narrow>
+__device__ inline void wgmma_eight(float (&d)[32], uint32_t a, uint32_t b, int add) {
+  asm volatile(
+      "{\n.reg .pred add;\n.reg .b64 a, b;\nsetp.ne.b32 add, %34, 0;\n"
+      "mov.b64 a, {%32, %35};\nmov.b64 b, {%33, %36};\n"
+      "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, "
+      "%8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, "
+      "%24, %25, %26, %27, %28, %29, %30, %31"
+      "}, a, b, add, 1, 1;\n}"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
+        "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
+        "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),
+        "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),
+        "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+      : "r"(a), "r"(b), "r"(add), "n"(operand_apart(ApartA, Narrow)),
+        "n"(operand_apart(ApartB, Narrow)));
 }
 
 }  // namespace

@@ -1,57 +1,42 @@
 // Latent attention for decode on Hopper: src/tokenspeed/kernels/contract.py says what, this is how.
-// Rule: raw PTX, a plain C ABI of pointers and sizes, nothing of torch, nothing of the host's
-// state.
+// Rule: raw PTX, a plain C ABI of pointers and sizes, nothing of torch, nothing of the
+// host's state.
 //
 // One block an SM, for good. A block walks its share of the keys (mla_plan.cuh) page by page:
 //   producers   a warp for pages, by TMA, two pages ahead, and one for queries
 //   scores      one warpgroup: S = Q K^T, the running maximum and sum, P
-//   values      two warpgroups: each takes P into registers, and adds P V to its half of O, one
-//   half
+//   values      two warpgroups: each takes P into registers, and adds P V to its half of O, half
 //               of that while the next page is scored and the other while it is weighed
 // A tile is 64 rows, a row is a query token and a head, so that a key is read once for all of them.
 // What is split over blocks they merge in the same launch (mla_merge.cuh).
 
-#include <cuda.h>
-#include <cuda_bf16.h>
-#include <cuda_runtime.h>
-#include <stddef.h>
-#include <stdint.h>
-
-#include "hopper.cuh"
-#include "mla_merge.cuh"
-#include "mla_plan.cuh"
+#include "mla_block.cuh"
 
 namespace {
 
 constexpr int kBox = kRows * 128;  // bytes of 64 rows of 64 columns
-constexpr int kPage = 9 * kBox;    // bytes of 64 keys, or of a tile of queries
-constexpr int kEight = 9 * 1024;   // bytes of eight rows of a tile of queries: all columns of them
+constexpr int kPage = 9 * kBox;    // bytes of 64 keys
 constexpr int kStages = 2;
 // A page comes and goes in pieces: the rotary box, which nobody needs once it is scored, then two
 // boxes of values each. The halves of O are done with pieces 1 and 2 before they are with 3 and 4.
 constexpr int kPieces = 5;
-constexpr int kThreads = 512;
-// Of a thread; four groups of 128 have 65,536 together.
-constexpr int kLoadRegisters = 48, kScoreRegisters = 112, kMixRegisters = 176;
 // A maximum may lag behind by 2 before O is rescaled. The more it may, the less the heaviest weight
 // is like 1, which alone is not rounded: the error is 1.85e-3 at 2^0, 1.9e-3 at 2^1, 2.1e-3 at 2^8.
 // Where keys are few and one weighs much, 2^1 is too much too.
 constexpr float kLazy = 1.0f;
 constexpr int kExact = 16;  // pages before which no maximum lags
 
-// Where one thread of a warp arrives, a product of the warp is done. Where all threads arrive, they
-// have read or written shared memory themselves.
 struct alignas(1024) Shared {
-  uint8_t q[kPage];
+  uint8_t q[kTile];
   uint8_t pages[kStages][kPage];
   uint8_t weights[kBox];
   float fade[kRows];
   float inverse[kRows];
   Notes notes;
-  uint64_t q_full, q_empty;
+  Meeting meeting;
   uint64_t full[kStages][kPieces], empty[kStages][kPieces];
   uint64_t scored[2], p_full, p_empty;
-  uint64_t sum_full, sum_empty, noted;
+  uint64_t sum_full, sum_empty;
 };
 
 // The first box of a piece, and how many it has.
@@ -62,17 +47,11 @@ __device__ constexpr int boxes_of(int piece) {
   return piece == 0 ? 1 : 2;
 }
 
-struct Maps {
-  CUtensorMap queries;  // boxes of 8 rows of queries, all columns
-  CUtensorMap values;   // of 64 keys, 2 x 64 columns
-  CUtensorMap rotary;   // of 64 keys, 64 columns
-};
-
 // --- The roles
 // ------------------------------------------------------------------------------------
 
 // One copy a piece: copies and barriers are slow to issue, and the page after waits for them.
-__device__ void load_page(Shared& shared, const Maps& maps, uint64_t policy, int turn, int page) {
+__device__ void load_pieces(Shared& shared, const Maps& maps, uint64_t policy, int turn, int page) {
   const int stage = turn % kStages;
   for (int piece = 0; piece < kPieces; ++piece) {
     uint64_t* full = &shared.full[stage][piece];
@@ -81,56 +60,6 @@ __device__ void load_page(Shared& shared, const Maps& maps, uint64_t policy, int
     load_box(shared.pages[stage] + box_of(piece) * kBox, piece ? &maps.values : &maps.rotary, full,
              policy, 0, box_of(piece), page);
   }
-}
-
-__device__ void load_pages(const Call& call, Shared& shared, const Maps& maps) {
-  const int lane = threadIdx.x % 32;
-  // Pages that several tiles read should stay in L2 for the others.
-  const uint64_t once = evict_first(), again = evict_normal();
-  int turn = 0;
-  for (Items walk(call.plan, blockIdx.x); walk.next();) {
-    const Item& item = walk.item;
-    const int* table = call.plan.page_table + int64_t(item.row) * call.plan.columns;
-    const uint64_t policy = call.plan.tiles == 1 && item.phase == kAlone ? once : again;
-    const auto look_up = [&](int block) {
-      return block + lane < item.last ? __ldg(table + block + lane) : 0;
-    };
-    int ids = 0, next = look_up(item.first + 2);  // behind the two that the plan names
-    for (int block = item.first; block < item.last; ++block, ++turn) {
-      const int at = block - item.first, ahead = (at - 2) & 31;
-      if (at >= 2 && ahead == 0) ids = next, next = look_up(block + 32);
-      const int listed = __shfl_sync(~0u, ids, ahead);
-      const int page = at == 0 ? item.pages[0] : at == 1 ? item.pages[1] : listed;
-      if (lane == 0) load_page(shared, maps, policy, turn, page);
-      __syncwarp();
-    }
-  }
-}
-
-// As many rows as there are, by eights: the rest of a box outside the tensor comes slower than what
-// is inside. Blocks begin with different ones, since they want the same at the same time.
-__device__ void load_queries(const Call& call, Shared& shared, const Maps& maps) {
-  int loaded = 0;
-  for (Items walk(call.plan, blockIdx.x); walk.next();) {
-    const Item& item = walk.item;
-    if (item.first == item.last) continue;
-    const int eights = (item.rows + 7) / 8;
-    wait(&shared.q_empty, (loaded++ & 1) ^ 1);
-    expect(&shared.q_full, eights * kEight);
-    int at = blockIdx.x % eights;
-    for (int i = 0; i < eights; ++i, at = at + 1 < eights ? at + 1 : 0)
-      load_box(shared.q + at * kEight, &maps.queries, &shared.q_full, evict_normal(),
-               item.first_row + at * 8, 0, 0);
-  }
-}
-
-// What lies behind the rows of the first tile is scored too, and costs least as zeros.
-__device__ void clear_rows(Shared& shared, int rows) {
-  const int from = (rows + 7) / 8 * kEight / 16;
-  for (int i = from + threadIdx.x % 128; i < kPage / 16; i += 128)
-    reinterpret_cast<uint4*>(shared.q)[i] = uint4{};
-  fence_async();
-  sync_group(2, 128);
 }
 
 // Keys behind the last one may hold anything, NaN too, and 0 * NaN is NaN.
@@ -248,7 +177,7 @@ __device__ void score(const Call& call, Shared& shared) {
     }
     if (item.first < item.last) {
       if (tiles_loaded == 0) clear_rows(shared, item.rows);
-      wait(&shared.q_full, tiles_loaded++ & 1);
+      wait(&shared.meeting.q_full, tiles_loaded++ & 1);
     }
     for (int block = item.first; block < item.last; ++block, ++turn) {
       float s[32];
@@ -258,7 +187,7 @@ __device__ void score(const Call& call, Shared& shared) {
       keep(s);
       if (lane == 0) {
         arrive(&shared.empty[turn % kStages][0]);
-        if (block + 1 == item.last) arrive(&shared.q_empty);
+        if (block + 1 == item.last) arrive(&shared.meeting.q_empty);
       }
       weigh(call, shared, rows, s, turn, item, block);
     }
@@ -279,6 +208,34 @@ __device__ void score(const Call& call, Shared& shared) {
       }
     }
     arrive(&shared.sum_full);
+  }
+}
+
+// Half of a row of a partial result, by four threads that have 64 columns of it each, in half
+// precision, whose 11 bits add nothing to what bfloat16 loses later. The largest value becomes
+// 2^14 to 2^15, so that none overflows; four threads' chunks of 8 columns lie beside each other.
+__device__ void pack(const Call& call, int row, int half, const float (&o)[128], int i,
+                     float inverse) {
+  const int lane = threadIdx.x % 4;
+  float high = 0.0f;
+#pragma unroll
+  for (int n = 0; n < 64; ++n) high = fmaxf(high, fabsf(o[n / 2 * 4 + i * 2 + n % 2]));
+  high = fmaxf(high, __shfl_xor_sync(~0u, high, 1));
+  high = fmaxf(high, __shfl_xor_sync(~0u, high, 2)) * inverse;
+  const int exponent = max(__float_as_int(high) >> 23, 15);
+  const float up = __int_as_float((268 - exponent) << 23) * inverse;
+  if (row < 0) return;
+  if (lane == 0) call.part_lse[row * 4 + 1 + half] = __int_as_float((exponent - 14) << 23);
+  uint4* to = call.part_out + row * 64 + half * 32 + lane;
+#pragma unroll
+  for (int n = 0; n < 8; ++n) {
+    __half2 pairs[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const float* two = o + (n * 4 + k) * 4 + i * 2;
+      pairs[k] = __floats2half2_rn(two[0] * up, two[1] * up);
+    }
+    to[n * 4] = *reinterpret_cast<uint4*>(pairs);
   }
 }
 
@@ -353,37 +310,12 @@ __device__ void mix(const Call& call, Shared& shared, int half) {
   }
 }
 
-// --- Launching
-// ------------------------------------------------------------------------------------
+struct Kind {
+  using Shared = ::Shared;
+  static constexpr int kLoadRegisters = 48, kSmallRegisters = 112, kLargeRegisters = 176;
+  static constexpr int kBeside = 4;
 
-__device__ void only_take(const Call& call, Shared& shared) {
-  const int group = threadIdx.x / 128, lane = threadIdx.x % 32;
-  int turn = 0, tiles_loaded = 0;
-  for (Items walk(call.plan, blockIdx.x); walk.next();) {
-    const Item& item = walk.item;
-    for (int block = item.first; block < item.last; ++block, ++turn) {
-      const int stage = turn % kStages;
-      for (int piece = 0; piece < kPieces; ++piece) {
-        wait(&shared.full[stage][piece], turn / kStages & 1);
-        const int taker = piece == 0 ? 1 : 2 + (piece - 1) % 2;
-        if (group == taker && lane == 0) arrive(&shared.empty[stage][piece]);
-      }
-    }
-    if (item.first == item.last) continue;
-    wait(&shared.q_full, tiles_loaded++ & 1);
-    if (group == 1 && lane == 0) arrive(&shared.q_empty);
-  }
-}
-
-template <bool OnlyLoad>
-__global__ void __launch_bounds__(kThreads, 1)
-    decode(const __grid_constant__ Call call, const __grid_constant__ Maps maps) {
-  extern __shared__ __align__(1024) uint8_t bytes[];
-  Shared& shared = *reinterpret_cast<Shared*>(bytes);
-  if (threadIdx.x == 32) prefetch(&call.plan.item(blockIdx.x));
-  if (threadIdx.x == 0) {
-    make_barrier(&shared.q_full, 1);
-    make_barrier(&shared.q_empty, 4);
+  static __device__ void make_barriers(Shared& shared) {
     for (int stage = 0; stage < kStages; ++stage) {
       for (int piece = 0; piece < kPieces; ++piece) {
         make_barrier(&shared.full[stage][piece], 1);
@@ -395,109 +327,36 @@ __global__ void __launch_bounds__(kThreads, 1)
     make_barrier(&shared.p_empty, 256);
     make_barrier(&shared.sum_full, 128);
     make_barrier(&shared.sum_empty, 256);
-    make_barrier(&shared.noted, kConsumers);
-    fence_barriers();
-    prefetch_map(&maps.queries);
-    prefetch_map(&maps.values);
-    prefetch_map(&maps.rotary);
   }
-  __syncthreads();
-  wait_for_launches();
-  let_launch();
-  const int group = threadIdx.x / 128;
-  if (group == 0) {
-    give_registers<kLoadRegisters>();
-    if (threadIdx.x < 32) load_pages(call, shared, maps);
-    if (threadIdx.x == 32) load_queries(call, shared, maps);
-  } else {
-    if (group == 1) {
-      give_registers<kScoreRegisters>();
-      if constexpr (OnlyLoad) {
-        only_take(call, shared);
-      } else {
-        const unsigned launch = launches_before(call);
-        score(call, shared);
-        note(call, shared.notes, launch);
-      }
-    } else {
-      take_registers<kMixRegisters>();
-      if constexpr (OnlyLoad)
-        only_take(call, shared);
-      else
-        mix(call, shared, group - 2);
-      // What follows is the same code for all: fewer instructions have to be fetched.
-      give_registers<kScoreRegisters>();
-    }
-    if constexpr (!OnlyLoad)
-      merge(call, *reinterpret_cast<Merging*>(&shared), shared.notes, &shared.noted);
-  }
-}
 
-static_assert(sizeof(Merging) <= offsetof(Shared, fade));
+  static __device__ void load_page(Shared& shared, const Maps& maps, uint64_t policy, int turn,
+                                   int page) {
+    load_pieces(shared, maps, policy, turn, page);
+  }
+
+  static __device__ void take_page(Shared& shared, int turn, int group) {
+    const int stage = turn % kStages;
+    for (int piece = 0; piece < kPieces; ++piece) {
+      wait(&shared.full[stage][piece], turn / kStages & 1);
+      const int taker = piece == 0 ? 1 : 2 + (piece - 1) % 2;
+      if (group == taker && threadIdx.x % 32 == 0) arrive(&shared.empty[stage][piece]);
+    }
+  }
+
+  static __device__ void small(const Call& call, Shared& shared) { score(call, shared); }
+
+  static __device__ void large(const Call& call, Shared& shared, int half) {
+    mix(call, shared, half);
+  }
+
+  static int make_maps(Maps& maps, const Given& given) {
+    const Tensor pages{
+        given.pages, {kKeys, 9, given.pages_count}, {given.key_stride, 64, given.page_stride}};
+    if (int error = make_map(&maps.values, pages, kKeys, 2)) return error;
+    return make_map(&maps.rotary, pages, kKeys, 1);
+  }
+};
 
 }  // namespace
 
-// --- The C ABI: 0, or a cudaError_t
-// ---------------------------------------------------------------
-
-extern "C" int mla_decode_sm90_blocks(void) {
-  int device = 0, count = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 0;
-  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
-    return 0;
-  return count < kBlocksMax ? count : kBlocksMax;
-}
-
-extern "C" int mla_decode_sm90_plan(const int* query_start, const int* kv_lens,
-                                    const int* page_table, int* space, int rows, int columns,
-                                    int tokens, int heads, int tiles, int blocks, int whole_rows,
-                                    int overhead, int cost_min, int saved_min, void* stream) {
-  const Plan plan(query_start, kv_lens, page_table, space, rows, columns, tiles, blocks,
-                  whole_rows);
-  make_plan<<<1, kPlanThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-      plan, tokens, heads, overhead, cost_min, saved_min);
-  return int(cudaGetLastError());
-}
-
-extern "C" int mla_decode_sm90(const void* q, const void* pages, const int* query_start,
-                               const int* kv_lens, const int* page_table, int* space, void* out,
-                               float* lse, void* part_out, float* part_lse, int64_t q_stride,
-                               int64_t page_stride, int64_t key_stride, int tokens, int pages_count,
-                               int rows, int columns, int heads, int tiles, int blocks,
-                               int whole_rows, float scale, int only_load, void* stream) {
-  const Call call{
-      Plan(query_start, kv_lens, page_table, space, rows, columns, tiles, blocks, whole_rows),
-      static_cast<__nv_bfloat16*>(out),
-      lse,
-      static_cast<uint4*>(part_out),
-      part_lse,
-      heads,
-      scale * 1.4426950408889634f};
-  Maps maps;
-  const int64_t q_sizes[3] = {int64_t(tokens) * heads, 9, 1};
-  const int64_t q_strides[3] = {q_stride, 64, q_stride * tokens * heads};
-  if (int error = make_map(&maps.queries, q, q_sizes, q_strides, 8, 9)) return error;
-  const int64_t page_sizes[3] = {kKeys, 9, pages_count};
-  const int64_t page_strides[3] = {key_stride, 64, page_stride};
-  if (int error = make_map(&maps.values, pages, page_sizes, page_strides, kKeys, 2)) return error;
-  if (int error = make_map(&maps.rotary, pages, page_sizes, page_strides, kKeys, 1)) return error;
-  const auto kernel = only_load ? decode<true> : decode<false>;
-  const int bytes = sizeof(Shared);
-  cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error != cudaSuccess) return int(error);
-  cudaLaunchAttribute attributes[2];
-  attributes[0].id = cudaLaunchAttributeCooperative;
-  attributes[0].val.cooperative = 1;
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(call.plan.grid);
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = bytes;
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = attributes;
-  config.numAttrs = 2;
-  error = cudaLaunchKernelEx(&config, kernel, call, maps);
-  return int(error);
-}
+#include "mla_abi.cuh"

@@ -36,39 +36,11 @@ struct Call {
   Plan plan;
   __nv_bfloat16* out;  // [tokens, heads, 512]
   float* lse;          // [tokens, heads]
-  uint4* part_out;     // [rows of partial results, 64]: Item::into, and pack for what is in them
+  uint4* part_out;     // [rows of partial results, 64]: Item::into; in half precision, by chunks
   float* part_lse;     // [the same rows, 4]: lse in powers of two, and what to scale the halves by
   int heads;
   float scale_log2;
 };
-
-// Half of a row of a partial result, by four threads that have 64 columns of it each, in half
-// precision, whose 11 bits add nothing to what bfloat16 loses later. The largest value becomes
-// 2^14 to 2^15, so that none overflows; four threads' chunks of 8 columns lie beside each other.
-__device__ void pack(const Call& call, int row, int half, const float (&o)[128], int i,
-                     float inverse) {
-  const int lane = threadIdx.x % 4;
-  float high = 0.0f;
-#pragma unroll
-  for (int n = 0; n < 64; ++n) high = fmaxf(high, fabsf(o[n / 2 * 4 + i * 2 + n % 2]));
-  high = fmaxf(high, __shfl_xor_sync(~0u, high, 1));
-  high = fmaxf(high, __shfl_xor_sync(~0u, high, 2)) * inverse;
-  const int exponent = max(__float_as_int(high) >> 23, 15);
-  const float up = __int_as_float((268 - exponent) << 23) * inverse;
-  if (row < 0) return;
-  if (lane == 0) call.part_lse[row * 4 + 1 + half] = __int_as_float((exponent - 14) << 23);
-  uint4* to = call.part_out + row * 64 + half * 32 + lane;
-#pragma unroll
-  for (int n = 0; n < 8; ++n) {
-    __half2 pairs[4];
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const float* two = o + (n * 4 + k) * 4 + i * 2;
-      pairs[k] = __floats2half2_rn(two[0] * up, two[1] * up);
-    }
-    to[n * 4] = *reinterpret_cast<uint4*>(pairs);
-  }
-}
 
 // The parts of what the row `q_row` of a group does not share; none have no count.
 __device__ Split own_parts(const Call& call, const Item& item, int q_row) {
@@ -90,10 +62,11 @@ __device__ Split own_parts(const Call& call, const Item& item, int q_row) {
   return split;
 }
 
-// A warp sums `Wide` halves of one row over every `groups`th part; groups of warps share a row. All
-// that fits is on its way at once, and few instructions stand between: each step here waits for the
-// last one, and no other block's work hides it.
-template <int Wide>
+// A chunk of a partial result is four pairs of columns; the pairs of `Beside` chunks lie beside
+// each other in the result. A warp sums `Wide` halves of one row over every `groups`th part; groups
+// of warps share a row. All that fits is on its way at once, and few instructions stand between:
+// each step here waits for the last one, and no other block's work hides it.
+template <int Beside, int Wide>
 __device__ void merge_tile(const Call& call, const Item& item, Merging& shared, int groups,
                            int at_once) {
   constexpr int kSome = kSlots / Wide;  // parts at a time
@@ -186,11 +159,11 @@ __device__ void merge_tile(const Call& call, const Item& item, Merging& shared, 
       sync_group(1, kConsumers);
     }
     if (group == 0 && unit < units) {
-      const int column = half * 256 + lane / 4 * 32 + lane % 4 * 2;
+      const int column = half * 256 + lane / Beside * Beside * 8 + lane % Beside * 2;
       __nv_bfloat16* to = call.out + int64_t(q_row) * kLatent + column;
 #pragma unroll
       for (int k = 0; k < 4 * Wide; ++k)
-        *reinterpret_cast<__nv_bfloat162*>(to + k / 4 * 256 + k % 4 * 8) =
+        *reinterpret_cast<__nv_bfloat162*>(to + k / 4 * 256 + k % 4 * Beside * 2) =
             __floats2bfloat162_rn(sum[k / 4][k % 4 * 2], sum[k / 4][k % 4 * 2 + 1]);
     }
   }
@@ -258,6 +231,7 @@ __device__ void each_noted(const Call& call, const Notes& notes, const Take& tak
   }
 }
 
+template <int Beside>
 __device__ void merge(const Call& call, Merging& shared, const Notes& notes, uint64_t* noted) {
   arrive(noted);
   wait(noted, 0);
@@ -276,9 +250,9 @@ __device__ void merge(const Call& call, Merging& shared, const Notes& notes, uin
     if (item.joins) await_members(call, item, notes.launch);
     sync_group(1, kConsumers);
     if (item.warps == 0)
-      merge_tile<2>(call, item, shared, 1, kWarps);
+      merge_tile<Beside, 2>(call, item, shared, 1, kWarps);
     else
-      merge_tile<1>(call, item, shared, item.warps % 16, item.warps / 16);
+      merge_tile<Beside, 1>(call, item, shared, item.warps % 16, item.warps / 16);
     sync_group(1, kConsumers);
   });
 }

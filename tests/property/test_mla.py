@@ -72,14 +72,21 @@ def moved(plan: MlaPlan) -> MlaPlan:
     )
 
 
-def reference(q: Tensor, pages: Tensor, plan: MlaPlan) -> tuple[Tensor, Tensor]:
+def reference(
+    q: Tensor, pages: Tensor, plan: MlaPlan, scale: float = SCALE
+) -> tuple[Tensor, Tensor]:
     """In float64, not rounded to the dtype of `q`."""
     with registry.using(mla_decode="reference"):
-        return mla_decode(q.double(), pages.double(), plan, SCALE)
+        return mla_decode(q.double(), pages.double(), plan, scale)
 
 
 def agree(
-    backend: str, q: Tensor, pages: Tensor, plan: MlaPlan, error_max: float | None = None
+    backend: str,
+    q: Tensor,
+    pages: Tensor,
+    plan: MlaPlan,
+    error_max: float | None = None,
+    scale: float = SCALE,
 ) -> None:
     """A backend equals the reference, twice bit for bit; strided inputs change nothing.
 
@@ -87,13 +94,13 @@ def agree(
     """
     error_max = error_max or (1e-5 if q.dtype == torch.float32 else 8e-3)
     plan, q, pages = moved(plan), there(q), there(pages)
-    wanted, wanted_lse = reference(q, pages, plan)
+    wanted, wanted_lse = reference(q, pages, plan, scale)
     apart = torch.cat((q, q + 1), dim=1)[:, : plan.heads]
     with registry.using(mla_decode=backend):
         # What is allocated next lies where this lay.
         torch.full_like(wanted, math.nan, dtype=q.dtype)
-        out, lse = mla_decode(q, pages, plan, SCALE)
-        again = mla_decode(apart, pages, plan, SCALE)
+        out, lse = mla_decode(q, pages, plan, scale)
+        again = mla_decode(apart, pages, plan, scale)
     assert torch.equal(out, again[0])
     assert torch.equal(lse, again[1])
     if bool(wanted.any()):
@@ -154,11 +161,39 @@ needs_hopper = pytest.mark.skipif(
 )
 
 
+held = st.sampled_from([torch.bfloat16, EIGHT_BITS])
+both_widths = pytest.mark.parametrize("pages_of", [torch.bfloat16, EIGHT_BITS])
+
+
 @needs_hopper
-@given(problems(latent=512, rope=64, sizes=(64,), heads_of=(1, 5, 16, 40, 128)))
-def test_hopper_keeps_the_contract(problem: tuple[Tensor, Tensor, MlaPlan]) -> None:
+@given(problems(latent=512, rope=64, sizes=(64,), heads_of=(1, 5, 16, 40, 128)), held)
+def test_hopper_keeps_the_contract(
+    problem: tuple[Tensor, Tensor, MlaPlan], pages_of: torch.dtype
+) -> None:
     q, pages, plan = problem
-    agree(HOPPER, q.to(torch.bfloat16), pages.to(torch.bfloat16), plan)
+    agree(HOPPER, q.to(torch.bfloat16), rounded(pages, pages_of), plan)
+
+
+@needs_hopper
+@given(st.sampled_from([1e-30, 1e-6, 1e5, 1e30]), st.integers(0, 9))
+def test_hopper_takes_queries_of_any_size(size: float, seed: int) -> None:
+    """In half precision, where pages have 8 bits, they would be zeros or infinite."""
+    plan = of_lengths([300, 70], 16, 1, 16, seed)
+    q, pages = random(seed, 2, 16, 576) * size, rounded(random(seed, 16, 64, 576), EIGHT_BITS)
+    q[0, 3], q[1, 5, 7] = 0.0, size * 1000
+    agree(HOPPER, q.to(torch.bfloat16), pages, plan, scale=SCALE / size)
+
+
+@needs_hopper
+@pytest.mark.parametrize("heads", [16, 32, 64])
+@both_widths
+def test_hopper_keeps_up_with_scores_that_grow(heads: int, pages_of: torch.dtype) -> None:
+    """Each page has a larger maximum than all before it, so that weights are made anew."""
+    lens, pages = [40 * 64 - 7], random(1, 40, 64, 576) * torch.linspace(0.1, 6, 40)[:, None, None]
+    plan = of_lengths(lens, heads, 1, 40, 1)
+    plan.page_table.copy_(torch.arange(40)[None])
+    q = random(2, 1, heads, 576).to(torch.bfloat16)
+    agree(HOPPER, q, rounded(pages, pages_of), plan, error_max=3e-3)
 
 
 def of_lengths(lens: list[int], heads: int, q_len: int, pool: int, seed: int) -> MlaPlan:
@@ -177,6 +212,7 @@ def of_lengths(lens: list[int], heads: int, q_len: int, pool: int, seed: int) ->
 
 
 @needs_hopper
+@both_widths
 @pytest.mark.parametrize(
     ("lens", "heads", "q_len"),
     [
@@ -188,14 +224,15 @@ def of_lengths(lens: list[int], heads: int, q_len: int, pool: int, seed: int) ->
     ],
 )
 def test_hopper_splits_long_rows_and_packs_short_ones(
-    lens: list[int], heads: int, q_len: int
+    lens: list[int], heads: int, q_len: int, pages_of: torch.dtype
 ) -> None:
-    pages = random(1, 5200, 64, 576).to(torch.bfloat16)
+    pages = rounded(random(1, 5200, 64, 576), pages_of)
     q = random(2, len(lens) * q_len, heads, 576).to(torch.bfloat16)
     agree(HOPPER, q, pages, of_lengths(lens, heads, q_len, 5200, 3), error_max=3e-3)
 
 
 @needs_hopper
+@both_widths
 @pytest.mark.parametrize(
     ("lens", "shared", "heads", "q_len"),
     [
@@ -208,10 +245,10 @@ def test_hopper_splits_long_rows_and_packs_short_ones(
     ],
 )
 def test_hopper_reads_once_what_rows_share(
-    lens: list[int], shared: list[int], heads: int, q_len: int
+    lens: list[int], shared: list[int], heads: int, q_len: int, pages_of: torch.dtype
 ) -> None:
     """shared: pages that a row begins with like the one before it."""
-    pages = random(1, 5200, 64, 576).to(torch.bfloat16)
+    pages = rounded(random(1, 5200, 64, 576), pages_of)
     q = random(2, len(lens) * q_len, heads, 576).to(torch.bfloat16)
     plan = of_lengths(lens, heads, q_len, 5200, 3)
     for row in range(1, len(lens)):
@@ -220,9 +257,10 @@ def test_hopper_reads_once_what_rows_share(
 
 
 @needs_hopper
-def test_hopper_launches_do_not_disturb_each_other() -> None:
+@both_widths
+def test_hopper_launches_do_not_disturb_each_other(pages_of: torch.dtype) -> None:
     """Back to back, with other pages and lengths each time, on one stream and without waiting."""
-    pages = there(random(1, 2200, 64, 576).to(torch.bfloat16))
+    pages = there(rounded(random(1, 2200, 64, 576), pages_of))
     q = there(random(2, 8, 16, 576).to(torch.bfloat16))
     plans = [of_lengths([9000 + 900 * i, 70 + i, 64 * i, 1], 16, 2, 2200, i) for i in range(8)]
     wanted = [reference(q, pages, plan) for plan in plans]

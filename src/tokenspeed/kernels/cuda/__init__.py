@@ -2,6 +2,7 @@
 
 from tokenspeed.kernels.contract import Backend
 from tokenspeed.kernels.cuda.mla import cost_us, mla_decode, unsupported
+from tokenspeed.kernels.pages import NARROW
 
 __all__ = ["BACKEND"]
 
@@ -11,4 +12,5 @@ BACKEND = Backend(
     functions={"mla_decode": mla_decode},
     supports=unsupported,
     cost_us=cost_us,
+    kv_dtypes=NARROW,
 )
