@@ -14,7 +14,7 @@ from functools import partial
 from typing import final
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import Tensor
 
 from tokenspeed.bench.gpu import COLD_BYTES, copy_gb_s, matmul_tflop_s, timed_us
@@ -25,6 +25,7 @@ from tokenspeed.errors import ConfigError
 from tokenspeed.kernels import MlaPlan, mla_decode, mla_decode_plan, registry
 from tokenspeed.kernels.cuda.mla import load_only, unsupported
 from tokenspeed.kernels.mla import mla_problem
+from tokenspeed.kernels.pages import EIGHT_BITS, rounded
 
 __all__ = ["CELLS", "Cell", "measure"]
 
@@ -39,18 +40,25 @@ ERROR_MAX = 2e-3
 @final
 @frozen
 class Cell:
-    """One shape. lens: keys of each row; shared: all rows have the same pages."""
+    """One shape. lens: keys of each row; shared: all have the same pages; narrow: of 8 bits."""
 
     lens: tuple[int, ...]
     q_len: int
     heads: int
     shared: bool = False
+    narrow: bool = False
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """What pages hold."""
+        return EIGHT_BITS if self.narrow else torch.bfloat16
 
     @property
     def key_bytes(self) -> int:
         """What must come from memory, in whole pages."""
         pages = [-(-length // PAGE) for length in self.lens]
-        return (max(pages) if self.shared else sum(pages)) * PAGE * WIDTH * 2
+        read = max(pages) if self.shared else sum(pages)
+        return read * PAGE * WIDTH * self.kv_dtype.itemsize
 
     @property
     def flops(self) -> int:
@@ -74,14 +82,15 @@ _SHAPES = (
     *((8, 4, 32, 64), (16, 2, 32, 16), (8, 1, 128, 16), (64, 1, 128, 4), (64, 2, 128, 16)),
     *((1, 1, 128, 16), (8, 4, 64, 64)),
 )
-CELLS = {
+_WIDE = {
     **{f"b{b}_q{q}_h{h}_{kibi}K": _even(b, q, h, kibi) for b, q, h, kibi in _SHAPES},
     "ragged8_q4_h16": Cell(_RAGGED8, 4, 16),
     "ragged4_q4_h16": Cell((4641, 45118, 1730, 1696), 4, 16),
     "shared8_q1_h16_64K": Cell((65536,) * 8, 1, 16, shared=True),
     "shared8_q4_h16_64K": Cell((65536,) * 8, 4, 16, shared=True),
 }
-"""By name: sequences, query tokens, heads, KV length."""
+CELLS = {**_WIDE, **{f"{name}_fp8": evolve(cell, narrow=True) for name, cell in _WIDE.items()}}
+"""By name: sequences, query tokens, heads, KV length; pages of bfloat16, or of float8_e4m3fn."""
 
 
 Call = tuple[Tensor, Tensor, MlaPlan]
@@ -104,11 +113,16 @@ def measure(names: Sequence[str], backends: Sequence[str], tell: Tell) -> Report
     if not torch.cuda.is_available():
         raise ConfigError("device", "cpu", "a CUDA device: this measures GPU kernels")
     copied, before = copy_gb_s(), matmul_tflop_s()
-    pool = _pool(max(_sets(CELLS[name]) * CELLS[name].key_bytes for name in wanted))
     found: dict[str, Measured] = {}
-    for done, name in enumerate(wanted):
-        tell(name, done, len(wanted))
-        found[name] = _measured(CELLS[name], pool, runners, with_peers=not backends)
+    done = 0
+    for narrow in (False, True):
+        alike = {name: CELLS[name] for name in wanted if CELLS[name].narrow == narrow}
+        pool = _pool(list(alike.values()))
+        for name, cell in alike.items():
+            tell(name, done, len(wanted))
+            found[name] = _measured(cell, pool, runners, with_peers=not backends)
+            done += 1
+        del pool
     tell("done", len(wanted), len(wanted))
     return Report(
         floor="load only",
@@ -125,12 +139,15 @@ def _sets(cell: Cell) -> int:
     return max(2, -(-COLD_BYTES // cell.key_bytes))
 
 
-def _pool(size: int) -> Tensor:
-    pages = -(-size // (PAGE * WIDTH * 2))
-    pool = torch.empty(pages, PAGE, WIDTH, dtype=torch.bfloat16, device="cuda")
+def _pool(cells: Sequence[Cell]) -> Tensor:
+    """Pages for any of the cells, whose pages hold the same dtype."""
+    size = max((_sets(cell) * cell.key_bytes for cell in cells), default=0)
+    dtype = cells[0].kv_dtype if cells else torch.bfloat16
+    pages = -(-size // (PAGE * WIDTH * dtype.itemsize))
+    pool = torch.empty(pages, PAGE, WIDTH, dtype=dtype, device="cuda")
     for at in range(0, pages, 4096):
         part = pool[at : at + 4096]
-        part.copy_(torch.randn(part.shape, device="cuda"))
+        part.copy_(rounded(torch.randn(part.shape, device="cuda"), dtype))
     return pool
 
 
