@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import attrs
 import numpy as np
 import pytest
 import torch
@@ -24,8 +25,12 @@ import tiny
 from models_here import DATA, needs_deepseek_tiny, with_tokenizer
 from stepping import Feed, Stepper
 from tokenspeed import kernels, models
+from tokenspeed.config import EngineConfig
+from tokenspeed.engine import Engine, warm_ups
 from tokenspeed.plan import StepPlan
 from tokenspeed.spmd import Executor, Mesh, replay
+from tokenspeed.spmd.batch import Slots
+from tokenspeed.spmd.replay import DecodeSteps, decodes
 
 ON_GPU = torch.cuda.is_available()
 PAGE, SLOT_PAGES, SLOTS = 8, 6, 7
@@ -254,3 +259,31 @@ def test_a_padded_plan_decodes_and_its_rows_have_places_of_their_own(
         assert getattr(wide, name).dtype == np.int32
     assert set(wide.slots[rows:].tolist()) == {99}
     assert wide.context_lens[rows:].tolist() == list(range(more)), "positions, which are distinct"
+
+
+def test_a_gpu_serves_all_kinds_of_steps_before_anybody_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU, which warms up as a GPU does: what is decoded, prefilled, and left behind."""
+    config = EngineConfig(device="cuda", slots=6, prefill_chunk=16)
+    assert warm_ups(attrs.evolve(config, device="cpu"), 40) == [[8]]
+    batches = warm_ups(config, 40)
+    assert batches == [[8], [16], [1], [1] * 2, [1] * 4]
+    monkeypatch.setattr("tokenspeed.engine.warm_ups", lambda *_: batches)
+    told: list[tuple[str, int, int]] = []
+    seen: set[int] = set()
+    run = DecodeSteps.__call__
+
+    def noted(self: DecodeSteps, plan: StepPlan, slots: Slots) -> torch.Tensor:
+        seen.add(plan.rows if decodes(plan) else -plan.tokens)
+        return run(self, plan, slots)
+
+    monkeypatch.setattr(DecodeSteps, "__call__", noted)
+    with Engine.from_pretrained(
+        tiny.letters(tiny.write(tmp_path)),
+        progress=lambda *now: told.append(now),
+        **{"slots": 6, "prefill_chunk": 16, "pages": 40, "page_size": 4},
+    ) as engine:
+        assert {1, 2, 4, -8, -16} <= seen
+        assert engine.stats().pages_free == 40
+    assert [one for one in told if one[0] == "warm-up"] == [("warm-up", i, 5) for i in range(6)]

@@ -28,10 +28,10 @@ from tokenspeed.stats import Cleared, Health, Stats
 from tokenspeed.stream import Prompt, Stream, completion, join, several
 from tokenspeed.text import ChatEncoder, Tokenizer
 
-__all__ = ["Engine", "Progress"]
+__all__ = ["Engine", "Progress", "warm_ups"]
 
 Progress = Callable[[str, int, int], None]
-"""Called with (phase, done, total) while an engine starts; bytes for weights, steps for warm-up."""
+"""Called with (phase, done, total) while an engine starts: bytes of weights, batches of warm-up."""
 
 
 @final
@@ -286,7 +286,37 @@ class Engine:
         self.close()
 
     def _warm_up(self, report: Progress) -> None:
-        report("warm-up", 0, 1)
-        prompt = [0] * min(8, self.context_max - 1)
-        self.generate([prompt], SamplingParams(temperature=0, max_tokens=1))
-        report("warm-up", 1, 1)
+        """Serve requests of our own before anybody comes; a GPU's leave nothing in the cache."""
+        batches = warm_ups(self.config, self.context_max)
+        for done, lengths in enumerate(batches):
+            report("warm-up", done, len(batches))
+            params = SamplingParams(
+                temperature=0 if done == 0 else 1,
+                top_p=0.9,
+                top_k=50,
+                max_tokens=1 if done == 0 else min(WARM_TOKENS, self.context_max - max(lengths)),
+                ignore_eos=True,
+            )
+            token = done % self.vocab_size  # of its own: nothing of a batch is cached
+            self.generate([[token] * length for length in lengths], params)
+        if len(batches) > 1:
+            self.clear_cache()
+        report("warm-up", len(batches), len(batches))
+
+
+WARM_TOKENS = 4
+"""By the third step all requests of a batch have come in, and decode together."""
+
+
+def warm_ups(config: EngineConfig, context_max: int) -> list[list[int]]:
+    """What an engine serves while it starts: batches of prompts, by their lengths in tokens.
+
+    A GPU compiles kernels for each kind of step when the first one comes, and captures the decode
+    steps of each bucket of rows then: seconds that nobody should wait for while others are served.
+    The buckets that are powers of two come first here, and a prompt that fills a step.
+    """
+    short = [min(8, context_max - 1)]
+    if config.device == "cpu":
+        return [short]
+    full = [min(config.prefill_chunk, context_max - 1)]
+    return [short, full, *([1] * (1 << i) for i in range(config.slots.bit_length()))]
