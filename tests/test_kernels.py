@@ -303,7 +303,7 @@ def test_triton_keeps_the_contract_under_its_interpreter() -> None:
         [*command, *map(str, laws)], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout[-4000:]
-    assert re.search(r"\d\d passed, 1 skipped", done.stdout), "one of them wants a GPU"
+    assert re.search(r"\d\d passed, \d+ deselected", done.stdout), "none of them wants a GPU"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this is no CPU-only machine")

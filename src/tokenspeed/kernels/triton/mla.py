@@ -19,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tokenspeed.kernels.contract import MlaPlan, Problem
 from tokenspeed.kernels.pages import gathered
-from tokenspeed.kernels.triton.tiles import Tiles, cores, fold, merge, shared_bytes, tiled
+from tokenspeed.kernels.triton.tiles import Tiles, cores, fold, shared_bytes, tiled
 
 __all__ = ["cost_us", "mla_decode", "mla_prefill", "precision", "unsupported"]
 
@@ -98,19 +98,48 @@ def _over_boxes(
 
 
 @triton.jit
+def _over_pages(
+    pages, own_table, begin, stop, pages_count, page_stride, key_stride, limit, least, q_latent,
+    q_rope, best, total, mixed, scale, DTYPE: tl.constexpr, PAGE: tl.constexpr,
+    LATENT: tl.constexpr, ROPE: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Any keys, by their addresses; behind boxes one step at most, as these leave no room."""
+    lane = tl.arange(0, LATENT)
+    rope_lane = LATENT + tl.arange(0, ROPE)
+    at = begin + tl.arange(0, KEYS)
+    page = tl.load(own_table + at // PAGE, mask=at < stop, other=-1)
+    for start in tl.range(begin, stop, KEYS, num_stages=STAGES):
+        at = start + tl.arange(0, KEYS)
+        there = (page >= 0) & (page < pages_count)
+        key = page.to(tl.int64) * page_stride + (at % PAGE) * key_stride
+        latent = tl.load(pages + key[:, None] + lane[None, :], mask=there[:, None], other=0.0)
+        rope = tl.load(pages + key[:, None] + rope_lane[None, :], mask=there[:, None], other=0.0)
+        best, total, mixed = _step(
+            latent.to(DTYPE), tl.trans(rope.to(DTYPE)), start, limit, least, q_latent, q_rope, best,
+            total, mixed, scale, KEYS, PRECISION, WIDEN,
+        )  # fmt: skip
+        following = at + KEYS
+        page = tl.load(own_table + following // PAGE, mask=following < stop, other=-1)
+    return best, total, mixed
+
+
+@triton.jit
 def _attend(
-    q, pages, boxes, rope_boxes, table, query_start, kv_lens, out, lse, parts,
-    columns, pages_count, heads, tiles, rows, q_token, q_head, page_stride, key_stride, scale,
+    q, pages, boxes, rope_boxes, table, slots, out, lse, columns, pages_count, heads, tiles, rows,
+    q_token, q_head, page_stride, key_stride, scale,
     PAGE: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, BOXES: tl.constexpr, PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr,
+    WIDEN: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) // tiles
-    part = tl.program_id(1)
+    slot = tl.program_id(0) // tiles
+    row = tl.load(slots + slot * 8)
+    begin = tl.load(slots + slot * 8 + 1)
+    stop = tl.load(slots + slot * 8 + 2)
+    length = tl.load(slots + slot * 8 + 3)
     # Whatever the plan says, nothing is beyond the queries, the table or the pages.
-    first = tl.minimum(tl.maximum(tl.load(query_start + row), 0), rows // heads)
-    count = tl.maximum(tl.minimum(tl.load(query_start + row + 1), rows // heads) - first, 0)
-    length = tl.minimum(tl.maximum(tl.load(kv_lens + row), 0), columns * PAGE)
+    first = tl.minimum(tl.load(slots + slot * 8 + 4), rows // heads)
+    count = tl.minimum(tl.load(slots + slot * 8 + 5), rows // heads - first)
     mine = (tl.program_id(0) % tiles) * ROWS + tl.arange(0, ROWS)
     inside = mine < count * heads
     limit = tl.minimum(length - count + mine // heads + 1, length)
@@ -124,9 +153,6 @@ def _attend(
     best = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     mixed = tl.zeros((ROWS, LATENT), tl.float32)
-    each = tl.cdiv(tl.cdiv(length, KEYS), parts) * KEYS
-    begin = part * each
-    stop = tl.minimum(begin + each, length)
     # A tile that the row does not fill has no work.
     stop = tl.where((tl.program_id(0) % tiles) * ROWS < count * heads, stop, 0)
     least = tl.minimum(length - count + 1, length)
@@ -139,42 +165,76 @@ def _attend(
             best, total, mixed, scale, PAGE, LATENT, ROPE, KEYS, PRECISION, WIDEN,
         )  # fmt: skip
         begin = whole
-    at = begin + tl.arange(0, KEYS)
-    page = tl.load(own_table + at // PAGE, mask=at < stop, other=-1)
-    # One step at most behind boxes, which leave no room for two.
-    for start in tl.range(begin, stop, KEYS, num_stages=1 if BOXES else 2):
-        at = start + tl.arange(0, KEYS)
-        there = (page >= 0) & (page < pages_count)
-        key = page.to(tl.int64) * page_stride + (at % PAGE) * key_stride
-        latent = tl.load(pages + key[:, None] + lane[None, :], mask=there[:, None], other=0.0)
-        rope = tl.load(pages + key[:, None] + rope_lane[None, :], mask=there[:, None], other=0.0)
-        latent, rope = latent.to(q.dtype.element_ty), tl.trans(rope.to(q.dtype.element_ty))
-        best, total, mixed = _step(
-            latent, rope, start, limit, least, q_latent, q_rope, best, total, mixed, scale,
-            KEYS, PRECISION, WIDEN,
-        )  # fmt: skip
-        following = at + KEYS
-        page = tl.load(own_table + following // PAGE, mask=following < stop, other=-1)
+    best, total, mixed = _over_pages(
+        pages, own_table, begin, stop, pages_count, page_stride, key_stride, limit, least, q_latent,
+        q_rope, best, total, mixed, scale, q.dtype.element_ty, PAGE, LATENT, ROPE, KEYS,
+        1 if BOXES else 2, PRECISION, WIDEN,
+    )  # fmt: skip
     some = total > 0
     mixed = mixed / tl.where(some, total, 1.0)[:, None]
     sums = tl.where(some, best + tl.log2(tl.where(some, total, 1.0)), float("-inf"))
-    sums *= tl.where(parts == 1, 0.6931471805599453, 1.0)
-    to = part.to(tl.int64) * rows + first * heads + mine
+    # Of parts each slot has rows of its own, of whole rows each query its own.
+    if CUT:
+        to = slot.to(tl.int64) * tiles * ROWS + mine
+    else:
+        sums *= 0.6931471805599453
+        to = (first * heads + mine).to(tl.int64)
     tl.store(out + to[:, None] * LATENT + lane[None, :], mixed, mask=inside[:, None])
     tl.store(lse + to, sums, mask=inside)
 
 
+@triton.jit
+def _collect(
+    part_out, part_lse, out, lse, parts, wide, heads, rows,
+    LATENT: tl.constexpr, PARTS: tl.constexpr, SOME: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Put the parts of a row together, some at a time; see `tiles.merge`.
+
+    A part without keys has the weight 0, and has left zeros.
+    """
+    own = parts + tl.program_id(0) // wide * 4
+    slot = tl.load(own).to(tl.int64)
+    there = tl.load(own + 1)
+    first = tl.minimum(tl.load(own + 2), rows // heads)
+    count = tl.minimum(tl.load(own + 3), rows // heads - first)
+    mine = tl.program_id(0) % wide
+    if mine < count * heads:
+        lane = tl.program_id(1) * LANES + tl.arange(0, LANES)
+        part = tl.arange(0, PARTS)
+        at = (slot + part) * wide + mine
+        sums = tl.load(part_lse + at, mask=part < there, other=float("-inf"))
+        best = tl.max(sums, axis=0)
+        base = tl.where(best == float("-inf"), 0.0, best)
+        total = tl.sum(tl.exp2(sums - base), axis=0)
+        mixed = tl.zeros((LANES,), tl.float32)
+        for start in range(0, there, SOME):
+            one = start + tl.arange(0, SOME)
+            place = (slot + one) * wide + mine
+            weight = tl.load(part_lse + place, mask=one < there, other=float("-inf"))
+            values = tl.load(
+                part_out + place[:, None] * LATENT + lane[None, :],
+                mask=(one < there)[:, None], other=0.0,
+            )  # fmt: skip
+            mixed += tl.sum(values * tl.exp2(weight - base)[:, None], axis=0)
+        to = (first * heads + mine).to(tl.int64)
+        tl.store(out + to * LATENT + lane, mixed / tl.where(total > 0, total, 1.0))
+        if tl.program_id(1) == 0:
+            whole = tl.where(total > 0, base + tl.log2(tl.where(total > 0, total, 1.0)), best)
+            tl.store(lse + to, whole * 0.6931471805599453)
+
+
 @frozen
 class _Shape:
-    """How a plan is cut: rows of a tile, tiles of a row, keys of a step, parts, warps.
+    """How a plan is cut: rows of a tile, tiles of a row, keys of a step, warps.
 
+    slots: programs of each tile that rows divide among themselves; as many as rows: none is cut.
     boxes: keys come as boxes, by the copy engine of capability 9.0.
     """
 
     rows: int
     tiles: int
     keys: int
-    parts: int
+    slots: int
     warps: int
     boxes: bool
 
@@ -198,11 +258,54 @@ def _shape(plan: MlaPlan, boxable: bool) -> _Shape:
         boxes = plan.page_size % step == 0 and fits(most, step)
         if boxes:
             rows, keys, warps, programs = most, step, 8 // at_once, at_once
-    tiles = triton.cdiv(wanted, rows)
-    keys_max = plan.page_table.shape[1] * plan.page_size
-    parts = programs * cores(plan.kv_lens) // max(1, len(plan.kv_lens) * tiles)
-    parts = max(1, min(PARTS_MAX, keys_max // KEYS_MIN, parts))
-    return _Shape(rows, tiles, keys, parts, warps, boxes)
+    tiles, count = triton.cdiv(wanted, rows), len(plan.kv_lens)
+    slots = min(programs * cores(plan.kv_lens) // tiles, PARTS_MAX * count)
+    # With few more than rows, merging costs more than it saves.
+    slots = slots if slots >= 2 * count else count
+    return _Shape(rows, tiles, keys, slots, warps, boxes)
+
+
+@frozen(eq=False)
+class _Shares:
+    """Which keys of which row a slot has. What a program asks for lies together.
+
+    slots: int32[slots, 8]; the row, its first key and the end of its keys here, the row's length,
+    its first query and how many it has, 0 in a slot without a row.
+    rows: int32[R, 4]; its first slot and how many it has, its first query and how many it has.
+    """
+
+    slots: Tensor
+    rows: Tensor
+
+
+def _shared_out(plan: MlaPlan, shape: _Shape) -> _Shares:
+    """Each slot about as many steps of keys, whatever the lengths are; without waiting for them."""
+    rows = len(plan.kv_lens)
+    lens = plan.kv_lens.clamp(0, plan.page_table.shape[1] * plan.page_size)
+    steps = (lens + (shape.keys - 1)) // shape.keys
+    if shape.slots > rows:
+        # A row's last part may be short: so many that all rows together have at most `slots`.
+        share = steps.sum() // (shape.slots - rows) + 1
+        share = share.clamp(min=triton.cdiv(KEYS_MIN, shape.keys))
+        counts = ((steps + share - 1) // share).clamp(1, PARTS_MAX)
+    else:
+        counts = torch.ones_like(steps)
+    each = (steps + counts - 1) // counts * shape.keys
+    ends = counts.cumsum(0)
+    first = plan.query_start[:-1].clamp(min=0)
+    queries = plan.query_start.diff().clamp(min=0)
+    slot = torch.arange(shape.slots, device=lens.device)
+    found = torch.searchsorted(ends, slot, right=True)
+    row = found.clamp(max=rows - 1)
+    begin = (slot - ends[row] + counts[row]) * each[row]
+    stop = torch.minimum(begin + each[row], lens[row])
+    nothing = torch.zeros_like(row)
+    asked = torch.where(found < rows, queries[row], 0)
+    slots = (row, begin, stop, lens[row], first[row], asked, nothing, nothing)
+    return _Shares(
+        torch.stack(slots, dim=1).to(torch.int32),
+        torch.stack((ends - counts, counts, first, queries), dim=1).to(torch.int32),
+    )
 
 
 def _boxable(kv_pages: Tensor) -> bool:
@@ -233,23 +336,32 @@ def mla_decode(q: Tensor, kv_pages: Tensor, plan: MlaPlan, scale: float) -> tupl
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     if not rows:
         return out, lse
+    shares = plan.once(_shared_out, shape)
+    cut, wide = shape.slots > len(plan.kv_lens), shape.tiles * shape.rows
     part_out, part_lse = out, lse
-    if shape.parts > 1:
-        wide = (shape.parts, rows, plan.latent)
-        part_out = torch.empty(wide, dtype=torch.float32, device=q.device)
-        part_lse = torch.empty(wide[:2], dtype=torch.float32, device=q.device)
+    if cut:
+        place = (shape.slots, wide, plan.latent)
+        part_out = torch.empty(place, dtype=torch.float32, device=q.device)
+        part_lse = torch.empty(place[:2], dtype=torch.float32, device=q.device)
     boxes = _in_boxes(kv_pages, shape, plan.latent)
-    _attend[(len(plan.kv_lens) * shape.tiles, shape.parts)](
-        q, kv_pages, boxes, _in_boxes(kv_pages, shape, plan.rope), plan.page_table,
-        plan.query_start, plan.kv_lens, part_out, part_lse, shape.parts,
-        plan.page_table.shape[1], kv_pages.shape[0], plan.heads, shape.tiles, rows,
-        q.stride(0), q.stride(1), kv_pages.stride(0), kv_pages.stride(1), scale * LOG2_E,
+    _attend[(shape.slots * shape.tiles,)](
+        q, kv_pages, boxes, _in_boxes(kv_pages, shape, plan.rope), plan.page_table, shares.slots,
+        part_out, part_lse, plan.page_table.shape[1], kv_pages.shape[0], plan.heads, shape.tiles,
+        rows, q.stride(0), q.stride(1), kv_pages.stride(0), kv_pages.stride(1), scale * LOG2_E,
         PAGE=plan.page_size, LATENT=plan.latent, ROPE=plan.rope, ROWS=shape.rows,
         KEYS=shape.keys, BOXES=boxes is not None, num_warps=shape.warps, num_stages=2,
-        PRECISION=precision(q), WIDEN=INTERPRETED,
+        PRECISION=precision(q), WIDEN=INTERPRETED, CUT=cut,
     )  # fmt: skip
-    if shape.parts > 1:
-        merge(part_out, part_lse, out, lse)
+    if cut:
+        # At once, as many parts as a row has on average.
+        some = min(PARTS_MAX, triton.next_power_of_2(shape.slots // len(plan.kv_lens)))
+        lanes = 128 if rows < 512 else 512
+        lanes = min(8192 // some, lanes, plan.latent)
+        _collect[(len(plan.kv_lens) * wide, plan.latent // lanes)](
+            part_out, part_lse, out, lse, shares.rows, wide, plan.heads, rows,
+            LATENT=plan.latent, SOME=some, LANES=lanes,
+            PARTS=triton.next_power_of_2(min(PARTS_MAX, shape.slots)),
+        )  # fmt: skip
     return out, lse
 
 
