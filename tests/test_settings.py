@@ -14,11 +14,14 @@ import pytest
 from attrs import fields
 from click.testing import CliRunner
 
+import tiny
 from tokenspeed._core import Scheduler
 from tokenspeed.cli import cli
 from tokenspeed.config import EngineConfig
 from tokenspeed.errors import ConfigError
-from tokenspeed.models import host_pages
+from tokenspeed.kernels import Problem, registry
+from tokenspeed.kernels.registry import Choice
+from tokenspeed.models import host_pages, open_model, page_size
 
 STUB = Path(__file__).resolve().parents[1] / "src/tokenspeed/_core.pyi"
 GOOD = {
@@ -241,3 +244,33 @@ def test_host_memory_is_said_once_and_wants_a_prefix_cache() -> None:
         EngineConfig(host_memory_gb=2, host_pages=5)
     with pytest.raises(ConfigError, match=r"host_memory_gb: got 2; .* without the prefix cache"):
         EngineConfig(host_memory_gb=2, prefix_cache=False)
+
+
+@pytest.mark.parametrize(
+    ("changed", "size"),
+    [({}, 64), ({"page_size": 32}, 32), ({"prefill_chunk": 63, "slots": 8}, 16)],
+)
+def test_pages_are_as_large_as_the_better_kernel_wants_them(
+    changed: dict[str, Any], size: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of latent attention on a GPU where one of two backends takes pages of 64 alone."""
+    asked: list[Problem] = []
+
+    def explain(problem: Problem) -> Choice:
+        asked.append(problem)
+        return Choice(problem, "better" if problem.page_size == 64 else "other", ())
+
+    monkeypatch.setattr(type(registry), "explain", lambda _self, problem: explain(problem))
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _device: (9, 0))
+    config = EngineConfig(device="cuda", kv_dtype="float8", **changed)
+    llama, latent = (
+        open_model(str(tiny.write(tmp_path / name, **shape))).config
+        for name, shape in (("llama", {}), ("deepseek", tiny.DEEPSEEK))
+    )
+    assert page_size(llama, config) == config.page_tokens
+    assert not asked
+    assert page_size(latent, config) == size
+    if size == 64:
+        known = {"latent": latent.latent, "rope": latent.rope, "kv_dtype": "float8_e4m3fn"}
+        problem = Problem("mla_decode", "cuda", "bfloat16", (9, 0), page_size=16, **known)
+        assert asked == [problem, attrs.evolve(problem, page_size=64)]

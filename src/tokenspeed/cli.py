@@ -64,7 +64,7 @@ def _engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--quantize", type=click.Choice(QUANTIZE), help="matrices of few bits"),
         click.option("--device", help="cpu, cuda, cuda:1 ..."),
         click.option("--mesh", help="ranks that share the model: tp=2"),
-        click.option("--page-size", type=int, help="tokens in a KV page"),
+        click.option("--page-size", type=int, help="tokens in a KV page  [default: by kernel]"),
         click.option("--pages", type=int, help="KV pages  [default: by memory]"),
         click.option("--slots", type=int, help="requests that run at once"),
         click.option("--waiting-max", type=int, help="may wait; then 429"),
@@ -180,7 +180,7 @@ def _ready(engine: Engine, url: str) -> None:
         _screen.print(str(engine.loaded), highlight=False)
     _screen.print(
         f"{engine.model_name}: context {engine.context_max} tokens, "
-        f"{engine.pages} pages of {engine.config.page_size}, {engine.config.dtype}, "
+        f"{engine.pages} pages of {engine.config.page_tokens}, {engine.config.dtype}, "
         f"{engine.config.device}",
         highlight=False,
     )

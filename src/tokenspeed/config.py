@@ -110,7 +110,8 @@ class EngineConfig:
         device: "cpu" or a torch device such as "cuda:0".
         mesh: ranks that hold the model together, as "tp=2" or "tp=2,pp=2"; "": one. Each computes
             every step on its part of the weights and of the KV.
-        page_size: tokens in a KV page.
+        page_size: tokens in a KV page; None: 16, or 64 if a better kernel takes no other (latent
+            attention on Hopper).
         pages: KV pages in the pool; None sizes the pool to hold `slots` average requests, or what
             the device's memory allows.
         slots: requests that run at once.
@@ -145,7 +146,7 @@ class EngineConfig:
     quantize: str = field(default="auto", validator=_choice(*QUANTIZE))
     device: str = field(default="cpu", validator=_device)
     mesh: str = field(default="", validator=_mesh)
-    page_size: int = field(default=16, validator=_integer(1, 1024))
+    page_size: int | None = field(default=None, validator=_integer(1, 1024, optional=True))
     pages: int | None = field(default=None, validator=_integer(1, 1 << 24, optional=True))
     slots: int = field(default=64, validator=_integer(1, 4096))
     waiting_max: int = field(default=1024, validator=_integer(1, 1_000_000))
@@ -205,17 +206,17 @@ class EngineConfig:
             raise ConfigError(
                 "tps_floor", self.tps_floor, "none beside itl_budget_ms, which says the same"
             )
-        if self.page_size > self.prefill_chunk:
+        if self.page_tokens > self.prefill_chunk:
             raise ConfigError(
-                "page_size", self.page_size, f"at most prefill_chunk ({self.prefill_chunk})"
+                "page_size", self.page_tokens, f"at most prefill_chunk ({self.prefill_chunk})"
             )
         if self.pages is not None:
-            self._check_pool(self.pages, self.pages * self.page_size)
+            self._check_pool(self.pages, self.pages * self.page_tokens)
 
     def _check_pool(self, pages: int, tokens: int) -> None:
         if tokens > TOKENS_MAX:
-            most = TOKENS_MAX // self.page_size
-            raise ConfigError("pages", pages, f"at most {most} of {self.page_size} tokens")
+            most = TOKENS_MAX // self.page_tokens
+            raise ConfigError("pages", pages, f"at most {most} of {self.page_tokens} tokens")
         if tokens < 2:
             raise ConfigError("pages", pages, "at least 2 of 1 token: one to read, one to write")
         if self.context_max is not None and self.context_max > tokens:
@@ -223,6 +224,11 @@ class EngineConfig:
                 "context_max", self.context_max,
                 f"at most pages x page_size ({tokens}); a request must fit into the pool",
             )  # fmt: skip
+
+    @property
+    def page_tokens(self) -> int:
+        """Tokens in a KV page."""
+        return 16 if self.page_size is None else self.page_size
 
     @property
     def drafts_max(self) -> int:

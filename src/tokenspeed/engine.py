@@ -68,7 +68,7 @@ class Engine:
         self._scheduler = make_scheduler(
             config.trace_lifecycle,
             config.record_scheduler,
-            page_size=config.page_size,
+            page_size=config.page_tokens,
             pages=self.pages,
             slots=config.slots,
             waiting_max=config.slots + config.waiting_max,  # the door counts both; see submit
@@ -91,7 +91,7 @@ class Engine:
             model,
             slots=config.slots,
             pages=self.pages,
-            page_size=config.page_size,
+            page_size=config.page_tokens,
             context_max=self.context_max,
             overlap=config.overlap,
             eos_ids=tokenizer.eos_ids,
@@ -125,6 +125,7 @@ class Engine:
         if config.device != "cpu" and not torch.cuda.is_available():
             raise ConfigError("device", config.device, "cpu: torch finds no CUDA device here")
         checkpoint = models.open_model(str(model), config.load_format, progress=report)
+        config = attrs.evolve(config, page_size=models.page_size(checkpoint.config, config))
         tokenizer = Tokenizer.from_source(checkpoint.tokenizer)
         chat = ChatEncoder.from_source(tokenizer, checkpoint.tokenizer)
         peak, started_s = models.PeakMemory(), time.monotonic()

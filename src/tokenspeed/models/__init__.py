@@ -12,6 +12,7 @@ from tokenspeed.models.build import default_pages as default_pages
 from tokenspeed.models.build import host_pages as host_pages
 from tokenspeed.models.build import in_cache_groups as in_cache_groups
 from tokenspeed.models.build import open_model as open_model
+from tokenspeed.models.build import page_size as page_size
 from tokenspeed.models.checkpoint import Checkpoint as Checkpoint
 from tokenspeed.models.checkpoint import open_checkpoint as open_checkpoint
 from tokenspeed.models.config import LlamaConfig as LlamaConfig

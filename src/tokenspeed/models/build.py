@@ -20,8 +20,11 @@ from tokenspeed import kernels
 from tokenspeed.config import HOST_PAGES_MAX, KV_DTYPES, EngineConfig
 from tokenspeed.errors import CheckpointError, ConfigError
 from tokenspeed.kernels import PackedWeight
+from tokenspeed.kernels.pages import NARROW
+from tokenspeed.kernels.registry import capability
 from tokenspeed.models.checkpoint import Checkpoint, open_checkpoint
 from tokenspeed.models.config import ModelConfig
+from tokenspeed.models.deepseek_config import DeepseekConfig
 from tokenspeed.models.dummy import DummyCheckpoint
 from tokenspeed.models.families import Family
 from tokenspeed.models.hub import Progress as HubProgress
@@ -246,13 +249,38 @@ def _must_fit(
         )
 
 
+def page_size(shape: ModelConfig, config: EngineConfig) -> int:
+    """Tokens of a page: as many as are asked for, or those that the better kernel takes."""
+    large = 64
+    if config.page_size is not None or config.prefill_chunk < large:
+        return config.page_tokens
+    if not isinstance(shape, DeepseekConfig):
+        return config.page_tokens
+    device = torch.device(config.device)
+    problem = kernels.Problem(
+        "mla_decode",
+        device.type,
+        config.dtype,
+        capability(device),
+        page_size=config.page_tokens,
+        latent=shape.latent,
+        rope=shape.rope,
+        kv_dtype=NARROW[0] if config.kv_dtype == "float8" else None,
+    )
+    mine, other = (
+        kernels.registry.explain(one).backend
+        for one in (problem, attrs.evolve(problem, page_size=large))
+    )
+    return config.page_tokens if mine == other else large
+
+
 def default_pages(model: Model, config: EngineConfig) -> int:
     """KV pages for `slots` average requests, within a share of the memory that is free now."""
     context = min(config.context_max or model.config.context_max, model.config.context_max)
     tokens = max(context, config.slots * min(context, _AVERAGE_REQUEST_TOKENS))
-    page_bytes = model.kv.token_bytes * config.page_size
+    page_bytes = model.kv.token_bytes * config.page_tokens
     fitting = int(_free_bytes(model.kv.device) * _MEMORY_SHARE) // page_bytes
-    return max(1, min(-(-tokens // config.page_size) * len(model.kv.groups.windows), fitting))
+    return max(1, min(-(-tokens // config.page_tokens) * len(model.kv.groups.windows), fitting))
 
 
 def host_pages(model: Model, config: EngineConfig) -> int:
@@ -263,7 +291,7 @@ def host_pages(model: Model, config: EngineConfig) -> int:
     """
     if config.host_memory_gb is None:
         return config.host_pages
-    page_bytes = model.kv.token_bytes * config.page_size
+    page_bytes = model.kv.token_bytes * config.page_tokens
     pages = int(config.host_memory_gb * 1e9) // page_bytes
     if not 1 <= pages <= HOST_PAGES_MAX:
         raise ConfigError(
@@ -305,12 +333,12 @@ def context_max(model: Model, config: EngineConfig, pages: int) -> int:
     """
     most = min(config.context_max or model.config.context_max, model.config.context_max)
     windows = model.kv.groups.windows
-    beside = sum(_pages_within(window, config.page_size) for window in windows if window)
+    beside = sum(_pages_within(window, config.page_tokens) for window in windows if window)
     full = windows.count(0)
     if beside <= pages and not full:
         return most
     held = max(pages // len(windows), (pages - beside) // full if full else 0)
-    return min(most, held * config.page_size)
+    return min(most, held * config.page_tokens)
 
 
 def _pages_within(tokens: int, page_size: int) -> int:
