@@ -167,6 +167,31 @@ def test_triton_takes_pages_as_boxes(problem: tuple[Tensor, Tensor, MlaPlan]) ->
         agree("triton", q.to(torch.bfloat16), pages.to(torch.bfloat16), plan)
 
 
+@pytest.mark.skipif("triton" not in registry.names, reason="Triton runs in another process")
+@pytest.mark.parametrize(
+    ("capability", "room", "rows", "keys"),
+    [
+        (80, 166912, 16, 64),
+        (80, 166912, 64, 32),
+        (89, 101376, 64, 16),
+        (90, 232448, 16, 32),
+        (90, 232448, 32, 64),
+        (90, 232448, 64, 64),
+        (100, 232448, 16, 64),
+        (100, 232448, 64, 32),
+    ],
+)
+def test_triton_steps_have_room(
+    capability: int, room: int, rows: int, keys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What DeepSeek's sizes were compiled to fit into, on devices with so much shared memory."""
+    kernel = importlib.import_module("tokenspeed.kernels.triton.mla")
+    monkeypatch.setattr(kernel, "_capability", lambda _: capability)
+    monkeypatch.setattr(kernel, "shared_bytes", lambda _: room)
+    plan = of_lengths([4096], 16, rows // 16, 64, 0)
+    assert kernel._shape(plan, capability == 90).keys == keys
+
+
 HOPPER = "cuda_sm90"
 needs_hopper = pytest.mark.skipif(
     not ON_GPU or registry.refusal(parse("mla_decode dtype=bf16 device=cuda"), HOPPER) is not None,

@@ -239,6 +239,14 @@ class _Shape:
     boxes: bool
 
 
+def _capability(like: Tensor) -> int:
+    """Of the device that a tensor is on, as 90; 0 of a CPU."""
+    if not like.is_cuda:
+        return 0
+    major, minor = torch.cuda.get_device_capability(like.device)
+    return 10 * major + minor
+
+
 def _shape(plan: MlaPlan, boxable: bool) -> _Shape:
     wanted = plan.q_len_max * plan.heads
     rows = min(64, max(16, triton.next_power_of_2(wanted)))
@@ -246,8 +254,11 @@ def _shape(plan: MlaPlan, boxable: bool) -> _Shape:
     columns = 2 * (plan.latent + plan.rope)
 
     def fits(rows: int, keys: int) -> bool:
-        """Two steps of keys, the queries and the weights of a step, in 16 bits."""
-        return columns * (2 * keys + rows) + 2 * rows * keys <= room
+        """Two steps of keys and the queries, in 16 bits. Where these are full tiles, the weights of
+        a step too, and as Triton 3.6 compiles them for capability 10, a third step."""
+        steps = 3 if rows == 64 and _capability(plan.kv_lens) // 10 == 10 else 2
+        weights = 2 * rows * keys if rows == 64 else 0
+        return columns * (steps * keys + rows) + weights <= room
 
     keys = next((k for k in (64, 32) if fits(rows, k)), 16)
     warps, programs, boxes = 8 if rows > 32 else 4, 2, False
@@ -313,7 +324,7 @@ def _boxable(kv_pages: Tensor) -> bool:
     if not kv_pages.is_cuda or torch.version.hip is not None or kv_pages.element_size() != 2:
         return False
     aligned = kv_pages.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in kv_pages.stride()[:2])
-    return aligned and torch.cuda.get_device_capability(kv_pages.device)[0] == 9
+    return aligned and _capability(kv_pages) // 10 == 9
 
 
 def _in_boxes(kv_pages: Tensor, shape: _Shape, columns: int) -> TensorDescriptor | None:
