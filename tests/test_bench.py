@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -19,7 +20,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 import tiny
-from tokenspeed.bench import mesh, quality
+from tokenspeed.bench import cells, mesh, quality
 from tokenspeed.bench.conversations import BLOCK, generate, live_blocks, read
 from tokenspeed.bench.http import HttpSide, served
 from tokenspeed.bench.jobs import Job, timed
@@ -259,6 +260,32 @@ def test_what_is_wrong_is_said_beside_its_time() -> None:
     Console(file=text, width=120).print(of_cells(c=measured(None, times)).table())
     assert "30.0 " in text.getvalue(), "no floor, no ratio"
     assert "x)" not in text.getvalue()
+
+
+def test_cells_are_measured_in_turn_between_the_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[Any] = []
+    products = iter((700.0, 650.0))
+    for name, makes in {
+        "copy_gb_s": lambda: 4000.0, "matmul_tflop_s": lambda: next(products),
+        "machine": lambda: "m",
+    }.items():  # fmt: skip
+        monkeypatch.setattr(cells, name, makes)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("given back"))
+
+    def run(cell: int, rates: cells.Rates) -> Measured:
+        done.append((cell, rates.copy_gb_s, rates.matmul_tflop_s))
+        return measured(float(cell), {})
+
+    tell = lambda *told: done.append(told)  # noqa: E731
+    wanted = cells.chosen({"a": 1, "b": 2, "c": 3}, ["c", "a"])
+    report = cells.reported(wanted, run, tell, floor="load only", error_max=2e-3)
+    assert report == of_cells(c=measured(3.0, {}), a=measured(1.0, {}))
+    assert list(report.cells) == ["c", "a"]
+    assert done == [
+        ("c", 0, 2), (3, 4000.0, 700.0), "given back",
+        ("a", 1, 2), (1, 4000.0, 700.0), "given back", ("done", 2, 2),
+    ]  # fmt: skip
 
 
 def test_a_cell_counts_its_pages_and_a_shared_one_counts_them_once() -> None:

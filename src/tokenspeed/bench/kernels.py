@@ -9,7 +9,7 @@ the reference, in float64, from memory that held NaN.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import final
 
@@ -17,8 +17,8 @@ import torch
 from attrs import evolve, frozen
 from torch import Tensor
 
-from tokenspeed.bench.gpu import COLD_BYTES, copy_gb_s, matmul_tflop_s, timed_us
-from tokenspeed.bench.machine import machine
+from tokenspeed.bench.cells import Rates, Tell, chosen, reported
+from tokenspeed.bench.gpu import COLD_BYTES, timed_us
 from tokenspeed.bench.peers import latent
 from tokenspeed.bench.report import Calls, Measured, Report, Timing, tried
 from tokenspeed.errors import ConfigError
@@ -28,9 +28,6 @@ from tokenspeed.kernels.mla import mla_problem
 from tokenspeed.kernels.pages import EIGHT_BITS, rounded
 
 __all__ = ["CELLS", "Cell", "measure"]
-
-Tell = Callable[[str, int, int], None]
-"""Called with (what is measured, done, total)."""
 
 PAGE, WIDTH, LATENT = 64, 576, 512
 SCALE = 192**-0.5
@@ -102,37 +99,20 @@ def measure(names: Sequence[str], backends: Sequence[str], tell: Tell) -> Report
     Raises:
         ConfigError: a name is unknown, or there is no CUDA device.
     """
-    wanted = list(names or CELLS)
-    for name in wanted:
-        if name not in CELLS:
-            raise ConfigError("cell", name, f"one of {', '.join(CELLS)}")
     runners = list(backends or (name for name in registry.names if name != "reference"))
     for name in runners:
         if name not in registry.names:
             raise ConfigError("backend", name, f"one of {', '.join(registry.names)}")
-    if not torch.cuda.is_available():
-        raise ConfigError("device", "cpu", "a CUDA device: this measures GPU kernels")
-    copied, before = copy_gb_s(), matmul_tflop_s()
-    found: dict[str, Measured] = {}
-    done = 0
-    for narrow in (False, True):
-        alike = {name: CELLS[name] for name in wanted if CELLS[name].narrow == narrow}
-        pool = _pool(list(alike.values()))
-        for name, cell in alike.items():
-            tell(name, done, len(wanted))
-            found[name] = _measured(cell, pool, runners, with_peers=not backends)
-            done += 1
-        del pool
-    tell("done", len(wanted), len(wanted))
-    return Report(
-        floor="load only",
-        error_max=ERROR_MAX,
-        machine=machine(),
-        copy_gb_s=copied,
-        matmul_tflop_s=before,
-        matmul_after_tflop_s=matmul_tflop_s(),
-        cells=found,
-    )
+    cells = chosen(CELLS, names)
+    pools = {
+        narrow: _pool([cell for cell in cells.values() if cell.narrow == narrow])
+        for narrow in (False, True)
+    }
+
+    def run(cell: Cell, _rates: Rates) -> Measured:
+        return _measured(cell, pools[cell.narrow], runners, with_peers=not backends)
+
+    return reported(cells, run, tell, floor="load only", error_max=ERROR_MAX)
 
 
 def _sets(cell: Cell) -> int:

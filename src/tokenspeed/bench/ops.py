@@ -19,11 +19,10 @@ from torch.nn import functional
 from torch.nn.attention.bias import causal_lower_right
 
 from tokenspeed import kernels
-from tokenspeed.bench.gpu import COLD_BYTES, copy_gb_s, eager_us, matmul_tflop_s, timed_us
-from tokenspeed.bench.machine import machine
+from tokenspeed.bench.cells import Rates, Tell, chosen, reported
+from tokenspeed.bench.gpu import COLD_BYTES, eager_us, timed_us
 from tokenspeed.bench.peers import Peers, attention
 from tokenspeed.bench.report import Calls, Measured, Report, Timing, tried
-from tokenspeed.errors import ConfigError
 from tokenspeed.kernels import (
     EIGHT_BITS,
     AttentionPlan,
@@ -40,9 +39,6 @@ from tokenspeed.kernels.pages import kv_dtype
 from tokenspeed.kernels.registry import capability
 
 __all__ = ["CELLS", "measure"]
-
-Tell = Callable[[str, int, int], None]
-"""Called with (what is measured, done, total)."""
 
 PAGE = 16
 HEADS, KV_HEADS, DIM = 32, 8, 128
@@ -285,35 +281,17 @@ def measure(names: Sequence[str], tell: Tell) -> Report:
     Raises:
         ConfigError: a name is unknown, or there is no CUDA device.
     """
-    wanted = list(names or CELLS)
-    for name in wanted:
-        if name not in CELLS:
-            raise ConfigError("cell", name, f"one of {', '.join(CELLS)}")
-    if not torch.cuda.is_available():
-        raise ConfigError("device", "cpu", "a CUDA device: this measures GPU kernels")
-    copied, multiplied = copy_gb_s(), matmul_tflop_s()
-    found: dict[str, Measured] = {}
-    for done, name in enumerate(wanted):
-        tell(name, done, len(wanted))
-        work = CELLS[name]()
-        found[name] = Measured(
-            op=work.op,
-            floor_us=max(work.bytes / copied / 1e3, work.flops / multiplied / 1e6),
-            bytes=work.bytes,
-            flops=work.flops,
-            times=_times(work),
-        )
-        del work
-        torch.cuda.empty_cache()
-    tell("done", len(wanted), len(wanted))
-    return Report(
-        floor="floor",
-        error_max=ERROR_MAX,
-        machine=machine(),
-        copy_gb_s=copied,
-        matmul_tflop_s=multiplied,
-        matmul_after_tflop_s=matmul_tflop_s(),
-        cells=found,
+    return reported(chosen(CELLS, names), _measured, tell, floor="floor", error_max=ERROR_MAX)
+
+
+def _measured(make: Callable[[], Work], rates: Rates) -> Measured:
+    work = make()
+    return Measured(
+        op=work.op,
+        floor_us=max(work.bytes / rates.copy_gb_s / 1e3, work.flops / rates.matmul_tflop_s / 1e6),
+        bytes=work.bytes,
+        flops=work.flops,
+        times=_times(work),
     )
 
 
