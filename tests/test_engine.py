@@ -22,7 +22,7 @@ from tokenspeed.request import Completion, Request, SamplingParams, Session, ses
 pytestmark = needs_smollm2
 
 TOKENS = 64
-"""Of every output in the reference."""
+"""Of an output in the reference, at most."""
 FEW = 16
 """As many tell whether a prompt's KV is right, where each takes a step of its own."""
 GREEDY = SamplingParams(temperature=0, max_tokens=TOKENS)
