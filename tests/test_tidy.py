@@ -406,6 +406,28 @@ def test_files_are_short_and_rooms_have_names() -> None:
     refuse(found)
 
 
+AT_THE_TOP = {
+    ".clang-format", ".editorconfig", ".gitattributes", ".gitignore", "CHANGELOG.md",
+    "CMakeLists.txt", "LICENSE", "Makefile", "README.md", "SECURITY.md", "constraints.txt",
+    "pyproject.toml",
+}  # fmt: skip
+
+
+def test_nothing_is_left_lying_about() -> None:
+    """What somebody wrote to look at once, say, and took along."""
+    found = [
+        f"{path}:1: nothing like that belongs at the top; put it into a room, or remove it"
+        for path in tracked()
+        if "/" not in path and path not in AT_THE_TOP
+    ]
+    found += [
+        f"{path}:1: {size:,} bytes; nobody writes so much into a file"
+        for path in tracked()
+        if (size := (ROOT / path).stat().st_size) > 200_000
+    ]
+    refuse(found)
+
+
 def test_headers_open_with_their_rule() -> None:
     found = [
         f"{path}:1: no comment in the first line; say what the file holds and its rule"
