@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import importlib.util
+import math
 import os
 import re
 import shutil
@@ -378,6 +379,9 @@ I32 = torch.int32
         ({"q": torch.zeros(3, 2, 9)}, r"q is \[3, 2, 9\]; expected shape \[tokens, 2, 8\]"),
         ({"kv_pages": torch.zeros(4, 4, 9)}, "kv_pages"),
         ({"kv_pages": torch.zeros(4, 4, 8, dtype=torch.bfloat16)}, "kv_pages is torch.bfloat16"),
+        ({"scale": 0.0}, "scale is 0.0; expected a number above 0"),
+        ({"scale": -0.5}, "scale is -0.5"),
+        ({"scale": math.nan}, "scale is nan"),
     ],
 )
 def test_what_breaks_the_contract_of_mla_decode_is_refused(
@@ -390,11 +394,12 @@ def test_what_breaks_the_contract_of_mla_decode_is_refused(
         **{"page_size": 4, "heads": 2, "q_len_max": 2, "latent": 6, "rope": 2},
         "q": torch.zeros(3, 2, 8),
         "kv_pages": torch.zeros(4, 4, 8),
+        "scale": 1.0,
     }
 
     def run(given: dict[str, Any]) -> None:
-        q, kv_pages = given.pop("q"), given.pop("kv_pages")
-        mla_decode(q, kv_pages, mla_decode_plan(**given), 1.0)
+        q, kv_pages, scale = (given.pop(name) for name in ("q", "kv_pages", "scale"))
+        mla_decode(q, kv_pages, mla_decode_plan(**given), scale)
 
     run(dict(given))
     with pytest.raises(ContractError, match=named):

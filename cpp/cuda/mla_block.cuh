@@ -98,9 +98,20 @@ __device__ void clear_rows(Shared& shared, int rows) {
   sync_group(2, 128);
 }
 
+// Keys behind the last one may hold anything, NaN too, and 0 * NaN is NaN. The boxes of a page that
+// hold values come first; their rows are 128 bytes.
+template <int Boxes>
+__device__ void clear_keys(uint8_t* page, int from) {
+  const int chunks = (kKeys - from) * 8;  // of 16 bytes, in a box
+  for (int i = threadIdx.x % 128; i < Boxes * chunks; i += 128)
+    *reinterpret_cast<uint4*>(page + i / chunks * kKeys * 128 + from * 128 + i % chunks * 16) =
+        uint4{};
+}
+
 // --- A block
 // ------------------------------------------------------------------------------------------
 
+// Nobody waits for what he does not free: it might have been loaded over twice meanwhile.
 template <typename Kind>
 __device__ void only_take(const Call& call, typename Kind::Shared& shared) {
   const int group = threadIdx.x / 128, lane = threadIdx.x % 32;
@@ -109,9 +120,9 @@ __device__ void only_take(const Call& call, typename Kind::Shared& shared) {
     const Item& item = walk.item;
     for (int block = item.first; block < item.last; ++block, ++turn)
       Kind::take_page(shared, turn, group);
-    if (item.first == item.last) continue;
+    if (group != 1 || item.first == item.last) continue;
     wait(&shared.meeting.q_full, tiles_loaded++ & 1);
-    if (group == 1 && lane == 0) arrive(&shared.meeting.q_empty);
+    if (lane == 0) arrive(&shared.meeting.q_empty);
   }
 }
 

@@ -1,17 +1,15 @@
 // Latent attention for decode on Hopper over pages of 8 bits (e4m3), which take half the loads and
 // would take as much arithmetic: so keys are the rows of products (they are 64 in any case), and
 // queries the columns, 16 or 32 or 64 as there are.
-// Rule: nothing of the pages or the queries is rounded; weights are, to half precision. An infinite
-// query gives NaN.
+// Rule: nothing of the pages is rounded; of a query what is below 2^-9 of its largest number is, to
+// 2^-17 of that; weights are, to half precision. The tensor cores cut sums of 8-bit products off.
 //
-// Who does what, of a block that walks its share of the keys page by page:
+// A block walks its share of the keys page by page:
 //   producers   a warp for pages, by TMA, four pages ahead, and one for queries
-//   scores      one warpgroup: queries as sums of two numbers of 8 bits, S^T = K Q^T as the keys
-//   lie,
-//               the running maximum and sum, P^T
+//   scores      one warpgroup: queries as sums of two numbers of 8 bits, S^T = K Q^T of the keys as
+//               they lie, the running maximum and sum, P^T
 //   values      two warpgroups: each widens its half of V^T to half precision, which has all
-//   numbers
-//               of e4m3, and adds V^T P^T to its half of O^T
+//               numbers of e4m3, and adds V^T P^T to its half of O^T
 // Shares, groups and merging are those of mla_decode_sm90.cu.
 
 #include "mla_block.cuh"
@@ -24,9 +22,10 @@ constexpr int kPage = kValues + kKeys * 64;  // behind them the rotary ones
 constexpr int kStages = 4;
 // What averages values of e4m3 is at most 448, and half precision has 128 times that.
 constexpr float kUp = 128.0f;
-// The largest weight: a maximum may lag behind by 2^8, as half precision has that, and nobody needs
-// to know the maximum of a page whose weights are no larger.
-constexpr float kMost = 256.0f;
+// The heaviest key weighs 2^kRoom when it is found, so that half precision has weights down to
+// 2^-34 of it, and as long as no weight of a page is above kMost nobody asks for the page's
+// maximum.
+constexpr float kRoom = 10.0f, kMost = 32768.0f;
 
 // What the weights of a query's keys are made with: exp2(score * by - base).
 struct alignas(8) Scaling {
@@ -220,7 +219,7 @@ __device__ void rescale(Shared& shared, float& best, float (&total)[N / 4], cons
     const float last = best;
     best = last > most ? last : most;
     shared.fade[turn % 2][mine] = best > last ? exp2_fast(last - best) : 1.0f;
-    shared.scaling[mine].base = best == -INFINITY ? 0.0f : best;
+    shared.scaling[mine].base = best == -INFINITY ? 0.0f : best - kRoom;
   }
   sync_group(2, 128);
 #pragma unroll
@@ -263,13 +262,6 @@ __device__ void store_weights(Shared& shared, const float (&p)[N / 2]) {
   }
 }
 
-// Keys behind the last one may hold anything, NaN too, and 0 * NaN is NaN.
-__device__ void clear_keys(uint8_t* page, int from) {
-  const int chunks = (kKeys - from) * 8;  // of 16 bytes, in a box
-  for (int i = threadIdx.x % 128; i < 4 * chunks; i += 128)
-    *reinterpret_cast<uint4*>(page + i / chunks * kBox + from * 128 + i % chunks * 16) = uint4{};
-}
-
 // What is left of an item behind its last page: sums, and where they go.
 template <int N>
 __device__ void finish(const Call& call, Shared& shared, const float& best, float (&total)[N / 4],
@@ -283,10 +275,10 @@ __device__ void finish(const Call& call, Shared& shared, const float& best, floa
     const auto& warps = shared.of_warps;
     const float sum = (warps[0][mine] + warps[1][mine]) + (warps[2][mine] + warps[3][mine]);
     shared.inverse[mine] = sum > 0.0f ? 1.0f / sum : 0.0f;
-    const float log = sum > 0.0f ? best + log2f(sum) : -INFINITY;
+    const float log = log_of(best - kRoom, sum);
     if (mine < item.rows) {
       if (item.into < 0)
-        call.lse[item.first_row + mine] = log * 0.6931471805599453f;
+        call.lse[item.first_row + mine] = log * kLn2;
       else
         *reinterpret_cast<float4*>(call.part_lse + (item.into + mine) * 4) =
             float4{log, 1.0f / kUp, 1.0f / kUp, 0.0f};
@@ -323,7 +315,7 @@ __device__ void score_item(const Call& call, Shared& shared, const Item& item, i
     wait(&shared.p_empty, (turn & 1) ^ 1);
     store_weights<N>(shared, s);
     if ((block + 1) * kKeys > item.length)
-      clear_keys(shared.pages[stage], item.length - block * kKeys);
+      clear_keys<4>(shared.pages[stage], item.length - block * kKeys);
     fence_async();
     arrive(&shared.p_full);
 #pragma unroll
@@ -478,9 +470,10 @@ struct Kind {
   }
 
   static __device__ void take_page(Shared& shared, int turn, int group) {
+    if (group == 1) return;
     const int stage = turn % kStages;
     wait(&shared.full[stage], turn / kStages & 1);
-    if (group > 1) arrive(&shared.empty[stage]);
+    arrive(&shared.empty[stage]);
   }
 
   static __device__ void small(const Call& call, Shared& shared) {

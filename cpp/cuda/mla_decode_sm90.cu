@@ -62,13 +62,6 @@ __device__ void load_pieces(Shared& shared, const Maps& maps, uint64_t policy, i
   }
 }
 
-// Keys behind the last one may hold anything, NaN too, and 0 * NaN is NaN.
-__device__ void clear_keys(uint8_t* page, int from) {
-  const int chunks = (kKeys - from) * 8;  // of 16 bytes, in a box
-  for (int i = threadIdx.x % 128; i < 8 * chunks; i += 128)
-    *reinterpret_cast<uint4*>(page + i / chunks * kBox + from * 128 + i % chunks * 16) = uint4{};
-}
-
 // Scores the keys of a page, piece by piece as they come; under way when this returns.
 __device__ void score_page(float (&s)[32], Shared& shared, int turn) {
   const int stage = turn % kStages;
@@ -152,7 +145,7 @@ __device__ void weigh(const Call& call, Shared& shared, Rows& rows, float (&s)[3
   }
   if ((block + 1) * kKeys > item.length) {
     sync_group(2, 128);  // all four warps have scored the keys
-    clear_keys(shared.pages[turn % kStages], item.length - block * kKeys);
+    clear_keys<8>(shared.pages[turn % kStages], item.length - block * kKeys);
     fence_async();
   }
   arrive(&shared.p_full);
@@ -198,10 +191,10 @@ __device__ void score(const Call& call, Shared& shared) {
       sum += __shfl_xor_sync(~0u, sum, 2);
       if (lane % 4 == 0) {
         shared.inverse[rows.mine[i]] = sum > 0.0f ? 1.0f / sum : 0.0f;
-        const float log = sum > 0.0f ? rows.best[i] + log2f(sum) : -INFINITY;
+        const float log = log_of(rows.best[i], sum);
         if (rows.mine[i] < item.rows) {
           if (item.into < 0)
-            call.lse[item.first_row + rows.mine[i]] = log * 0.6931471805599453f;
+            call.lse[item.first_row + rows.mine[i]] = log * kLn2;
           else
             call.part_lse[(item.into + rows.mine[i]) * 4] = log;
         }
@@ -337,9 +330,10 @@ struct Kind {
   static __device__ void take_page(Shared& shared, int turn, int group) {
     const int stage = turn % kStages;
     for (int piece = 0; piece < kPieces; ++piece) {
-      wait(&shared.full[stage][piece], turn / kStages & 1);
       const int taker = piece == 0 ? 1 : 2 + (piece - 1) % 2;
-      if (group == taker && threadIdx.x % 32 == 0) arrive(&shared.empty[stage][piece]);
+      if (group != taker) continue;
+      wait(&shared.full[stage][piece], turn / kStages & 1);
+      if (threadIdx.x % 32 == 0) arrive(&shared.empty[stage][piece]);
     }
   }
 

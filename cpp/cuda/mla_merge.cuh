@@ -17,6 +17,13 @@ constexpr int kConsumers = 384;
 constexpr int kSlots = 24;  // halves of rows on their way to a warp
 constexpr int kNoted = 4;
 
+constexpr float kLn2 = 0.6931471805599453f;
+
+// Of a sum of powers of two, in powers of two; of nothing -inf, and of NaN NaN.
+__device__ inline float log_of(float base, float sum) {
+  return sum > 0.0f ? base + log2f(sum) : sum == 0.0f ? -INFINITY : NAN;
+}
+
 // Lies where Q and the pages were.
 struct Merging {
   uint4 slots[kWarps][kSlots][32];
@@ -145,8 +152,7 @@ __device__ void merge_tile(const Call& call, const Item& item, Merging& shared, 
       const float inverse = total > 0.0f ? 1.0f / total : 0.0f;
 #pragma unroll
       for (int k = 0; k < 8 * Wide; ++k) sum[k / 8][k % 8] *= inverse;
-      if (group == 0 && half == 0 && lane == 0)
-        call.lse[q_row] = total > 0.0f ? (high + log2f(total)) * 0.6931471805599453f : -INFINITY;
+      if (group == 0 && half == 0 && lane == 0) call.lse[q_row] = log_of(high, total) * kLn2;
     }
     if (groups > 1) {
 #pragma unroll

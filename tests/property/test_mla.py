@@ -234,6 +234,40 @@ def test_hopper_keeps_up_with_scores_that_grow(heads: int, pages_of: torch.dtype
     agree(HOPPER, q, rounded(pages, pages_of), plan, error_max=3e-3)
 
 
+@needs_hopper
+@pytest.mark.parametrize("heads", [16, 64])
+@pytest.mark.parametrize("nats", [8, 14, 17])
+def test_hopper_hears_what_lies_under_a_sink(heads: int, nats: int) -> None:
+    """One key that all look at and that says nothing; the others' weights are as small as that."""
+    plan = of_lengths([16384], heads, 1, 256, 1)
+    q, pages = random(2, 1, heads, 576), random(1, 256, 64, 576) / 8
+    q[..., -1], pages[..., -1] = 16, 0
+    sink = pages[int(plan.page_table[0, 0]), 0]
+    sink.zero_()
+    sink[-1] = nats / (16 * SCALE)
+    q, pages = q.to(torch.bfloat16), rounded(pages, EIGHT_BITS)
+    # The sink's own score, of which the rest is a share, is a sum cut off behind 13 bits.
+    agree(HOPPER, q, pages, plan, error_max=2e-2)
+
+
+@needs_hopper
+@both_widths
+def test_hopper_says_nan_where_queries_are(pages_of: torch.dtype) -> None:
+    """And where they are infinite, as their scores are; what lies beside them is as without."""
+    plan = of_lengths([9000, 70], 16, 1, 300, 1)
+    q, pages = random(2, 2, 16, 576), rounded(random(1, 300, 64, 576), pages_of)
+    whole = q.clone()
+    q[0, 3, 5], q[1, 2, 7] = math.nan, math.inf
+    with registry.using(mla_decode=HOPPER):
+        kind = [there(x.to(torch.bfloat16)) for x in (q, whole)]
+        (out, lse), (fine, _) = (mla_decode(one, there(pages), plan, SCALE) for one in kind)
+    strange = torch.zeros(2, 16, dtype=torch.bool)
+    strange[0, 3] = strange[1, 2] = True
+    assert torch.equal(out.isnan().any(dim=-1).cpu(), strange)
+    assert torch.equal(lse.isnan().cpu(), strange)
+    torch.testing.assert_close(out[~strange], fine[~strange], rtol=2e-2, atol=1e-3)
+
+
 def of_lengths(lens: list[int], heads: int, q_len: int, pool: int, seed: int) -> MlaPlan:
     """A plan of rows of these lengths on pages drawn from a pool of so many."""
     wide = -(-max(lens) // 64)

@@ -47,6 +47,7 @@ may get any result.
         absorbed form (DeepSeek-AI, 2024), C latent and E rotary columns, one key head. Query j of a
         row's n sees its keys 0 .. kv_len - n + j (causal, bottom-right). lse is the natural
         logarithm of the sum of exp(scale q k); a query that sees nothing has out 0 and lse -inf.
+        scale is above 0.
         What lies in pages behind a row's keys is never used, even if it is NaN.
     mla_prefill(q[T, H, N + E], kv_pages[pages, page_size, C + E], up[H, N + V, C], plan, scale)
             -> [T, H, V]

@@ -6,6 +6,7 @@ there instead.
 
 from __future__ import annotations
 
+import math
 from typing import cast
 
 import numpy as np
@@ -98,7 +99,8 @@ def mla_decode(q: Tensor, kv_pages: Tensor, plan: MlaPlan, scale: float) -> tupl
         out[T, H, C] in the dtype of `q`, and lse float32[T, H]; see contract.py.
 
     Raises:
-        ContractError: shapes, dtypes or devices do not fit each other or the plan.
+        ContractError: shapes, dtypes or devices do not fit each other or the plan, or scale is not
+            above 0.
         KernelError: no backend supports the problem.
     """
     width = plan.latent + plan.rope
@@ -107,6 +109,7 @@ def mla_decode(q: Tensor, kv_pages: Tensor, plan: MlaPlan, scale: float) -> tupl
         raise ContractError("mla_decode", "q", str(list(q.shape)), wanted)
     _check_pages("mla_decode", kv_pages, plan)
     _check_kinds("mla_decode", q, kv_pages, plan)
+    _check_scale("mla_decode", scale)
     run = registry.find(mla_problem(q, kv_pages, plan))
     return cast(tuple[Tensor, Tensor], run(q, kv_pages, plan, scale))
 
@@ -118,7 +121,8 @@ def mla_prefill(q: Tensor, kv_pages: Tensor, up: Tensor, plan: MlaPlan, scale: f
         out[T, H, V] in the dtype of `q`; see contract.py.
 
     Raises:
-        ContractError: shapes, dtypes or devices do not fit each other or the plan.
+        ContractError: shapes, dtypes or devices do not fit each other or the plan, or scale is not
+            above 0.
         KernelError: no backend supports the problem.
     """
     if q.dim() != 3 or q.shape[1] != plan.heads or q.shape[2] <= plan.rope:
@@ -131,6 +135,7 @@ def mla_prefill(q: Tensor, kv_pages: Tensor, up: Tensor, plan: MlaPlan, scale: f
         raise ContractError("mla_prefill", "up", str(list(up.shape)), wanted)
     _check_pages("mla_prefill", kv_pages, plan)
     _check_kinds("mla_prefill", q, kv_pages, plan, up=up)
+    _check_scale("mla_prefill", scale)
     run = registry.find(mla_problem(q, kv_pages, plan, "mla_prefill"))
     return cast(Tensor, run(q, kv_pages, up, plan, scale))
 
@@ -140,6 +145,11 @@ def _check_pages(op: str, kv_pages: Tensor, plan: MlaPlan) -> None:
     if kv_pages.dim() != 3 or tuple(kv_pages.shape[1:]) != (plan.page_size, width):
         wanted = f"shape [pages, {plan.page_size}, {width}]"
         raise ContractError(op, "kv_pages", str(list(kv_pages.shape)), wanted)
+
+
+def _check_scale(op: str, scale: float) -> None:
+    if not 0 < scale < math.inf:
+        raise ContractError(op, "scale", str(scale), "a number above 0")
 
 
 def _check_kinds(op: str, q: Tensor, kv_pages: Tensor, plan: MlaPlan, **others: Tensor) -> None:

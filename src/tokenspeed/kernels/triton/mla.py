@@ -289,34 +289,57 @@ class _Shares:
     rows: Tensor
 
 
-def _shared_out(plan: MlaPlan, shape: _Shape) -> _Shares:
-    """Each slot about as many steps of keys, whatever the lengths are; without waiting for them."""
-    rows = len(plan.kv_lens)
-    lens = plan.kv_lens.clamp(0, plan.page_table.shape[1] * plan.page_size)
-    steps = (lens + (shape.keys - 1)) // shape.keys
-    if shape.slots > rows:
+@triton.jit
+def _share(
+    kv_lens, query_start, to_slots, to_rows, rows, slots, longest, least,
+    KEYS: tl.constexpr, MOST: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """See _Shares. Each slot about as many steps of keys, whatever the lengths are; one program."""
+    row = tl.arange(0, ROWS)
+    there = row < rows
+    length = tl.load(kv_lens + row, mask=there, other=0)
+    length = tl.minimum(tl.maximum(length, 0), longest)
+    start = tl.load(query_start + row, mask=there, other=0)
+    asked = tl.maximum(tl.load(query_start + row + 1, mask=there, other=0) - start, 0)
+    start = tl.maximum(start, 0)
+    steps = (length + KEYS - 1) // KEYS
+    counts = there.to(tl.int32)
+    if slots > rows:
         # A row's last part may be short: so many that all rows together have at most `slots`.
-        share = steps.sum() // (shape.slots - rows) + 1
-        share = share.clamp(min=triton.cdiv(KEYS_MIN, shape.keys))
-        counts = ((steps + share - 1) // share).clamp(1, PARTS_MAX)
-    else:
-        counts = torch.ones_like(steps)
-    each = (steps + counts - 1) // counts * shape.keys
-    ends = counts.cumsum(0)
-    first = plan.query_start[:-1].clamp(min=0)
-    queries = plan.query_start.diff().clamp(min=0)
-    slot = torch.arange(shape.slots, device=lens.device)
-    found = torch.searchsorted(ends, slot, right=True)
-    row = found.clamp(max=rows - 1)
-    begin = (slot - ends[row] + counts[row]) * each[row]
-    stop = torch.minimum(begin + each[row], lens[row])
-    nothing = torch.zeros_like(row)
-    asked = torch.where(found < rows, queries[row], 0)
-    slots = (row, begin, stop, lens[row], first[row], asked, nothing, nothing)
-    return _Shares(
-        torch.stack(slots, dim=1).to(torch.int32),
-        torch.stack((ends - counts, counts, first, queries), dim=1).to(torch.int32),
-    )
+        share = tl.maximum(tl.sum(steps, axis=0) // (slots - rows) + 1, least)
+        parts = tl.minimum(tl.maximum((steps + share - 1) // share, 1), MOST)
+        counts = tl.where(there, parts, 0)
+    each = (steps + counts - 1) // tl.maximum(counts, 1) * KEYS
+    ends = tl.cumsum(counts, 0)
+    tl.store(to_rows + row * 4, ends - counts, mask=there)
+    tl.store(to_rows + row * 4 + 1, counts, mask=there)
+    tl.store(to_rows + row * 4 + 2, start, mask=there)
+    tl.store(to_rows + row * 4 + 3, asked, mask=there)
+    for part in range(0, tl.max(counts, axis=0)):
+        to = to_slots + (ends - counts + part) * 8
+        mine = part < counts
+        tl.store(to, row, mask=mine)
+        tl.store(to + 1, part * each, mask=mine)
+        tl.store(to + 2, tl.minimum((part + 1) * each, length), mask=mine)
+        tl.store(to + 3, length, mask=mine)
+        tl.store(to + 4, start, mask=mine)
+        tl.store(to + 5, asked, mask=mine)
+    for slot in range(tl.sum(counts, axis=0), slots, ROWS):
+        for column in range(0, 6):
+            tl.store(to_slots + (slot + row) * 8 + column, 0, mask=slot + row < slots)
+
+
+def _shared_out(plan: MlaPlan, shape: _Shape) -> _Shares:
+    """Found on the device, which nobody waits for."""
+    rows, lens = len(plan.kv_lens), plan.kv_lens
+    slots = torch.empty(shape.slots, 8, dtype=torch.int32, device=lens.device)
+    of_rows = torch.empty(rows, 4, dtype=torch.int32, device=lens.device)
+    _share[(1,)](
+        lens, plan.query_start, slots, of_rows, rows, shape.slots,
+        plan.page_table.shape[1] * plan.page_size, triton.cdiv(KEYS_MIN, shape.keys),
+        KEYS=shape.keys, MOST=PARTS_MAX, ROWS=triton.next_power_of_2(rows),
+    )  # fmt: skip
+    return _Shares(slots, of_rows)
 
 
 def _boxable(kv_pages: Tensor) -> bool:
@@ -472,9 +495,6 @@ def mla_prefill(q: Tensor, kv_pages: Tensor, up: Tensor, plan: MlaPlan, scale: f
     if not tokens or not len(found.where):
         return out
     q = q if q.stride(2) == 1 else q.contiguous()
-    if scale < 0:
-        # What folds scores takes none.
-        q, scale = -q, -scale
     keys = gathered(kv_pages, found.where, q.dtype)
     lanes = [max(16, triton.next_power_of_2(size)) for size in (nope, plan.rope, value)]
     narrow = q.element_size() == 2

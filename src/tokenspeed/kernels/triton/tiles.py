@@ -68,7 +68,7 @@ def fold(
 ):  # fmt: skip
     """Some keys more: the maximum, the sum of weights and the weighted sum of values with them.
 
-    What is folded are scores times `scale`, which is not negative: one multiplication and the
+    What is folded are scores times `scale`, which is above 0: one multiplication and the
     difference to the maximum are one instruction then.
     """
     higher = tl.maximum(best, tl.max(scores, axis=1) * scale)
