@@ -11,6 +11,7 @@ import pytest
 from tokenspeed.bench.http import served
 from tokenspeed.config import EngineConfig
 from tokenspeed.engine import Engine
+from tokenspeed.request import SamplingParams
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 MESSAGES: Any = [{"role": "user", "content": "What is gravity? Answer in two sentences."}]
@@ -50,3 +51,17 @@ def everything_back(engine: Engine, within_s: float = 20.0) -> bool:
             return True
         time.sleep(0.02)
     return False
+
+
+def serves(
+    engine: Engine, prompts: list[list[int]], expected: list[list[int]], *, hosted: bool
+) -> None:
+    """Greedy ids are these, the second time from the cache; nothing is lost."""
+    params = SamplingParams(temperature=0, max_tokens=len(expected[0]), ignore_eos=True)
+    for _ in range(2):
+        done = engine.generate(prompts, params)
+        assert [list(one.token_ids) for one in done] == expected
+    stats = engine.stats()
+    assert stats.prefix_cache_hits > 0
+    assert (stats.host_stores > 0) == hosted
+    assert everything_back(engine)

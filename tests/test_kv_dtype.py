@@ -9,14 +9,13 @@ import pytest
 import torch
 
 import tiny
-from serving import everything_back
+from serving import serves
 from test_deepseek_serve import OUTPUT, PROMPTS
 from test_models import fed, greedy_ids
 from tokenspeed import models
 from tokenspeed.config import EngineConfig
 from tokenspeed.engine import Engine
 from tokenspeed.ranks import build_on_mesh
-from tokenspeed.request import SamplingParams
 from tokenspeed.spmd import Mesh
 
 
@@ -61,13 +60,6 @@ def test_a_token_takes_a_byte_for_each_number_and_is_rounded(folder: Path) -> No
 def test_every_way_to_serve_gives_the_same_ids(
     folder: Path, expected: list[list[int]], settings: dict[str, Any]
 ) -> None:
-    params = SamplingParams(temperature=0, max_tokens=OUTPUT, ignore_eos=True)
     sizes = {"pages": 48, "page_size": 4, "slots": 3, "prefill_chunk": 24} | settings
     with Engine.from_pretrained(folder, dtype="float32", kv_dtype="float8", **sizes) as engine:
-        for _ in range(2):  # the second time from the cache
-            done = engine.generate(PROMPTS, params)
-            assert [list(one.token_ids) for one in done] == expected
-        stats = engine.stats()
-        assert stats.prefix_cache_hits > 0
-        assert (stats.host_stores > 0) == ("host_pages" in settings)
-        assert everything_back(engine)
+        serves(engine, PROMPTS, expected, hosted="host_pages" in settings)

@@ -12,12 +12,11 @@ import pytest
 import torch
 
 import tiny
-from serving import everything_back
+from serving import serves
 from test_deepseek_serve import OUTPUT, PROMPTS
 from test_models import greedy_ids
 from tokenspeed import models
 from tokenspeed.engine import Engine
-from tokenspeed.request import SamplingParams
 from tokenspeed.spmd import Mesh, replay
 
 pytestmark = [
@@ -66,18 +65,11 @@ def test_a_gpu_serves_the_ids_of_a_cpu(
         return capture(*given)
 
     monkeypatch.setattr(replay, "capture", counted)
-    params = SamplingParams(temperature=0, max_tokens=OUTPUT, ignore_eos=True)
     sizes = {"pages": 48, "page_size": 4, "slots": 3, "prefill_chunk": 24} | settings
     with Engine.from_pretrained(
         folder, dtype="float32", device="cuda", kv_dtype=kv_dtype, **sizes
     ) as engine:
         if "speculate" not in settings:
             assert bool(captured) == settings.get("cuda_graphs", True), "while it starts"
-        for _ in range(2):  # the second time from the cache
-            done = engine.generate(PROMPTS, params)
-            assert [list(one.token_ids) for one in done] == expected
-        stats = engine.stats()
-        assert stats.prefix_cache_hits > 0
-        assert (stats.host_stores > 0) == ("host_pages" in settings)
-        assert everything_back(engine)
+        serves(engine, PROMPTS, expected, hosted="host_pages" in settings)
     assert "could not be captured" not in caplog.text

@@ -340,24 +340,22 @@ __device__ inline void wgmma_64x128(float (&d)[Count], const uint32_t (&a)[4], u
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(add), "n"(kOperand));
 }
 
-// d[64, 16 or 32 or 64] = a[64, 16] b[16 or 32 or 64, 16]^T (+ d) in half precision, a in
-// registers; eight rows of b lie `Apart` bytes from the next.
-template <int Apart>
-__device__ inline void wgmma_half(float (&d)[8], const uint32_t (&a)[4], uint32_t b, int add) {
+// d[64, 16 or 32 or 64] = a[64, 16] b[16 or 32 or 64, 16]^T + d in half precision, a in
+// registers; eight rows of b lie 1024 bytes from the next.
+__device__ inline void wgmma_half(float (&d)[8], const uint32_t (&a)[4], uint32_t b) {
   asm volatile(
-      "{\n.reg .pred add;\n.reg .b64 b;\nsetp.ne.b32 add, %13, 0;\nmov.b64 b, {%12, %14};\n"
+      "{\n.reg .pred add;\n.reg .b64 b;\nsetp.eq.u32 add, 0, 0;\nmov.b64 b, {%12, %13};\n"
       "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {"
       "%0, %1, %2, %3, %4, %5, %6, %7"
       "}, {%8, %9, %10, %11}, b, add, 1, 1, 0;\n}"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
         "+f"(d[7])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(add), "n"(operand_apart(Apart)));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(kOperand));
 }
 
-template <int Apart>
-__device__ inline void wgmma_half(float (&d)[16], const uint32_t (&a)[4], uint32_t b, int add) {
+__device__ inline void wgmma_half(float (&d)[16], const uint32_t (&a)[4], uint32_t b) {
   asm volatile(
-      "{\n.reg .pred add;\n.reg .b64 b;\nsetp.ne.b32 add, %21, 0;\nmov.b64 b, {%20, %22};\n"
+      "{\n.reg .pred add;\n.reg .b64 b;\nsetp.eq.u32 add, 0, 0;\nmov.b64 b, {%20, %21};\n"
       "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {"
       "%0, %1, %2, %3, %4, %5, %6, %7, "
       "%8, %9, %10, %11, %12, %13, %14, %15"
@@ -365,13 +363,12 @@ __device__ inline void wgmma_half(float (&d)[16], const uint32_t (&a)[4], uint32
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
         "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
         "+f"(d[14]), "+f"(d[15])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(add), "n"(operand_apart(Apart)));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(kOperand));
 }
 
-template <int Apart>
-__device__ inline void wgmma_half(float (&d)[32], const uint32_t (&a)[4], uint32_t b, int add) {
+__device__ inline void wgmma_half(float (&d)[32], const uint32_t (&a)[4], uint32_t b) {
   asm volatile(
-      "{\n.reg .pred add;\n.reg .b64 b;\nsetp.ne.b32 add, %37, 0;\nmov.b64 b, {%36, %38};\n"
+      "{\n.reg .pred add;\n.reg .b64 b;\nsetp.eq.u32 add, 0, 0;\nmov.b64 b, {%36, %37};\n"
       "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
       "%0, %1, %2, %3, %4, %5, %6, %7, "
       "%8, %9, %10, %11, %12, %13, %14, %15, "
@@ -383,12 +380,12 @@ __device__ inline void wgmma_half(float (&d)[32], const uint32_t (&a)[4], uint32
         "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),
         "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),
         "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(add), "n"(operand_apart(Apart)));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(kOperand));
 }
 
 // d[64, 16 or 32 or 64] = a[64, 32] b[16 or 32 or 64, 32]^T (+ d) of numbers of e4m3, whose rows
 // are 128 bytes, or 64 if narrow.
-template <int ApartB, int ApartA, bool Narrow>
+template <int Apart, bool Narrow>
 __device__ inline void wgmma_eight(float (&d)[8], uint32_t a, uint32_t b, int add) {
   asm volatile(
       "{\n.reg .pred add;\n.reg .b64 a, b;\nsetp.ne.b32 add, %10, 0;\n"
@@ -398,11 +395,11 @@ __device__ inline void wgmma_eight(float (&d)[8], uint32_t a, uint32_t b, int ad
       "}, a, b, add, 1, 1;\n}"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
         "+f"(d[7])
-      : "r"(a), "r"(b), "r"(add), "n"(operand_apart(ApartA, Narrow)),
-        "n"(operand_apart(ApartB, Narrow)));
+      : "r"(a), "r"(b), "r"(add), "n"(operand_apart(Narrow ? 512 : 1024, Narrow)),
+        "n"(operand_apart(Apart, Narrow)));
 }
 
-template <int ApartB, int ApartA, bool Narrow>
+template <int Apart, bool Narrow>
 __device__ inline void wgmma_eight(float (&d)[16], uint32_t a, uint32_t b, int add) {
   asm volatile(
       "{\n.reg .pred add;\n.reg .b64 a, b;\nsetp.ne.b32 add, %18, 0;\n"
@@ -414,11 +411,11 @@ __device__ inline void wgmma_eight(float (&d)[16], uint32_t a, uint32_t b, int a
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
         "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
         "+f"(d[14]), "+f"(d[15])
-      : "r"(a), "r"(b), "r"(add), "n"(operand_apart(ApartA, Narrow)),
-        "n"(operand_apart(ApartB, Narrow)));
+      : "r"(a), "r"(b), "r"(add), "n"(operand_apart(Narrow ? 512 : 1024, Narrow)),
+        "n"(operand_apart(Apart, Narrow)));
 }
 
-template <int ApartB, int ApartA, bool Narrow>
+template <int Apart, bool Narrow>
 __device__ inline void wgmma_eight(float (&d)[32], uint32_t a, uint32_t b, int add) {
   asm volatile(
       "{\n.reg .pred add;\n.reg .b64 a, b;\nsetp.ne.b32 add, %34, 0;\n"
@@ -434,8 +431,8 @@ __device__ inline void wgmma_eight(float (&d)[32], uint32_t a, uint32_t b, int a
         "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),
         "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),
         "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-      : "r"(a), "r"(b), "r"(add), "n"(operand_apart(ApartA, Narrow)),
-        "n"(operand_apart(ApartB, Narrow)));
+      : "r"(a), "r"(b), "r"(add), "n"(operand_apart(Narrow ? 512 : 1024, Narrow)),
+        "n"(operand_apart(Apart, Narrow)));
 }
 
 }  // namespace

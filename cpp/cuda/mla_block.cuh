@@ -33,11 +33,17 @@ struct Maps {
 // Barriers that every Kind has. Where one thread of a warp arrives, a product of the warp is done.
 // Where all threads arrive, they have read or written shared memory themselves.
 struct Meeting {
-  uint64_t q_full, q_empty, noted;
+  uint64_t q_full, q_empty;
+  uint64_t p_full, p_empty;
+  uint64_t sum_full, sum_empty, noted;
 
   __device__ void make() {
     make_barrier(&q_full, 1);
     make_barrier(&q_empty, 4);
+    make_barrier(&p_full, 128);
+    make_barrier(&p_empty, 256);
+    make_barrier(&sum_full, 128);
+    make_barrier(&sum_empty, 256);
     make_barrier(&noted, kConsumers);
   }
 };
@@ -160,7 +166,6 @@ __global__ void __launch_bounds__(kThreads, 1)
         Kind::small(call, shared);
         note(call, shared.notes, launch);
       }
-      if constexpr (Kind::kSmallRegisters < kMergeRegisters) take_registers<kMergeRegisters>();
     } else {
       take_registers<Kind::kLargeRegisters>();
       if constexpr (OnlyLoad)

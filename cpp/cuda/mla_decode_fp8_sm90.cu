@@ -44,7 +44,6 @@ struct alignas(1024) Shared {
   Notes notes;
   Meeting meeting;
   uint64_t full[kStages], empty[kStages];
-  uint64_t p_full, p_empty, sum_full, sum_empty;
 };
 static_assert(sizeof(Shared) <= 227 * 1024);
 
@@ -133,13 +132,11 @@ __device__ void score_page(float (&to)[N / 2], const Shared& shared, int stage) 
     const int sum = i / (2 * kSteps), low = i / kSteps % 2 == 0, k = sum * kSteps + i % kSteps;
     const int add = i % (2 * kSteps) != 0;
     if (k < 16)
-      wgmma_eight<kEight, 1024, false>(s[sum], keys + bytes_on(k / 4 * kBox + k % 4 * 32),
-                                       q + bytes_on(k / 4 * kColumns + low * kLow + k % 4 * 32),
-                                       add);
+      wgmma_eight<kEight, false>(s[sum], keys + bytes_on(k / 4 * kBox + k % 4 * 32),
+                                 q + bytes_on(k / 4 * kColumns + low * kLow + k % 4 * 32), add);
     else
-      wgmma_eight<kEight, 512, true>(s[sum], keys + bytes_on(kValues + k % 4 * 32),
-                                     q + bytes_on(4 * kColumns + low * kLowRotary + k % 4 * 32),
-                                     add);
+      wgmma_eight<kEight, true>(s[sum], keys + bytes_on(kValues + k % 4 * 32),
+                                q + bytes_on(4 * kColumns + low * kLowRotary + k % 4 * 32), add);
   }
   wgmma_commit();
   wgmma_wait<0>();
@@ -270,7 +267,7 @@ __device__ void finish(const Call& call, Shared& shared, const float& best, floa
   reduce<N>(total, [](float a, float b) { return a + b; });
   leave<N>(shared, total);
   sync_group(2, 128);
-  wait(&shared.sum_empty, (tiles & 1) ^ 1);
+  wait(&shared.meeting.sum_empty, (tiles & 1) ^ 1);
   if (mine < N) {
     const auto& warps = shared.of_warps;
     const float sum = (warps[0][mine] + warps[1][mine]) + (warps[2][mine] + warps[3][mine]);
@@ -285,7 +282,7 @@ __device__ void finish(const Call& call, Shared& shared, const float& best, floa
     }
   }
   sync_group(2, 128);  // sums have been read
-  arrive(&shared.sum_full);
+  arrive(&shared.meeting.sum_full);
 }
 
 template <int N>
@@ -312,12 +309,12 @@ __device__ void score_item(const Call& call, Shared& shared, const Item& item, i
     }
     if (block + 1 == item.last && lane == 0) arrive(&shared.meeting.q_empty);
     if (threadIdx.x % 128 == 0) shared.faded[turn % 2] = first || again;
-    wait(&shared.p_empty, (turn & 1) ^ 1);
+    wait(&shared.meeting.p_empty, (turn & 1) ^ 1);
     store_weights<N>(shared, s);
     if ((block + 1) * kKeys > item.length)
       clear_keys<4>(shared.pages[stage], item.length - block * kKeys);
     fence_async();
-    arrive(&shared.p_full);
+    arrive(&shared.meeting.p_full);
 #pragma unroll
     for (int n = 0; n < N / 4; ++n) total[n] += s[n / 2 * 4 + n % 2] + s[n / 2 * 4 + 2 + n % 2];
   }
@@ -350,11 +347,10 @@ template <int N>
 __device__ void put(const Call& call, const Shared& shared, const Item& item,
                     const float (&o)[4][N / 2], int half) {
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-  const bool none = item.first == item.last;
 #pragma unroll
   for (int n = 0; n < N / 4; ++n) {
     const int row = n / 2 * 8 + lane % 4 * 2 + n % 2, at = n / 2 * 4 + n % 2;
-    const float inverse = none ? 0.0f : shared.inverse[row];
+    const float inverse = shared.inverse[row];
     if (row >= item.rows) continue;
     if (item.into >= 0) {
       __half2 pairs[4];
@@ -368,8 +364,8 @@ __device__ void put(const Call& call, const Shared& shared, const Item& item,
                                 warp * 64 + lane / 4 * 2;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float a = none ? 0.0f : o[i][at] * inverse, b = none ? 0.0f : o[i][at + 2] * inverse;
-        *reinterpret_cast<__nv_bfloat162*>(to + i * 16) = __floats2bfloat162_rn(a, b);
+        *reinterpret_cast<__nv_bfloat162*>(to + i * 16) =
+            __floats2bfloat162_rn(o[i][at] * inverse, o[i][at + 2] * inverse);
       }
     }
   }
@@ -388,7 +384,7 @@ __device__ void mix_page(const Shared& shared, float (&o)[4][N / 2], Step (&step
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 2; ++k)
-      wgmma_half<1024>(o[i / 2], steps[i % kAhead][k], p + bytes_on((i % 2 * 2 + k) * 32), 1);
+      wgmma_half(o[i / 2], steps[i % kAhead][k], p + bytes_on((i % 2 * 2 + k) * 32));
     wgmma_commit();
   }
   wgmma_wait<0>();
@@ -406,11 +402,11 @@ __device__ void mix_item(const Call& call, Shared& shared, const Item& item, int
     wait(&shared.full[stage], turn / kStages & 1);
     const uint8_t* const box = shared.pages[stage] + (half * 2 + threadIdx.x / 64 % 2) * kBox;
     // Before the weights come, unless what is behind the last key is not cleared yet.
-    if ((block + 1) * kKeys > item.length) wait(&shared.p_full, turn & 1);
+    if ((block + 1) * kKeys > item.length) wait(&shared.meeting.p_full, turn & 1);
     Step steps[kAhead];
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) widen_values(steps[i], box, i);
-    wait(&shared.p_full, turn & 1);
+    wait(&shared.meeting.p_full, turn & 1);
     if (shared.faded[turn % 2]) {
 #pragma unroll
       for (int n = 0; n < N / 4; ++n) {
@@ -421,12 +417,12 @@ __device__ void mix_item(const Call& call, Shared& shared, const Item& item, int
       }
     }
     mix_page<N>(shared, o, steps, box);
-    arrive(&shared.p_empty);
+    arrive(&shared.meeting.p_empty);
     arrive(&shared.empty[stage]);
   }
-  wait(&shared.sum_full, tiles & 1);
+  wait(&shared.meeting.sum_full, tiles & 1);
   put<N>(call, shared, item, o, half);
-  arrive(&shared.sum_empty);
+  arrive(&shared.meeting.sum_empty);
 }
 
 // --- What a block does with them
@@ -453,10 +449,6 @@ struct Kind {
       make_barrier(&shared.full[stage], 1);
       make_barrier(&shared.empty[stage], 256);
     }
-    make_barrier(&shared.p_full, 128);
-    make_barrier(&shared.p_empty, 256);
-    make_barrier(&shared.sum_full, 128);
-    make_barrier(&shared.sum_empty, 256);
   }
 
   static __device__ void load_page(Shared& shared, const Maps& maps, uint64_t policy, int turn,

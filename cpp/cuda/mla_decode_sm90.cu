@@ -35,8 +35,7 @@ struct alignas(1024) Shared {
   Notes notes;
   Meeting meeting;
   uint64_t full[kStages][kPieces], empty[kStages][kPieces];
-  uint64_t scored[2], p_full, p_empty;
-  uint64_t sum_full, sum_empty;
+  uint64_t scored[2];
 };
 
 // The first box of a piece, and how many it has.
@@ -128,7 +127,7 @@ __device__ void weigh(const Call& call, Shared& shared, Rows& rows, float (&s)[3
       p = exp2_fast(p * call.scale_log2 - base);
     }
   }
-  wait(&shared.p_empty, (turn & 1) ^ 1);
+  wait(&shared.meeting.p_empty, (turn & 1) ^ 1);
 #pragma unroll
   for (int i = 0; i < 2; ++i)
     if (lane % 4 == 0) shared.fade[rows.mine[i]] = fade[i];
@@ -148,7 +147,7 @@ __device__ void weigh(const Call& call, Shared& shared, Rows& rows, float (&s)[3
     clear_keys<8>(shared.pages[turn % kStages], item.length - block * kKeys);
     fence_async();
   }
-  arrive(&shared.p_full);
+  arrive(&shared.meeting.p_full);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     float sum = 0.0f;
@@ -184,7 +183,7 @@ __device__ void score(const Call& call, Shared& shared) {
       }
       weigh(call, shared, rows, s, turn, item, block);
     }
-    wait(&shared.sum_empty, (tiles & 1) ^ 1);
+    wait(&shared.meeting.sum_empty, (tiles & 1) ^ 1);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       float sum = rows.total[i] + __shfl_xor_sync(~0u, rows.total[i], 1);
@@ -200,7 +199,7 @@ __device__ void score(const Call& call, Shared& shared) {
         }
       }
     }
-    arrive(&shared.sum_full);
+    arrive(&shared.meeting.sum_full);
   }
 }
 
@@ -264,13 +263,13 @@ __device__ void mix(const Call& call, Shared& shared, int half) {
       const uint8_t* values = shared.pages[stage] + half * 4 * kBox;
       for (int piece = 1 + half; piece < kPieces; piece += 2)
         wait(&shared.full[stage][piece], turn / kStages & 1);
-      wait(&shared.p_full, turn & 1);
+      wait(&shared.meeting.p_full, turn & 1);
       const bool first = block == item.first;
       const float fade[2] = {shared.fade[mine[0]], shared.fade[mine[1]]};
       uint32_t weights[4][4];
 #pragma unroll
       for (int k = 0; k < 4; ++k) load_matrices(weights[k], place_of_weights(shared, k * 2));
-      arrive(&shared.p_empty);
+      arrive(&shared.meeting.p_empty);
       if (!first && __any_sync(~0u, fade[0] != 1.0f || fade[1] != 1.0f)) {
 #pragma unroll
         for (int n = 0; n < 128; ++n) o[n] *= fade[n / 2 % 2];
@@ -296,9 +295,9 @@ __device__ void mix(const Call& call, Shared& shared, int half) {
       keep(o);
       if (lane == 0) arrive(&shared.empty[stage][3 + half]);
     }
-    wait(&shared.sum_full, tiles & 1);
+    wait(&shared.meeting.sum_full, tiles & 1);
     const float inverse[2] = {shared.inverse[mine[0]], shared.inverse[mine[1]]};
-    arrive(&shared.sum_empty);
+    arrive(&shared.meeting.sum_empty);
     put(call, item, o, inverse, mine, half);
   }
 }
@@ -316,10 +315,6 @@ struct Kind {
       }
     }
     for (auto& scored : shared.scored) make_barrier(&scored, 4);
-    make_barrier(&shared.p_full, 128);
-    make_barrier(&shared.p_empty, 256);
-    make_barrier(&shared.sum_full, 128);
-    make_barrier(&shared.sum_empty, 256);
   }
 
   static __device__ void load_page(Shared& shared, const Maps& maps, uint64_t policy, int turn,

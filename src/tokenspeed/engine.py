@@ -33,6 +33,9 @@ __all__ = ["Engine", "Progress", "warm_ups"]
 Progress = Callable[[str, int, int], None]
 """Called with (phase, done, total) while an engine starts: bytes of weights, batches of warm-up."""
 
+WARM_TOKENS = 4
+"""Of each request of warm-up: by the third all of a batch have come in, and decode together."""
+
 
 @final
 class Engine:
@@ -303,10 +306,6 @@ class Engine:
         if len(batches) > 1:
             self.clear_cache()
         report("warm-up", len(batches), len(batches))
-
-
-WARM_TOKENS = 4
-"""By the third step all requests of a batch have come in, and decode together."""
 
 
 def warm_ups(config: EngineConfig, context_max: int) -> list[list[int]]:

@@ -186,7 +186,7 @@ def test_triton_steps_have_room(
 ) -> None:
     """What DeepSeek's sizes were compiled to fit into, on devices with so much shared memory."""
     kernel = importlib.import_module("tokenspeed.kernels.triton.mla")
-    monkeypatch.setattr(kernel, "_capability", lambda _: capability)
+    monkeypatch.setattr(kernel, "_major", lambda _: capability // 10)
     monkeypatch.setattr(kernel, "shared_bytes", lambda _: room)
     plan = of_lengths([4096], 16, rows // 16, 64, 0)
     assert kernel._shape(plan, capability == 90).keys == keys

@@ -32,11 +32,11 @@ from tokenspeed.kernels import (
     mla_decode_plan,
     registry,
 )
+from tokenspeed.kernels.contract import capability
 from tokenspeed.kernels.cpu.mla import mla_prefill as torch_prefill
 from tokenspeed.kernels.cpu.sampling import draw as torch_draw
 from tokenspeed.kernels.mla import mla_problem
 from tokenspeed.kernels.pages import kv_dtype
-from tokenspeed.kernels.registry import capability
 
 __all__ = ["CELLS", "measure"]
 

@@ -72,10 +72,20 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar, cast, final
 
+import torch
 from attrs import field, frozen
 from torch import Tensor
 
-__all__ = ["OPS", "AttentionPlan", "Backend", "Draws", "MlaPlan", "Problem", "Routing"]
+__all__ = [
+    "OPS",
+    "AttentionPlan",
+    "Backend",
+    "Draws",
+    "MlaPlan",
+    "Problem",
+    "Routing",
+    "capability",
+]
 
 T = TypeVar("T")
 
@@ -235,6 +245,11 @@ class Draws:
     def of(self, rows: Tensor) -> Draws:
         """Those of some rows, given by number or by a mask."""
         return Draws(self.table[:, rows])
+
+
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """Of a CUDA device, as (9, 0); None of another."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 @final

@@ -6,9 +6,9 @@ import torch
 from rich.table import Table
 
 from tokenspeed.errors import ConfigError, KernelError
-from tokenspeed.kernels.contract import OPS, Problem
+from tokenspeed.kernels.contract import OPS, Problem, capability
 from tokenspeed.kernels.cpu.library import isa, library_path
-from tokenspeed.kernels.registry import capability, registry
+from tokenspeed.kernels.registry import registry
 
 __all__ = ["explained", "parse", "table"]
 

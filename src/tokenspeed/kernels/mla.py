@@ -15,9 +15,9 @@ from torch import Tensor
 
 from tokenspeed.errors import ContractError
 from tokenspeed.kernels.checks import alike, holding, known_pages, queries
-from tokenspeed.kernels.contract import MlaPlan, Problem
+from tokenspeed.kernels.contract import MlaPlan, Problem, capability
 from tokenspeed.kernels.pages import kv_dtype
-from tokenspeed.kernels.registry import capability, registry
+from tokenspeed.kernels.registry import registry
 
 __all__ = ["mla_decode", "mla_decode_plan", "mla_prefill", "mla_problem"]
 

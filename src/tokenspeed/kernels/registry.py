@@ -17,12 +17,11 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any, TypeVar, final
 
-import torch
 from attrs import frozen
 from torch import Tensor
 
 from tokenspeed.errors import ConfigError, KernelError
-from tokenspeed.kernels.contract import OPS, Backend, Problem
+from tokenspeed.kernels.contract import OPS, Backend, Problem, capability
 from tokenspeed.kernels.cpu import BACKEND as CPU
 from tokenspeed.kernels.cpu import NATIVE
 from tokenspeed.kernels.cuda import BACKEND as CUDA
@@ -30,7 +29,7 @@ from tokenspeed.kernels.pages import kv_dtype
 from tokenspeed.kernels.reference import BACKEND as REFERENCE
 from tokenspeed.kernels.triton import BACKENDS as TRITON
 
-__all__ = ["Choice", "Registry", "capability", "registry"]
+__all__ = ["Choice", "Registry", "registry"]
 
 T = TypeVar("T")
 
@@ -38,11 +37,6 @@ log = logging.getLogger("tokenspeed.kernels")
 
 
 @cache
-def capability(device: torch.device) -> tuple[int, int] | None:
-    """Of a CUDA device, as (9, 0); None of another."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-
-
 @final
 @frozen
 class Choice:

@@ -20,8 +20,8 @@ from tokenspeed import kernels
 from tokenspeed.config import HOST_PAGES_MAX, KV_DTYPES, EngineConfig
 from tokenspeed.errors import CheckpointError, ConfigError
 from tokenspeed.kernels import PackedWeight
+from tokenspeed.kernels.contract import capability
 from tokenspeed.kernels.pages import NARROW
-from tokenspeed.kernels.registry import capability
 from tokenspeed.models.checkpoint import Checkpoint, open_checkpoint
 from tokenspeed.models.config import ModelConfig
 from tokenspeed.models.deepseek_config import DeepseekConfig
@@ -68,6 +68,7 @@ _WITHOUT_WINDOWS = (("host_pages", 0), ("host_memory_gb", None), ("kv_events", N
 """Settings, and what they must be where pages slide away."""
 _AVERAGE_REQUEST_TOKENS = 1024
 _MEMORY_SHARE = 0.25
+_LARGE_PAGE = 64  # which some kernels take alone
 
 LoadProgress = Callable[[int, int], None]
 """Called with (bytes read, bytes in all)."""
@@ -251,10 +252,8 @@ def _must_fit(
 
 def page_size(shape: ModelConfig, config: EngineConfig) -> int:
     """Tokens of a page: as many as are asked for, or those that the better kernel takes."""
-    large = 64
-    if config.page_size is not None or config.prefill_chunk < large:
-        return config.page_tokens
-    if not isinstance(shape, DeepseekConfig):
+    asked = config.page_size is not None or config.prefill_chunk < _LARGE_PAGE
+    if asked or not isinstance(shape, DeepseekConfig):
         return config.page_tokens
     device = torch.device(config.device)
     problem = kernels.Problem(
@@ -269,9 +268,9 @@ def page_size(shape: ModelConfig, config: EngineConfig) -> int:
     )
     mine, other = (
         kernels.registry.explain(one).backend
-        for one in (problem, attrs.evolve(problem, page_size=large))
+        for one in (problem, attrs.evolve(problem, page_size=_LARGE_PAGE))
     )
-    return config.page_tokens if mine == other else large
+    return config.page_tokens if mine == other else _LARGE_PAGE
 
 
 def default_pages(model: Model, config: EngineConfig) -> int:

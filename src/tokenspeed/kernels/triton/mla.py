@@ -17,7 +17,7 @@ from attrs import frozen
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tokenspeed.kernels.contract import MlaPlan, Problem
+from tokenspeed.kernels.contract import MlaPlan, Problem, capability
 from tokenspeed.kernels.pages import gathered
 from tokenspeed.kernels.triton.tiles import Tiles, cores, fold, shared_bytes, tiled
 
@@ -239,12 +239,9 @@ class _Shape:
     boxes: bool
 
 
-def _capability(like: Tensor) -> int:
-    """Of the device that a tensor is on, as 90; 0 of a CPU."""
-    if not like.is_cuda:
-        return 0
-    major, minor = torch.cuda.get_device_capability(like.device)
-    return 10 * major + minor
+def _major(like: Tensor) -> int:
+    """Of the capability of the device that a tensor is on; 0 of a CPU."""
+    return (capability(like.device) or (0, 0))[0]
 
 
 def _shape(plan: MlaPlan, boxable: bool) -> _Shape:
@@ -256,7 +253,7 @@ def _shape(plan: MlaPlan, boxable: bool) -> _Shape:
     def fits(rows: int, keys: int) -> bool:
         """Two steps of keys and the queries, in 16 bits. Where these are full tiles, the weights of
         a step too, and as Triton 3.6 compiles them for capability 10, a third step."""
-        steps = 3 if rows == 64 and _capability(plan.kv_lens) // 10 == 10 else 2
+        steps = 3 if rows == 64 and _major(plan.kv_lens) == 10 else 2
         weights = 2 * rows * keys if rows == 64 else 0
         return columns * (steps * keys + rows) + weights <= room
 
@@ -347,7 +344,7 @@ def _boxable(kv_pages: Tensor) -> bool:
     if not kv_pages.is_cuda or torch.version.hip is not None or kv_pages.element_size() != 2:
         return False
     aligned = kv_pages.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in kv_pages.stride()[:2])
-    return aligned and _capability(kv_pages) // 10 == 9
+    return aligned and _major(kv_pages) == 9
 
 
 def _in_boxes(kv_pages: Tensor, shape: _Shape, columns: int) -> TensorDescriptor | None:
